@@ -1,0 +1,103 @@
+//! Generates the message types from `defs/` and the method table from the `method` option of each rpc.
+
+use std::{env, error::Error, fmt::Write as _, fs, path::PathBuf};
+
+use prost_reflect::{DescriptorPool, DynamicMessage, MethodDescriptor, Value};
+
+const FILES: [&str; 5] = [
+    "defs/im/v1/options.proto",
+    "defs/im/v1/body.proto",
+    "defs/im/v1/client.proto",
+    "defs/im/v1/api.proto",
+    "defs/im/v1/peer.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=defs");
+    println!("cargo:rerun-if-changed=build.rs");
+    let grpc = env::var_os("CARGO_FEATURE_GRPC").is_some();
+    tonic_prost_build::configure()
+        .build_client(grpc)
+        .build_server(grpc)
+        .config(|config| {
+            config.bytes(["."]);
+        })
+        .compile_protos(&FILES, &["defs"])?;
+
+    let mut compiler = protox::Compiler::new(["defs"])?;
+    compiler.include_imports(true).open_files(FILES.map(|file| file.trim_start_matches("defs/")))?;
+    let pool = compiler.descriptor_pool();
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("method_table.rs"), method_table(&pool)?)?;
+    fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;
+    Ok(())
+}
+
+/// The input of the `methods!` macro in `src/method.rs`.
+fn method_table(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
+    let extension = pool.get_extension_by_name("im.v1.method").ok_or("options.proto has no `method` option")?;
+    let mut rows = Vec::new();
+    for service in pool.services() {
+        for method in service.methods() {
+            let options = method.options();
+            if !options.has_extension(&extension) {
+                return Err(format!("{} declares no number, audience and cost", method.full_name()).into());
+            }
+            let declared = options.get_extension(&extension);
+            let declared = declared.as_message().ok_or("the `method` option is not a message")?;
+            rows.push((number(declared, "number")?, row(service.name(), &method, declared)?));
+        }
+    }
+    rows.sort();
+    if let Some(pair) = rows.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        return Err(format!("two methods have the number {}", pair[0].0).into());
+    }
+    let mut out = String::from("methods! {\n");
+    for (_, row) in rows {
+        out.push_str(&row);
+    }
+    out.push_str("}\n");
+    Ok(out)
+}
+
+fn row(service: &str, method: &MethodDescriptor, declared: &DynamicMessage) -> Result<String, Box<dyn Error>> {
+    let full_name = method.full_name();
+    let audience = declared.get_field_by_name("audience").ok_or("no audience field")?;
+    let audience: Vec<i32> = audience.as_list().unwrap_or(&[]).iter().filter_map(Value::as_enum_number).collect();
+    if audience.is_empty() || audience.contains(&0) {
+        return Err(format!("{full_name} declares no audience").into());
+    }
+    let number = number(declared, "number")?;
+    let cost = number_or(declared, "cost", 0);
+    if number == 0 || cost == 0 {
+        return Err(format!("{full_name} declares no number or no cost").into());
+    }
+    let names: Vec<&str> = audience
+        .iter()
+        .map(|value| match value {
+            1 => "Client",
+            2 => "Service",
+            3 => "Admin",
+            _ => "Public",
+        })
+        .collect();
+    let constant = format!("{}{}", service.trim_end_matches("Service"), method.name());
+    let mut out = String::new();
+    writeln!(
+        out,
+        "    {constant} = {number}, \"{full_name}\", cost {cost}, audience [{}];",
+        names.iter().map(|name| format!("Audience::{name}")).collect::<Vec<_>>().join(", ")
+    )?;
+    Ok(out)
+}
+
+fn number(message: &DynamicMessage, field: &str) -> Result<u32, Box<dyn Error>> {
+    message
+        .get_field_by_name(field)
+        .and_then(|value| value.as_u32())
+        .ok_or_else(|| format!("the `method` option has no {field}").into())
+}
+
+fn number_or(message: &DynamicMessage, field: &str, default: u32) -> u32 {
+    message.get_field_by_name(field).and_then(|value| value.as_u32()).unwrap_or(default)
+}

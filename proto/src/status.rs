@@ -1,0 +1,120 @@
+//! The status table: number, name, text, whether a retry helps, whether the connection stays open. Written once, here.
+
+use crate::v1;
+
+/// What the receiver of a status may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// The same request fails again.
+    Never,
+    /// Later, after `retry_after_ms` or the client's own back-off.
+    Later,
+    /// After something named by the status was done first (renew the token, sync, re-order).
+    After,
+}
+
+macro_rules! statuses {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal, $retry:ident, $closes:literal;)*) => {
+        /// A status of the protocol. A retired number stays in the table.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum StatusCode {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl StatusCode {
+            /// All statuses in the order of their numbers.
+            pub const ALL: &'static [StatusCode] = &[$(StatusCode::$name),*];
+
+            /// The number in `Status.code`.
+            pub const fn number(self) -> u32 {
+                match self { $(StatusCode::$name => $number,)* }
+            }
+
+            /// The stable text in `Status.text`.
+            pub const fn text(self) -> &'static str {
+                match self { $(StatusCode::$name => $text,)* }
+            }
+
+            /// Whether and when a retry helps.
+            pub const fn retry(self) -> Retry {
+                match self { $(StatusCode::$name => Retry::$retry,)* }
+            }
+
+            /// Whether the server closes the connection after it.
+            pub const fn closes(self) -> bool {
+                match self { $(StatusCode::$name => $closes,)* }
+            }
+
+            /// The status of a number, if there is one.
+            pub const fn from_number(number: u32) -> Option<StatusCode> {
+                match number { $($number => Some(StatusCode::$name),)* _ => None }
+            }
+        }
+    };
+}
+
+statuses! {
+    /// The bytes or fields break a rule of SPEC.md.
+    Malformed = 1, "malformed", Never, false;
+    /// A frame, body, id or list is over its limit.
+    TooLarge = 2, "too large", Never, false;
+    /// A frame that this version does not know.
+    UnknownFrame = 3, "unknown frame", Never, false;
+    /// No common protocol version.
+    WrongVersion = 4, "wrong version", Never, true;
+    /// The token is missing, malformed, not signed by a known key, or for another cluster.
+    Unauthenticated = 5, "unauthenticated", After, true;
+    /// The token was good and has expired.
+    TokenExpired = 6, "token expired", After, true;
+    /// The device or token was revoked.
+    Revoked = 7, "revoked", Never, true;
+    /// A newer session of the same device or platform took this one's place.
+    KickedByAnotherDevice = 8, "kicked by another device", Never, true;
+    /// The caller may not do this.
+    Forbidden = 9, "forbidden", Never, false;
+    /// The receiver does not take messages from the sender.
+    Blocked = 10, "blocked", Never, false;
+    /// The sender may not write here now.
+    Muted = 11, "muted", Never, false;
+    /// The sender is not in the conversation.
+    NotAMember = 12, "not a member", Never, false;
+    /// There is no such thing, or the caller may not know of it.
+    NotFound = 13, "not found", Never, false;
+    /// There is such a thing already.
+    AlreadyExists = 14, "already exists", Never, false;
+    /// The request contradicts what was stored before: for a repeated client message id, another body.
+    PreconditionFailed = 15, "precondition failed", Never, false;
+    /// `after` names a send that the owner does not have. Send that one again first.
+    OutOfOrder = 16, "out of order", After, false;
+    /// The owner cannot tell whether this was sent before. Read the log from `known_seq + 1`, look for the id, then send again.
+    SyncFirst = 17, "sync first", After, false;
+    /// What was asked for is no longer kept.
+    Gone = 18, "gone", Never, false;
+    /// Over the rate limit.
+    RateLimited = 19, "rate limited", Later, false;
+    /// A queue is full.
+    Overloaded = 20, "overloaded", Later, false;
+    /// The owner or the store cannot answer now. Whether the request took effect is not known; a repeat is safe.
+    Unavailable = 21, "unavailable", Later, false;
+    /// The server is shutting down. Connect to another endpoint.
+    Draining = 22, "draining", Later, true;
+    /// No frame arrived within the deadline.
+    TimedOut = 23, "timed out", Later, true;
+    /// A mistake of the server. The correlation id finds it in the log.
+    Internal = 24, "internal", Later, false;
+    /// The method number is not in the table.
+    UnknownMethod = 25, "unknown method", Never, false;
+}
+
+impl StatusCode {
+    /// The message for the wire.
+    pub fn to_status(self) -> v1::Status {
+        v1::Status { code: self.number(), text: self.text().to_owned(), ..v1::Status::default() }
+    }
+
+    /// The message for the wire with the time after which a retry makes sense.
+    pub fn retry_after(self, retry_after: std::time::Duration) -> v1::Status {
+        let retry_after_ms = u32::try_from(retry_after.as_millis()).unwrap_or(u32::MAX);
+        v1::Status { retry_after_ms, ..self.to_status() }
+    }
+}

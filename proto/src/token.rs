@@ -1,0 +1,185 @@
+//! Tokens: EdDSA JWT only, with `kid`, issuer and the cluster id as audience. User, device and platform come from the token alone.
+
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    id::{DeviceId, Platform, UserId},
+    status::StatusCode,
+    timestamp::Timestamp,
+};
+
+/// What a token says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claims {
+    /// The user.
+    pub sub: String,
+    /// The device.
+    pub device: String,
+    /// The platform, for the device policy.
+    pub platform: String,
+    /// Who issued it.
+    pub iss: String,
+    /// The cluster id.
+    pub aud: String,
+    /// Seconds since 1970.
+    pub iat: i64,
+    /// Seconds since 1970.
+    pub exp: i64,
+}
+
+/// Why a token is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    #[error("the token is malformed: {0}")]
+    Malformed(String),
+    #[error("no key with the id {0:?} verifies it")]
+    UnknownKey(String),
+    #[error("the signature, issuer or audience is wrong: {0}")]
+    Refused(String),
+    #[error("the token has expired")]
+    Expired,
+    #[error("the token lives longer than this server allows")]
+    LifetimeTooLong,
+}
+
+impl TokenError {
+    /// The status for the client.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            TokenError::Expired => StatusCode::TokenExpired,
+            _ => StatusCode::Unauthenticated,
+        }
+    }
+}
+
+/// The outcome of a verified token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    pub user: UserId,
+    pub device: DeviceId,
+    pub platform: Platform,
+    pub expires_at: Timestamp,
+}
+
+/// A private Ed25519 key that signs tokens. Only `imd token` and other issuers have it.
+pub struct SigningKey {
+    key_id: String,
+    key: EncodingKey,
+    public: Vec<u8>,
+}
+
+impl SigningKey {
+    /// From the PKCS#8 DER of an Ed25519 key pair. The key id is the first 8 bytes of BLAKE3 of the public key in hexadecimal.
+    pub fn from_pkcs8(der: &[u8]) -> Result<Self, TokenError> {
+        use ring::signature::KeyPair as _;
+        let pair = ring::signature::Ed25519KeyPair::from_pkcs8_maybe_unchecked(der)
+            .map_err(|error| TokenError::Malformed(format!("the signing key is no PKCS#8 Ed25519 key: {error}")))?;
+        let public = pair.public_key().as_ref().to_vec();
+        Ok(Self { key_id: key_id(&public), key: EncodingKey::from_ed_der(der), public })
+    }
+
+    /// The public half.
+    pub fn verify_key(&self) -> VerifyKey {
+        VerifyKey { key_id: self.key_id.clone(), public: self.public.clone() }
+    }
+
+    /// A signed token.
+    pub fn sign(&self, claims: &Claims) -> Result<String, TokenError> {
+        let mut header = Header::new(Algorithm::EdDSA);
+        header.kid = Some(self.key_id.clone());
+        jsonwebtoken::encode(&header, claims, &self.key).map_err(|error| TokenError::Malformed(error.to_string()))
+    }
+}
+
+/// A public Ed25519 key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerifyKey {
+    pub key_id: String,
+    /// 32 bytes.
+    pub public: Vec<u8>,
+}
+
+impl VerifyKey {
+    /// From the 32 bytes of the public key.
+    pub fn from_public(public: &[u8]) -> Result<Self, TokenError> {
+        if public.len() != 32 {
+            return Err(TokenError::Malformed("an Ed25519 public key is 32 bytes".to_owned()));
+        }
+        Ok(Self { key_id: key_id(public), public: public.to_vec() })
+    }
+}
+
+fn key_id(public: &[u8]) -> String {
+    blake3::hash(public).to_hex()[..16].to_owned()
+}
+
+/// Verifies tokens of one cluster.
+pub struct Verifier {
+    keys: Vec<(String, DecodingKey)>,
+    issuer: String,
+    audience: String,
+    lifetime_max: std::time::Duration,
+}
+
+impl Verifier {
+    /// Accepts tokens of `issuer` for the cluster `audience`, signed by one of `keys`, that live at most `lifetime_max`.
+    pub fn new(keys: &[VerifyKey], issuer: &str, audience: &str, lifetime_max: std::time::Duration) -> Self {
+        let keys = keys.iter().map(|key| (key.key_id.clone(), DecodingKey::from_ed_der(&key.public))).collect();
+        Self { keys, issuer: issuer.to_owned(), audience: audience.to_owned(), lifetime_max }
+    }
+
+    /// Everything: form, key, signature, issuer, audience, lifetime, expiry.
+    pub fn verify(&self, token: &str, now: Timestamp) -> Result<Verified, TokenError> {
+        let header = jsonwebtoken::decode_header(token).map_err(|error| TokenError::Malformed(error.to_string()))?;
+        if header.alg != Algorithm::EdDSA {
+            return Err(TokenError::Malformed("the algorithm is not EdDSA".to_owned()));
+        }
+        let key_id = header.kid.unwrap_or_default();
+        let key = self.keys.iter().find(|(id, _)| *id == key_id).map(|(_, key)| key);
+        let key = key.ok_or(TokenError::UnknownKey(key_id))?;
+        let mut validation = Validation::new(Algorithm::EdDSA);
+        validation.set_issuer(&[&self.issuer]);
+        validation.set_audience(&[&self.audience]);
+        // Time is ours to check, against the injected clock.
+        validation.validate_exp = false;
+        let claims = jsonwebtoken::decode::<Claims>(token, key, &validation)
+            .map_err(|error| TokenError::Refused(error.to_string()))?
+            .claims;
+        check_times(&claims, now)?;
+        if u64::try_from(claims.exp.saturating_sub(claims.iat)).unwrap_or(0) > self.lifetime_max.as_secs() {
+            return Err(TokenError::LifetimeTooLong);
+        }
+        verified(&claims)
+    }
+}
+
+/// What a gateway can tell without keys: form and expiry. The signature is checked by the user's owner.
+pub fn inspect(token: &str, now: Timestamp) -> Result<Verified, TokenError> {
+    let header = jsonwebtoken::decode_header(token).map_err(|error| TokenError::Malformed(error.to_string()))?;
+    if header.alg != Algorithm::EdDSA {
+        return Err(TokenError::Malformed("the algorithm is not EdDSA".to_owned()));
+    }
+    let claims = jsonwebtoken::dangerous::insecure_decode::<Claims>(token)
+        .map_err(|error| TokenError::Malformed(error.to_string()))?
+        .claims;
+    check_times(&claims, now)?;
+    verified(&claims)
+}
+
+fn check_times(claims: &Claims, now: Timestamp) -> Result<(), TokenError> {
+    if claims.exp.saturating_mul(1000) <= now.as_millis() {
+        return Err(TokenError::Expired);
+    }
+    Ok(())
+}
+
+fn verified(claims: &Claims) -> Result<Verified, TokenError> {
+    let bad = |error: crate::id::IdError| TokenError::Malformed(error.to_string());
+    Ok(Verified {
+        user: UserId::parse(&claims.sub).map_err(bad)?,
+        device: DeviceId::parse(&claims.device).map_err(bad)?,
+        platform: Platform::parse(&claims.platform).map_err(bad)?,
+        expires_at: Timestamp::from_millis(claims.exp.saturating_mul(1000)),
+    })
+}

@@ -1,0 +1,88 @@
+//! Messages and state tables at rest.
+//!
+//! Two traits, a closed enum of backends ([`Store`]), one conformance suite. The rules that make them safe for several owners are
+//! those of ARCHITECTURE.md ("Ownership"): the epoch is the write timestamp, a batch is applied whole or not at all by a replica, and
+//! no answer but success says whether a write took effect.
+
+pub mod model;
+
+pub use model::{
+    AppendDone, AppendRequest, Batch, BucketId, Fence, Row, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
+};
+
+use std::future::Future;
+
+use im_proto::{ConversationId, InstanceId};
+
+/// The message log: rows `((conversation, bucket), seq)`, written with the owner's epoch as timestamp, plus the fence rows.
+///
+/// At one seq the row with the greater epoch wins, however late it arrives. Reads and writes are quorum operations where there are
+/// replicas: a read sees every write that was confirmed before the read began, and may or may not see others.
+pub trait MessageLog: Send + Sync {
+    /// Writes batches, each whole or not at all, durably, and reports each one's outcome through `done`, in any order, several to a
+    /// call. Never blocks. An error leaves the outcome unknown: repeat the identical batch, or give up the conversation.
+    ///
+    /// A backend bounds what it accepts by its callers: an owner has one batch in flight a conversation.
+    fn submit(&self, requests: Vec<AppendRequest>, done: AppendDone);
+
+    /// The newest rows of a bucket, descending by seq, at most [`TAIL_ROWS_MAX`], by one request. The only read that may touch rows
+    /// above the committed head: read repair copies just the rows that a read returned.
+    fn read_tail(
+        &self,
+        conversation: ConversationId,
+        bucket: BucketId,
+    ) -> impl Future<Output = Result<Vec<StoredRow>, StoreError>> + Send;
+
+    /// Rows `from..=to` in ascending order, at most `limit`, over as many buckets as needed. Never ask beyond the committed head.
+    fn read_range(
+        &self,
+        conversation: ConversationId,
+        from: u64,
+        to: u64,
+        limit: usize,
+    ) -> impl Future<Output = Result<Vec<StoredRow>, StoreError>> + Send;
+
+    /// Who sent `from..=to` under which client message id, ascending, without bodies. Never ask beyond the committed head.
+    fn read_keys(
+        &self,
+        conversation: ConversationId,
+        from: u64,
+        to: u64,
+    ) -> impl Future<Output = Result<Vec<RowKey>, StoreError>> + Send;
+
+    /// Writes a fence row for each instance, confirmed when this returns. Never deleted.
+    fn write_fences(&self, instances: &[InstanceId]) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Whether an instance is fenced, and the generation of the cluster, as of some moment after the call.
+    fn read_fence(&self, instance: &InstanceId) -> impl Future<Output = Result<Fence, StoreError>> + Send;
+
+    /// Raises the generation, which fences every router that was started with a lower one. Lower values are ignored.
+    fn raise_generation(&self, generation: u64) -> impl Future<Output = Result<(), StoreError>> + Send;
+}
+
+/// The state tables: what appliers make of the logs. Every row is one value with an explicit timestamp; the greater timestamp wins,
+/// at the same timestamp a deletion, then the greater value.
+pub trait Directory: Send + Sync {
+    /// Writes rows, durably. Each row for itself is applied whole; the set is not atomic. An error leaves the outcome unknown.
+    fn write(&self, writes: Vec<StateWrite>) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// One row.
+    fn read(
+        &self,
+        table: Table,
+        partition: &[u8],
+        key: &[u8],
+    ) -> impl Future<Output = Result<Option<StateRow>, StoreError>> + Send;
+
+    /// Rows of a partition in ascending order of their keys, beginning behind `after`, at most `limit`.
+    fn scan(
+        &self,
+        table: Table,
+        partition: &[u8],
+        after: Option<&[u8]>,
+        limit: usize,
+    ) -> impl Future<Output = Result<Vec<StateRow>, StoreError>> + Send;
+}
+
+/// Rows of a tail read: two batches and one row.
+pub const TAIL_ROWS_MAX: usize = 2 * im_proto::limits::BATCH_ROWS_MAX + 1;

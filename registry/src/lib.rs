@@ -4,8 +4,14 @@
 //! predecessor list is as read, the claim is created (bound to the lease) and the claimer is appended to the predecessor list, which
 //! outlives leases.
 
+pub mod any;
+#[cfg(feature = "test-util")]
+pub mod conformance;
+pub mod in_process;
 pub mod model;
 
+pub use any::AnyRegistry;
+pub use in_process::{InProcessHandle, InProcessRegistry, Reach};
 pub use model::{Claim, ClaimOutcome, Endpoint, Instance, Lease, RegistryError, Role, View};
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -27,7 +33,8 @@ pub trait Registry: Send + Sync {
     /// All instances and claims, always the newest known. It may lag behind the registry by any time.
     fn view(&self) -> watch::Receiver<Arc<View>>;
 
-    /// Claims shards, at most [`CLAIMS_PER_CALL_MAX`]. Each for itself succeeds or tells who has it.
+    /// Claims shards, at most [`CLAIMS_PER_CALL_MAX`]. Each for itself succeeds or is taken. A shard that this very lease holds
+    /// already is answered as claimed, with its present epoch: so a call whose answer was lost can be repeated.
     fn claim(
         &self,
         lease: &Lease,
@@ -41,7 +48,8 @@ pub trait Registry: Send + Sync {
     /// nothing in flight for them.
     fn release(&self, claims: &[Claim]) -> impl Future<Output = Result<(), RegistryError>> + Send;
 
-    /// Puts a claim again under a greater epoch, if it is unchanged; `None` if it is lost.
+    /// Puts a claim again under a greater epoch, if it is unchanged; `None` if it is lost or an earlier call whose answer was lost
+    /// has raised it ([`Self::claim`] tells which).
     fn raise_epoch(&self, claim: &Claim) -> impl Future<Output = Result<Option<Claim>, RegistryError>> + Send;
 }
 

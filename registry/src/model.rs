@@ -88,6 +88,8 @@ impl View {
 #[derive(Clone)]
 pub struct Lease {
     pub(crate) instance: InstanceId,
+    /// The backend's name for it.
+    pub(crate) id: u64,
     /// Milliseconds of `Clock::since_boot`: the last successful renewal's send time + TTL − margin.
     pub(crate) deadline_ms: Arc<AtomicU64>,
     pub(crate) lost: watch::Receiver<bool>,
@@ -110,7 +112,8 @@ impl Lease {
         Duration::from_millis(self.deadline_ms.load(Ordering::Acquire))
     }
 
-    /// Turns true once the registry says that the lease is dead: the process must start again under a new instance id.
+    /// Turns true once the registry says that the lease is dead (a revoked one too): the process must start again under a new
+    /// instance id.
     pub fn lost(&self) -> watch::Receiver<bool> {
         self.lost.clone()
     }
@@ -126,6 +129,9 @@ pub enum RegistryError {
     /// The lease is dead.
     #[error("the lease of {0} is lost")]
     LeaseLost(InstanceId),
+    /// More shards than [`CLAIMS_PER_CALL_MAX`](crate::CLAIMS_PER_CALL_MAX); nothing was changed.
+    #[error("one call takes at most {} shards, not {found}", crate::CLAIMS_PER_CALL_MAX)]
+    TooManyShards { found: usize },
     /// Another process uses what this one wants.
     #[error("{0}")]
     InUse(String),

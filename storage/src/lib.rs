@@ -4,7 +4,14 @@
 //! those of ARCHITECTURE.md ("Ownership"): the epoch is the write timestamp, a batch is applied whole or not at all by a replica, and
 //! no answer but success says whether a write took effect.
 
+mod cells;
+mod memory;
 pub mod model;
+mod order;
+mod store;
+
+pub use memory::Memory;
+pub use store::Store;
 
 pub use model::{
     AppendDone, AppendRequest, Batch, BucketId, Fence, Row, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
@@ -86,3 +93,12 @@ pub trait Directory: Send + Sync {
 
 /// Rows of a tail read: two batches and one row.
 pub const TAIL_ROWS_MAX: usize = 2 * im_proto::limits::BATCH_ROWS_MAX + 1;
+
+/// Bytes of a state row's partition, and of its key.
+pub const STATE_KEY_BYTES_MAX: usize = 1024;
+
+/// Bytes of a state row's value.
+pub const STATE_VALUE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Bytes of a batch that consists of one row; larger batches are bounded by [`im_proto::limits::BATCH_BYTES_MAX`].
+pub const ROW_BYTES_MAX: usize = 4 * 1024 * 1024;

@@ -187,6 +187,9 @@ pub enum StoreError {
     /// What was read contradicts what must be there. A person has to look.
     #[error("the store is damaged: {0}")]
     Damaged(String),
+    /// The request itself breaks a rule of the store. It was not carried out and never will be.
+    #[error("the store refused an invalid request: {0}")]
+    Invalid(String),
 }
 
 impl fmt::Display for Table {

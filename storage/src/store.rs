@@ -1,0 +1,85 @@
+//! The closed set of backends as one value.
+
+use im_proto::{ConversationId, InstanceId};
+
+use crate::{
+    Directory, Memory, MessageLog,
+    model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
+};
+
+/// A store of any kind. A clone is another handle of the same store and costs a reference count.
+#[derive(Clone, Debug)]
+pub enum Store {
+    Memory(Memory),
+}
+
+impl From<Memory> for Store {
+    fn from(store: Memory) -> Self {
+        Self::Memory(store)
+    }
+}
+
+/// Calls the same method of whichever backend it is.
+macro_rules! delegate {
+    ($self:ident, $store:ident => $call:expr) => {
+        match $self {
+            Self::Memory($store) => $call,
+        }
+    };
+}
+
+impl MessageLog for Store {
+    fn submit(&self, requests: Vec<AppendRequest>, done: AppendDone) {
+        delegate!(self, store => store.submit(requests, done))
+    }
+
+    async fn read_tail(&self, conversation: ConversationId, bucket: BucketId) -> Result<Vec<StoredRow>, StoreError> {
+        delegate!(self, store => store.read_tail(conversation, bucket).await)
+    }
+
+    async fn read_range(
+        &self,
+        conversation: ConversationId,
+        from: u64,
+        to: u64,
+        limit: usize,
+    ) -> Result<Vec<StoredRow>, StoreError> {
+        delegate!(self, store => store.read_range(conversation, from, to, limit).await)
+    }
+
+    async fn read_keys(&self, conversation: ConversationId, from: u64, to: u64) -> Result<Vec<RowKey>, StoreError> {
+        delegate!(self, store => store.read_keys(conversation, from, to).await)
+    }
+
+    async fn write_fences(&self, instances: &[InstanceId]) -> Result<(), StoreError> {
+        delegate!(self, store => store.write_fences(instances).await)
+    }
+
+    async fn read_fence(&self, instance: &InstanceId) -> Result<Fence, StoreError> {
+        delegate!(self, store => store.read_fence(instance).await)
+    }
+
+    async fn raise_generation(&self, generation: u64) -> Result<(), StoreError> {
+        delegate!(self, store => store.raise_generation(generation).await)
+    }
+}
+
+impl Directory for Store {
+    async fn write(&self, writes: Vec<StateWrite>) -> Result<(), StoreError> {
+        delegate!(self, store => store.write(writes).await)
+    }
+
+    async fn read(&self, table: Table, partition: &[u8], key: &[u8]) -> Result<Option<StateRow>, StoreError> {
+        delegate!(self, store => store.read(table, partition, key).await)
+    }
+
+    async fn scan(
+        &self,
+        table: Table,
+        partition: &[u8],
+        after: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<StateRow>, StoreError> {
+        delegate!(self, store => store.scan(table, partition, after, limit).await)
+    }
+}

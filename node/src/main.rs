@@ -1,1 +1,98 @@
-fn main() {}
+//! `imd`: parses the command line, builds what it asks for, waits for a signal, drains.
+//!
+//! Exit codes: 0 done, 1 the operation failed, 2 wrong usage, configuration or environment and nothing was changed.
+
+mod args;
+mod config;
+mod data_directory;
+mod environment;
+mod http;
+mod telemetry;
+mod token;
+
+use std::{io::Write as _, process::ExitCode};
+
+use args::{Arguments, Command, ConfigCommand, UpArguments};
+use clap::Parser as _;
+use config::{ConfigError, Loaded};
+use environment::Tasks;
+
+/// What ends a command before it is done. Both are printed as they are.
+enum Failure {
+    /// It was tried and failed: exit 1.
+    Operation(String),
+    /// Wrong usage, configuration or environment: exit 2.
+    Usage(String),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let (code, text) = match failure {
+                Failure::Operation(text) => (1, text),
+                Failure::Usage(text) => (2, text),
+            };
+            // Nobody may be left to read it.
+            let _ = writeln!(std::io::stderr(), "imd: {text}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), Failure> {
+    match arguments.command.unwrap_or(Command::Up(arguments.up)) {
+        Command::Up(options) => print(&format!("{:?}\n", load(&options)?.config)),
+        Command::Token(options) => {
+            let token = token::make(&options, &Tasks::default().environment()).map_err(usage)?;
+            print(&format!("{token}\n"))
+        }
+        Command::Config(ConfigCommand::Check { files }) => check(&files),
+        Command::Config(ConfigCommand::Defaults) => print(&config::defaults()),
+        Command::Config(ConfigCommand::Show(options)) => print(&config::show(&mut load(&options)?)),
+        Command::Version { json } => print(&version(json)),
+    }
+}
+
+fn load(options: &UpArguments) -> Result<Loaded, Failure> {
+    let environment = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    config::load(&options.overrides(), &environment).map_err(|error| Failure::Usage(error.to_string()))
+}
+
+fn check(files: &[std::path::PathBuf]) -> Result<(), Failure> {
+    let mut problems = Vec::new();
+    for file in files {
+        match config::check(file) {
+            Ok(()) => print(&format!("{}: ok\n", file.display()))?,
+            Err(ConfigError(found)) => problems.extend(found),
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Failure::Usage(ConfigError(problems).to_string())) }
+}
+
+fn version(json: bool) -> String {
+    let (low, high) = im_proto::PROTOCOL_VERSIONS;
+    let version = env!("CARGO_PKG_VERSION");
+    if json {
+        format!("{}\n", serde_json::json!({ "version": version, "protocol_min": low, "protocol_max": high }))
+    } else {
+        format!("imd {version} (protocol {low} to {high})\n")
+    }
+}
+
+fn usage(error: anyhow::Error) -> Failure {
+    Failure::Usage(format!("{error:#}"))
+}
+
+/// A closed pipe ends the program quietly.
+fn print(text: &str) -> Result<(), Failure> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::Operation(format!("cannot write to standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}

@@ -64,7 +64,7 @@ fn row(service: &str, method: &MethodDescriptor, declared: &DynamicMessage) -> R
     let full_name = method.full_name();
     let audience = declared.get_field_by_name("audience").ok_or("no audience field")?;
     let audience: Vec<i32> = audience.as_list().unwrap_or(&[]).iter().filter_map(Value::as_enum_number).collect();
-    if audience.is_empty() || audience.contains(&0) {
+    if audience.is_empty() {
         return Err(format!("{full_name} declares no audience").into());
     }
     let number = number(declared, "number")?;
@@ -72,15 +72,16 @@ fn row(service: &str, method: &MethodDescriptor, declared: &DynamicMessage) -> R
     if number == 0 || cost == 0 {
         return Err(format!("{full_name} declares no number or no cost").into());
     }
-    let names: Vec<&str> = audience
+    let names = audience
         .iter()
         .map(|value| match value {
-            1 => "Client",
-            2 => "Service",
-            3 => "Admin",
-            _ => "Public",
+            1 => Ok("Client"),
+            2 => Ok("Service"),
+            3 => Ok("Admin"),
+            4 => Ok("Public"),
+            other => Err(format!("{full_name} declares an audience that build.rs does not know: {other}")),
         })
-        .collect();
+        .collect::<Result<Vec<&str>, String>>()?;
     let constant = format!("{}{}", service.trim_end_matches("Service"), method.name());
     let mut out = String::new();
     writeln!(

@@ -2,7 +2,7 @@
 
 use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
-use crate::limits;
+use crate::{hex, limits};
 
 /// Why a text is no identifier.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -17,7 +17,8 @@ pub enum IdError {
     Conversation,
 }
 
-fn check_text(text: &str, limit: usize) -> Result<(), IdError> {
+/// Whether a text could be a [`UserId`] and the like, without making one.
+pub(crate) fn check_text(text: &str, limit: usize) -> Result<(), IdError> {
     if text.is_empty() {
         return Err(IdError::Empty);
     }
@@ -139,15 +140,7 @@ impl FromStr for ConversationId {
     type Err = IdError;
 
     fn from_str(text: &str) -> Result<Self, IdError> {
-        if text.len() != 2 * Self::BYTES || !text.is_ascii() {
-            return Err(IdError::Conversation);
-        }
-        let mut bytes = [0; Self::BYTES];
-        for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-            let digits = std::str::from_utf8(digits).map_err(|_| IdError::Conversation)?;
-            *byte = u8::from_str_radix(digits, 16).map_err(|_| IdError::Conversation)?;
-        }
-        Ok(Self(bytes))
+        hex::decode(text.as_bytes()).map(Self).ok_or(IdError::Conversation)
     }
 }
 
@@ -168,13 +161,61 @@ impl Epoch {
     /// Bits of the registry's revision below the generation.
     pub const REVISION_BITS: u32 = 40;
 
-    /// Of a generation and the revision of a claim.
+    /// Of a generation and the revision of a claim. Never smaller for a greater generation or revision, whatever their size; the
+    /// bits are only kept apart below generation 2^24 and revision 2^40.
     pub const fn new(generation: u64, revision: u64) -> Self {
-        Self((generation << Self::REVISION_BITS) | revision)
+        Self(generation.saturating_mul(1 << Self::REVISION_BITS).saturating_add(revision))
     }
 
     /// The generation it was made in.
     pub const fn generation(self) -> u64 {
         self.0 >> Self::REVISION_BITS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_1_to_64_bytes_without_control_characters_and_white_space() {
+        for good in ["a", "user:1@example.com", "Ünï©ødé", "用户", &"x".repeat(64)] {
+            assert_eq!(UserId::parse(good).map(|id| id.to_string()), Ok(good.to_owned()));
+        }
+        assert_eq!(UserId::parse(""), Err(IdError::Empty));
+        assert_eq!(UserId::parse(&"x".repeat(65)), Err(IdError::TooLong { found: 65, limit: 64 }));
+        assert_eq!(UserId::parse(&"é".repeat(33)), Err(IdError::TooLong { found: 66, limit: 64 }));
+        for bad in ["a b", "a\n", "\u{0}", "\u{7f}", "a\u{85}", "\u{2028}", "\u{a0}", "\t"] {
+            assert_eq!(UserId::parse(bad), Err(IdError::Character), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn conversation_ids_round_trip_through_text() {
+        let id = ConversationId::from_bytes(*b"0123456789abcdef");
+        assert_eq!(id.to_string(), "30313233343536373839616263646566");
+        assert_eq!(id.to_string().parse(), Ok(id));
+        assert_eq!(id.to_string().to_uppercase().parse(), Ok(id));
+        assert_eq!(ConversationId::from_slice(&id.to_bytes()), Ok(id));
+    }
+
+    #[test]
+    fn what_is_no_conversation_id_is_refused() {
+        // `+f` is a number to the standard library.
+        for bad in ["", "00", &"+f".repeat(16), &"0".repeat(31), &"0".repeat(33), &"g".repeat(32), &"é".repeat(16)] {
+            assert_eq!(bad.parse::<ConversationId>(), Err(IdError::Conversation), "{bad:?}");
+        }
+        for length in [0, 15, 17, 10_000] {
+            assert_eq!(ConversationId::from_slice(&vec![0; length]), Err(IdError::Conversation));
+        }
+    }
+
+    #[test]
+    fn epochs_order_by_generation_then_revision_and_never_wrap() {
+        assert_eq!(Epoch::new(3, 5).0, 3 * (1 << 40) + 5);
+        assert_eq!(Epoch::new(3, 5).generation(), 3);
+        assert!(Epoch::new(1, 0) > Epoch::new(0, (1 << 40) - 1));
+        assert!(Epoch::new(u64::MAX, u64::MAX) >= Epoch::new(1 << 24, 0));
+        assert!(Epoch::new(1, 1 << 41) > Epoch::new(1, 1 << 40));
     }
 }

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use crate::{
+    hex,
     id::{ConversationId, UserId},
     v1,
 };
@@ -40,16 +41,7 @@ impl fmt::Debug for RouterSecret {
 
 /// The secret in 64 hexadecimal digits, white space around it ignored.
 pub fn parse_secret(text: &str) -> Result<[u8; SECRET_BYTES], SecretError> {
-    let text = text.trim().as_bytes();
-    let mut secret = [0; SECRET_BYTES];
-    if text.len() != 2 * SECRET_BYTES {
-        return Err(SecretError);
-    }
-    for (byte, digits) in secret.iter_mut().zip(text.chunks_exact(2)) {
-        let digits = std::str::from_utf8(digits).map_err(|_| SecretError)?;
-        *byte = u8::from_str_radix(digits, 16).map_err(|_| SecretError)?;
-    }
-    Ok(secret)
+    hex::decode(text.trim().as_bytes()).ok_or(SecretError)
 }
 
 impl ClusterSecret {
@@ -118,5 +110,78 @@ impl RouterSecret {
         hasher.update(b"capability");
         hasher.update(identity);
         hasher.finalize()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(id: &str) -> UserId {
+        UserId::parse(id).expect("a user id")
+    }
+
+    #[test]
+    fn a_direct_conversation_is_the_same_whoever_asks() {
+        let secret = ClusterSecret::new([1; 32]);
+        assert_eq!(secret.direct_id(&user("a"), &user("b")), secret.direct_id(&user("b"), &user("a")));
+        assert_eq!(secret.direct_id(&user("a"), &user("a")), secret.self_id(&user("a")));
+    }
+
+    #[test]
+    fn no_two_kinds_parts_or_secrets_share_an_id() {
+        let (one, two) = (ClusterSecret::new([1; 32]), ClusterSecret::new([2; 32]));
+        let ids = [
+            one.direct_id(&user("ab"), &user("c")),
+            one.direct_id(&user("a"), &user("bc")),
+            one.group_id(&user("ab"), b"c"),
+            one.group_id(&user("a"), b"bc"),
+            one.group_id(&user("abc"), b""),
+            one.self_id(&user("abc")),
+            two.self_id(&user("abc")),
+            two.direct_id(&user("ab"), &user("c")),
+        ];
+        for (i, id) in ids.iter().enumerate() {
+            assert!(!ids[..i].contains(id), "{i}");
+        }
+    }
+
+    #[test]
+    fn a_capability_holds_for_its_secret_and_its_exact_bytes_only() {
+        let secret = RouterSecret::new([3; 32]);
+        let identity = v1::Identity { user_id: "a".to_owned(), session_id: 7, ..v1::Identity::default() };
+        let good = secret.capability(&identity);
+        assert_eq!(secret.verify(&good), Some(identity));
+        assert_eq!(RouterSecret::new([4; 32]).verify(&good), None);
+        assert_eq!(secret.verify(&v1::Capability::default()), None);
+        for part in 0..2 {
+            let whole = if part == 0 { &good.identity } else { &good.mac };
+            for at in 0..whole.len() {
+                let mut bytes = whole.to_vec();
+                bytes[at] ^= 1;
+                let mut bad = good.clone();
+                *(if part == 0 { &mut bad.identity } else { &mut bad.mac }) = bytes.into();
+                assert_eq!(secret.verify(&bad), None, "part {part} byte {at}");
+                let mut short = good.clone();
+                *(if part == 0 { &mut short.identity } else { &mut short.mac }) = whole.slice(..at);
+                assert_eq!(secret.verify(&short), None, "part {part} cut at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_secret_is_64_hexadecimal_digits() {
+        let digits = "0123456789abcdef".repeat(4);
+        let secret = parse_secret(&format!(" {digits}\n")).expect("a secret");
+        assert_eq!(secret[..8], [0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef]);
+        for bad in ["", &digits[1..], &format!("{digits}0"), &"+f".repeat(32), &"0x".repeat(32), &"é".repeat(32)] {
+            assert_eq!(parse_secret(bad), Err(SecretError), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn secrets_do_not_show_in_debug_output() {
+        assert_eq!(format!("{:?}", ClusterSecret::new([5; 32])), "ClusterSecret");
+        assert_eq!(format!("{:?}", RouterSecret::new([5; 32])), "RouterSecret");
     }
 }

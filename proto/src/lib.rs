@@ -7,6 +7,7 @@
 pub mod body;
 pub mod environment;
 pub mod frame;
+mod hex;
 pub mod id;
 pub mod key;
 pub mod limits;

@@ -1,36 +1,57 @@
 //! Limits of the protocol, each written once. SPEC.md lists them.
 
-/// User, device, platform and instance ids.
-pub const ID_BYTES_MAX: usize = 64;
-/// `client_message_id` and the key of a group.
-pub const CLIENT_MESSAGE_ID_BYTES_MAX: usize = 64;
-/// An encoded `Body`. Larger content is media.
-pub const BODY_BYTES_MAX: usize = 64 * 1024;
-/// A frame from a client that is not authenticated yet, without its length prefix.
-pub const FRAME_BYTES_MAX_BEFORE_HELLO: usize = 64 * 1024;
-/// A frame of an authenticated connection, without its length prefix.
-pub const FRAME_BYTES_MAX: usize = 1024 * 1024;
-/// Un-acknowledged sends of a session.
-pub const PENDING_SENDS_MAX: usize = 256;
-/// Calls in flight on a connection.
-pub const CALLS_IN_FLIGHT_MAX: usize = 16;
-/// The payload of one `Reply` frame.
-pub const REPLY_PART_BYTES_MAX: usize = 64 * 1024;
-/// Entries of a partition of the message log.
-pub const BUCKET_ENTRIES: u64 = 1024;
-/// Rows of one batch of the message log.
-pub const BATCH_ROWS_MAX: usize = 128;
-/// Bytes of one batch of the message log.
-pub const BATCH_BYTES_MAX: usize = 512 * 1024;
-/// Entries of one history answer.
-pub const HISTORY_ENTRIES_MAX: u32 = 1_000;
-/// Conversations of one page of a sync.
-pub const SYNC_CONVERSATIONS_MAX: u32 = 500;
-/// Entries that an owner scans for a repeat of a message before it answers `sync first`.
-pub const DEDUPE_SCAN_ENTRIES_MAX: u64 = 65_536;
-/// Newest entries that an owner remembers for idempotency.
-pub const DEDUPE_ENTRIES: usize = 1_024;
-/// Members of a group named in one call.
-pub const MEMBERS_PER_CALL_MAX: usize = 1_000;
-/// The name of a group.
-pub const GROUP_NAME_BYTES_MAX: usize = 256;
+macro_rules! limits {
+    ($($(#[doc = $doc:literal])* $name:ident: $type:ty = $value:expr;)*) => {
+        $($(#[doc = $doc])* pub const $name: $type = $value;)*
+
+        /// Name, value and meaning of all limits, in the order of the source.
+        pub const ALL: &[(&str, u64, &str)] = &[$((stringify!($name), $name as u64, concat!($($doc),*))),*];
+    };
+}
+
+limits! {
+    /// User, device, platform and instance ids.
+    ID_BYTES_MAX: usize = 64;
+    /// `client_message_id` and the key of a group.
+    CLIENT_MESSAGE_ID_BYTES_MAX: usize = 64;
+    /// An encoded `Body`. Larger content is media.
+    BODY_BYTES_MAX: usize = 64 * 1024;
+    /// Bodies inside a body: what an edit or a forward bundle holds, counted in depth.
+    BODY_NESTING_MAX: usize = 4;
+    /// Mentions of one text.
+    MENTIONS_MAX: usize = 256;
+    /// The emoji of a reaction or a sticker: one cluster with all its modifiers.
+    EMOJI_BYTES_MAX: usize = 64;
+    /// The type of a custom body.
+    CUSTOM_TYPE_BYTES_MAX: usize = 128;
+    /// A token in its compact form.
+    TOKEN_BYTES_MAX: usize = 4 * 1024;
+    /// A frame from a client that is not authenticated yet, without its length prefix.
+    FRAME_BYTES_MAX_BEFORE_HELLO: usize = 64 * 1024;
+    /// A frame of an authenticated connection, without its length prefix.
+    FRAME_BYTES_MAX: usize = 1024 * 1024;
+    /// Un-acknowledged sends of a session.
+    PENDING_SENDS_MAX: usize = 256;
+    /// Calls in flight on a connection.
+    CALLS_IN_FLIGHT_MAX: usize = 16;
+    /// The payload of one `Reply` frame.
+    REPLY_PART_BYTES_MAX: usize = 64 * 1024;
+    /// Entries of a partition of the message log.
+    BUCKET_ENTRIES: u64 = 1024;
+    /// Rows of one batch of the message log.
+    BATCH_ROWS_MAX: usize = 128;
+    /// Bytes of one batch of the message log.
+    BATCH_BYTES_MAX: usize = 512 * 1024;
+    /// Entries of one history answer.
+    HISTORY_ENTRIES_MAX: u32 = 1_000;
+    /// Conversations of one page of a sync.
+    SYNC_CONVERSATIONS_MAX: u32 = 500;
+    /// Entries that an owner scans for a repeat of a message before it answers `sync first`.
+    DEDUPE_SCAN_ENTRIES_MAX: u64 = 65_536;
+    /// Newest entries that an owner remembers for idempotency.
+    DEDUPE_ENTRIES: usize = 1_024;
+    /// Members of a group named in one call.
+    MEMBERS_PER_CALL_MAX: usize = 1_000;
+    /// The name of a group.
+    GROUP_NAME_BYTES_MAX: usize = 256;
+}

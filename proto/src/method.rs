@@ -13,6 +13,18 @@ pub enum Audience {
     Public,
 }
 
+impl Audience {
+    /// The word for tables and logs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Audience::Client => "client",
+            Audience::Service => "service",
+            Audience::Admin => "admin",
+            Audience::Public => "public",
+        }
+    }
+}
+
 macro_rules! methods {
     ($($name:ident = $number:literal, $full_name:literal, cost $cost:literal, audience [$($audience:expr),*];)*) => {
         /// An api method, served alike over `Call` and over gRPC.
@@ -57,3 +69,31 @@ macro_rules! methods {
 }
 
 include!(concat!(env!("OUT_DIR"), "/method_table.rs"));
+
+impl Method {
+    /// Whether callers of this kind may call it.
+    pub fn allows(self, audience: Audience) -> bool {
+        self.audience().contains(&audience) || self.audience().contains(&Audience::Public)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_method_is_found_by_its_number_and_declares_audience_and_cost() {
+        for method in Method::ALL {
+            assert_eq!(Method::from_number(method.number()), Some(*method));
+            assert!(!method.audience().is_empty() && method.cost() > 0, "{}", method.full_name());
+        }
+        assert_eq!(Method::from_number(0), None);
+    }
+
+    #[test]
+    fn a_method_is_open_to_its_audience_and_a_public_one_to_all() {
+        assert!(Method::MessageHistory.allows(Audience::Client));
+        assert!(!Method::MessageHistory.allows(Audience::Service));
+        assert!(Method::PlacementLocate.allows(Audience::Admin));
+    }
+}

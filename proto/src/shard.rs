@@ -34,8 +34,9 @@ impl ShardCount {
     ///
     /// A user's shard is the shard of the user's self log, so that sessions and conversation list have one owner.
     pub fn shard_of(self, conversation: &ConversationId) -> ShardId {
-        let hash = xxh3_64(conversation.as_bytes());
-        ShardId((hash % u64::from(self.get())) as u32)
+        let remainder = xxh3_64(conversation.as_bytes()) % u64::from(self.get());
+        // Smaller than the count, which is a u32.
+        ShardId(u32::try_from(remainder).unwrap_or(0))
     }
 }
 
@@ -60,4 +61,60 @@ pub fn rendezvous_weight(shard: ShardId, instance: &InstanceId) -> u64 {
     key.extend_from_slice(&shard.0.to_be_bytes());
     key.extend_from_slice(instance.as_str().as_bytes());
     xxh3_64(&key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn instances(names: &[&str]) -> Vec<InstanceId> {
+        names.iter().map(|name| InstanceId::parse(name).expect("an instance id")).collect()
+    }
+
+    #[test]
+    fn a_cluster_has_1_to_65536_shards() {
+        assert_eq!(ShardCount::new(0), None);
+        assert_eq!(ShardCount::new(65_537), None);
+        assert_eq!(ShardCount::new(1).map(ShardCount::get), Some(1));
+        assert_eq!(ShardCount::new(65_536).map(ShardCount::get), Some(65_536));
+        assert_eq!(ShardCount::default().get(), 1024);
+        assert_eq!(ShardCount::default().shards().count(), 1024);
+    }
+
+    #[test]
+    fn shards_are_in_range_and_about_even() {
+        let count = ShardCount::new(16).expect("in range");
+        let mut hits = [0_u32; 16];
+        for i in 0..16_000_u64 {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&i.to_be_bytes());
+            hits[count.shard_of(&ConversationId::from_bytes(id)).0 as usize] += 1;
+        }
+        assert!(hits.iter().all(|hits| (800..1200).contains(hits)), "{hits:?}");
+    }
+
+    #[test]
+    fn when_an_instance_goes_only_its_shards_move_and_they_spread() {
+        let all = instances(&["router-a", "router-b", "router-c"]);
+        let mut taken_over = [0, 0];
+        for shard in ShardCount::default().shards() {
+            let before = rendezvous_owner(shard, &all).expect("an owner");
+            let after = rendezvous_owner(shard, &all[..2]).expect("an owner");
+            if before == &all[2] {
+                taken_over[usize::from(after == &all[1])] += 1;
+            } else {
+                assert_eq!(before, after);
+            }
+        }
+        assert!(taken_over.iter().all(|count| *count > 120), "{taken_over:?}");
+    }
+
+    #[test]
+    fn the_order_of_the_instances_does_not_matter() {
+        let all = instances(&["a", "b", "c", "d"]);
+        for shard in ShardCount::default().shards() {
+            assert_eq!(rendezvous_owner(shard, &all), rendezvous_owner(shard, all.iter().rev()));
+        }
+        assert_eq!(rendezvous_owner(ShardId(0), []), None);
+    }
 }

@@ -118,3 +118,42 @@ impl StatusCode {
         v1::Status { retry_after_ms, ..self.to_status() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn numbers_ascend_without_a_hole_so_none_was_taken_out() {
+        let numbers: Vec<u32> = StatusCode::ALL.iter().map(|code| code.number()).collect();
+        let expected: Vec<u32> = (1..).take(numbers.len()).collect();
+        assert_eq!(numbers, expected);
+    }
+
+    #[test]
+    fn a_status_is_found_by_its_number_and_0_is_none() {
+        for code in StatusCode::ALL {
+            assert_eq!(StatusCode::from_number(code.number()), Some(*code));
+        }
+        assert_eq!(StatusCode::from_number(0), None);
+        assert_eq!(StatusCode::from_number(u32::MAX), None);
+    }
+
+    #[test]
+    fn texts_are_distinct_and_short() {
+        for (i, code) in StatusCode::ALL.iter().enumerate() {
+            assert!((1..=32).contains(&code.text().len()));
+            assert!(StatusCode::ALL[..i].iter().all(|other| other.text() != code.text()));
+        }
+    }
+
+    #[test]
+    fn a_status_on_the_wire_has_number_text_and_when_to_retry() {
+        let status = StatusCode::RateLimited.retry_after(Duration::from_millis(1500));
+        assert_eq!((status.code, status.text.as_str(), status.retry_after_ms), (19, "rate limited", 1500));
+        assert_eq!(StatusCode::RateLimited.retry_after(Duration::MAX).retry_after_ms, u32::MAX);
+        assert_eq!(StatusCode::Malformed.to_status().retry_after_ms, 0);
+    }
+}

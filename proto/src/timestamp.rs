@@ -22,3 +22,17 @@ impl Timestamp {
         Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_is_greater_and_never_wraps() {
+        let now = Timestamp::from_millis(1_000);
+        assert_eq!(now.saturating_add(Duration::from_secs(2)).as_millis(), 3_000);
+        assert_eq!(now.saturating_add(Duration::from_micros(999)), now);
+        assert_eq!(now.saturating_add(Duration::MAX).as_millis(), i64::MAX);
+        assert_eq!(Timestamp::from_millis(i64::MAX - 1).saturating_add(Duration::from_secs(1)).as_millis(), i64::MAX);
+    }
+}

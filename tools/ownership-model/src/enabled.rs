@@ -46,9 +46,13 @@ impl Ownership {
 
     fn steps_of(&self, state: &State, owner: usize, actions: &mut Vec<Action>) {
         let holds_claim = state.holds_claim(owner, self.rules);
+        let is_coarse = self.grain == Grain::Coarse;
         let Owner { phase, fences, replica: first, .. } = state.owners[owner];
+        if self.rules.lack(LeaveOut::ReadOrder) && fences != 0 && (is_coarse || state.fences.confirmed(fences)) {
+            actions.push(Action::FenceAndCut { owner });
+        }
         match phase {
-            Phase::Fencing if self.grain == Grain::Coarse => actions.push(Action::FenceAndCut { owner }),
+            Phase::Fencing if is_coarse => actions.push(Action::FenceAndCut { owner }),
             Phase::Fencing if state.fences.confirmed(fences) => actions.push(Action::FenceConfirmed { owner }),
             Phase::Cutting => actions.push(Action::Cut { owner }),
             Phase::Reading => {
@@ -102,12 +106,19 @@ impl Ownership {
 
     fn endings_of_a_write(&self, state: &State, owner: usize, holds_claim: bool, actions: &mut Vec<Action>) {
         let is_rewrite = state.owners[owner].phase == Phase::Rewriting;
+        let is_early = self.rules.lack(LeaveOut::CheckOrder);
+        let Owner { is_checked, fences, .. } = state.owners[owner];
+        if is_early && !is_checked && !state.is_fenced(owner, self.rules) {
+            actions.push(Action::CheckEarly { owner });
+        }
+        let is_clean = if is_early { is_checked } else { !state.is_fenced(owner, self.rules) };
         let on = self.parts(state, owner).fold(EVERY_REPLICA, |on, part| on & state.storage.holders(&part));
         if self.grain == Grain::Fine {
-            if self.parts(state, owner).all(|part| is_quorum(state.storage.holders(&part))) {
+            let is_confirmed = self.parts(state, owner).all(|part| is_quorum(state.storage.holders(&part)));
+            if is_confirmed && fences == 0 && (is_checked || !is_early) {
                 actions.push(Action::Confirmed { owner });
             }
-        } else if !state.is_fenced(owner, self.rules) {
+        } else if is_clean && fences == 0 {
             if is_quorum(on) {
                 actions.push(Action::Commit { owner, arriving_at: 0 });
             } else {

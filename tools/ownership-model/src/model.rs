@@ -88,6 +88,10 @@ pub enum Action {
         write: usize,
         replica: usize,
     },
+    /// Leave-out `check-order`: a clean fence read while the rows are in flight.
+    CheckEarly {
+        owner: usize,
+    },
     // The rest is of the fine grain.
     DeliverFence {
         instance: u8,

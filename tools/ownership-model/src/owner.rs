@@ -52,6 +52,8 @@ pub struct Owner {
     pub top: Rows,
     /// Instances to fence, as a bit set.
     pub fences: u8,
+    /// Only for the leave-out `check-order`: a fence read was clean while the rows were still in flight.
+    pub is_checked: bool,
     /// Messages by seq, as far as this owner takes them for committed. While a rewrite is in flight: once it is
     /// confirmed.
     pub log: [u8; SEQS],
@@ -68,6 +70,7 @@ impl Owner {
 
     pub fn enter(&mut self, phase: Phase) {
         self.phase = phase;
+        self.is_checked = false;
         if !matches!(phase, Phase::HalfRead | Phase::Rewriting | Phase::Appending) {
             self.rows = NO_ROWS;
         }

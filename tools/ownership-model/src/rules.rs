@@ -28,12 +28,14 @@ pub enum LeaveOut {
     OldGeneration,
     Recover,
     Identity,
+    ReadOrder,
+    CheckOrder,
 }
 
 impl LeaveOut {
     /// All that the model can leave out: the eleven of the random scheduler that preceded this model, three about a
-    /// restored registry.
-    pub const ALL: [Self; 14] = [
+    /// restored registry, and two about the order of steps.
+    pub const ALL: [Self; 16] = [
         Self::Rewrite,
         Self::Fence,
         Self::Predecessors,
@@ -48,6 +50,8 @@ impl LeaveOut {
         Self::OldGeneration,
         Self::Recover,
         Self::Identity,
+        Self::ReadOrder,
+        Self::CheckOrder,
     ];
 
     /// The name on the command line and in docs/ownership.md.
@@ -67,6 +71,8 @@ impl LeaveOut {
             Self::OldGeneration => "old-generation",
             Self::Recover => "recover",
             Self::Identity => "identity",
+            Self::ReadOrder => "read-order",
+            Self::CheckOrder => "check-order",
         }
     }
 
@@ -87,6 +93,8 @@ impl LeaveOut {
             Self::OldGeneration => "the fence check of a commit ignores the generation",
             Self::Recover => "the registry is restored and the generation is not raised, so epochs repeat",
             Self::Identity => "a guard compares the revision of the claim key, but not whose claim it is",
+            Self::ReadOrder => "the tail is read before a quorum holds the fence rows",
+            Self::CheckOrder => "the fence is read before the batch is confirmed, not after",
         }
     }
 

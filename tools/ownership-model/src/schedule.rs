@@ -16,6 +16,9 @@ pub fn render(counterexample: &Counterexample) -> String {
     for (number, (action, pair)) in actions.iter().zip(states.windows(2)).enumerate() {
         let _ = writeln!(text, "{:>3}. {}", number + 1, step(&pair[0], *action, &pair[1]));
     }
+    if model.rules.lack(LeaveOut::Fence) || model.rules.lack(LeaveOut::CheckOrder) {
+        text = text.replace("its fence read is clean, it commits", "it commits");
+    }
     if let Some(last) = states.last() {
         let _ = writeln!(text, "  => {}", verdict(last, model.rules.lack(LeaveOut::Timestamp)));
     }
@@ -59,6 +62,7 @@ fn step(before: &State, action: Action, after: &State) -> String {
             "the registry is restored empty; nothing raises the generation".to_owned()
         }
         Action::Recover => "the registry is restored empty; `imd cluster recover` raises the generation".to_owned(),
+        Action::CheckEarly { owner } => format!("{}: its fence read is clean", router(before, owner)),
         Action::Refuse { owner } => {
             format!("{} is told that its batch was refused, and drops it", router(before, owner))
         }

@@ -120,7 +120,7 @@ struct Progress {
 impl Reporter<Ownership> for Progress {
     fn report_checking(&mut self, data: ReportData) {
         self.reports += 1;
-        if self.reports.is_multiple_of(30) && !data.done {
+        if self.reports.is_multiple_of(300) && !data.done {
             let ReportData { total_states, unique_states, max_depth, duration, .. } = data;
             let seconds = duration.as_secs();
             eprintln!("{seconds} s: {unique_states} distinct states, {total_states} generated, depth {max_depth}");
@@ -132,5 +132,9 @@ impl Reporter<Ownership> for Progress {
         _: &Ownership,
         _: std::collections::BTreeMap<&'static str, ReportDiscovery<Ownership>>,
     ) {
+    }
+
+    fn delay(&self) -> Duration {
+        Duration::from_millis(100)
     }
 }

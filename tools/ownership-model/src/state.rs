@@ -247,7 +247,8 @@ impl State {
 
     fn is_without_effect(&self, number: usize, rules: Rules, bounds: &Bounds) -> bool {
         let owner = &self.owners[number];
-        if self.holds_claim(number, rules) || rules.lack(LeaveOut::Reopen) || rules.lack(LeaveOut::Freed) {
+        let goes_on_when_fenced = [LeaveOut::Reopen, LeaveOut::Freed, LeaveOut::CheckOrder];
+        if self.holds_claim(number, rules) || goes_on_when_fenced.into_iter().any(|leave_out| rules.lack(leave_out)) {
             return false;
         }
         match owner.phase {
@@ -312,7 +313,7 @@ impl Hash for State {
                 owner.fences,
                 owner.log[0] << 4 | owner.log[1],
                 owner.log[2] << 4 | owner.log[3],
-                u8::from(owner.rows != NO_ROWS) << 1 | u8::from(owner.top != NO_ROWS),
+                u8::from(owner.is_checked) << 2 | u8::from(owner.rows != NO_ROWS) << 1 | u8::from(owner.top != NO_ROWS),
             ]));
             for rows in [&owner.rows, &owner.top].into_iter().filter(|rows| **rows != NO_ROWS) {
                 hasher.write_u64(packed(rows));

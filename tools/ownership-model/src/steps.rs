@@ -41,6 +41,7 @@ impl Ownership {
             }
             Action::Append { owner, batch } => self.append(state, owner, batch),
             Action::Commit { owner, arriving_at } => self.commit(state, owner, arriving_at),
+            Action::Confirmed { owner } if state.owners[owner].is_checked => self.commit(state, owner, 0),
             Action::Confirmed { owner } => {
                 state.owners[owner].take_batch();
                 state.owners[owner].enter(Phase::Checking);
@@ -60,6 +61,7 @@ impl Ownership {
                 state.owners[owner].enter(Phase::Reading);
             }
             Action::Recover => self.recover(state),
+            Action::CheckEarly { owner } => state.owners[owner].is_checked = true,
             Action::Refuse { owner } => {
                 state.left.raises -= 1;
                 state.owners[owner].enter(Phase::Serving);
@@ -102,7 +104,8 @@ impl Ownership {
         // later.
         let is_cut_late =
             self.grain == Grain::Fine || self.rules.lack(LeaveOut::Guard) || self.rules.lack(LeaveOut::Identity);
-        let phase = if fences == 0 && !is_cut_late { Phase::Reading } else { Phase::Fencing };
+        let is_read_next = fences == 0 && !is_cut_late || self.rules.lack(LeaveOut::ReadOrder);
+        let phase = if is_read_next { Phase::Reading } else { Phase::Fencing };
         state.owners[number] = Owner { phase, instance, generation, epoch, fences, ..Owner::default() };
     }
 
@@ -112,7 +115,9 @@ impl Ownership {
             return;
         }
         state.registry.cut_to(state.owners[number].instance);
-        state.owners[number].enter(Phase::Reading);
+        if !self.rules.lack(LeaveOut::ReadOrder) {
+            state.owners[number].enter(Phase::Reading);
+        }
     }
 
     fn deliver(&self, state: &mut State, write: usize, replica: usize) {

@@ -1,1 +1,12 @@
+//! What holds for the workspace as a whole, and what `imd` does as a process.
 
+mod edges;
+mod process;
+mod tidy;
+
+use std::path::PathBuf;
+
+/// The folder of the workspace.
+fn workspace() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace is there")
+}

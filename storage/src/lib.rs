@@ -5,11 +5,15 @@
 //! no answer but success says whether a write took effect.
 
 mod cells;
+#[cfg(feature = "test-util")]
+pub mod conformance;
+pub mod embedded;
 mod memory;
 pub mod model;
 mod order;
 mod store;
 
+pub use embedded::{Embedded, EmbeddedOptions};
 pub use memory::Memory;
 pub use store::Store;
 

@@ -187,6 +187,12 @@ pub enum StoreError {
     /// What was read contradicts what must be there. A person has to look.
     #[error("the store is damaged: {0}")]
     Damaged(String),
+    /// The store could not be opened: no permission, no space, not a directory.
+    #[error("the store cannot be opened: {0}")]
+    Open(String),
+    /// Another process has the store open.
+    #[error("the store is in use by another process: {0}")]
+    InUse(String),
     /// The request itself breaks a rule of the store. It was not carried out and never will be.
     #[error("the store refused an invalid request: {0}")]
     Invalid(String),

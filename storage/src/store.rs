@@ -3,7 +3,7 @@
 use im_proto::{ConversationId, InstanceId};
 
 use crate::{
-    Directory, Memory, MessageLog,
+    Directory, Embedded, Memory, MessageLog,
     model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
 };
 
@@ -11,6 +11,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub enum Store {
     Memory(Memory),
+    Embedded(Embedded),
 }
 
 impl From<Memory> for Store {
@@ -19,11 +20,18 @@ impl From<Memory> for Store {
     }
 }
 
+impl From<Embedded> for Store {
+    fn from(store: Embedded) -> Self {
+        Self::Embedded(store)
+    }
+}
+
 /// Calls the same method of whichever backend it is.
 macro_rules! delegate {
     ($self:ident, $store:ident => $call:expr) => {
         match $self {
             Self::Memory($store) => $call,
+            Self::Embedded($store) => $call,
         }
     };
 }

@@ -1,0 +1,253 @@
+//! The embedded store: one copy, in one process, durable before it answers.
+//!
+//! One writer thread commits everything that waits as one fjall batch with one `fdatasync`, while the next group gathers; there is no
+//! timer. A group is answered only after the sync returned, each submitter once. Whatever fails in a commit stops the store for good:
+//! after a failed sync nobody knows what the disk holds, so every write, outstanding or later, is answered [`StoreError::Stopped`],
+//! and the process is expected to exit ([`Embedded::stopped`]). Reads go on.
+//!
+//! Does not replicate, does not serve two processes, does not erase bodies yet.
+
+mod engine;
+mod group;
+mod journal;
+mod metrics;
+mod queue;
+mod reader;
+mod record;
+mod writer;
+
+use std::{collections::BTreeSet, fmt, path::Path, sync::Arc, thread, time::Duration};
+
+use bytes::Bytes;
+use im_proto::{ConversationId, InstanceId};
+use parking_lot::Mutex;
+use tokio::sync::{oneshot, watch};
+
+use self::{
+    engine::{Engine, read_error},
+    queue::{Waiter, Work},
+    writer::Core,
+};
+use crate::{
+    Directory, MessageLog,
+    model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
+};
+
+/// Rows up to which a read is done by the calling task itself; longer ones go to a thread for blocking work.
+const INLINE_ROWS_MAX: u64 = 512;
+
+/// What can be chosen about an embedded store.
+#[derive(Clone, Debug)]
+pub struct EmbeddedOptions {
+    /// Blocks kept in memory for reads.
+    pub cache_bytes: u64,
+    /// The part of the log that is in memory and in the journal only. Twice to three times as much may be in use at a time.
+    pub memtable_bytes: u64,
+    /// Writes that may wait. Beyond it a submitter is told `Unconfirmed` at once and repeats later.
+    pub queue_bytes: usize,
+    /// Where a commit stops collecting. 8 MiB are about 60,000 messages, and some 10 ms of a disk that writes 1 GB/s.
+    pub group_bytes: usize,
+    /// Runs from this size are kept in blob files beside the tree, so that compaction need not move them. Fixed at creation.
+    pub blob_threshold_bytes: Option<u32>,
+    /// Threads that flush and compact. With one, a long compaction holds up flushes and with them writes.
+    pub worker_threads: usize,
+}
+
+impl Default for EmbeddedOptions {
+    fn default() -> Self {
+        Self {
+            cache_bytes: 64 << 20,
+            memtable_bytes: 64 << 20,
+            queue_bytes: 256 << 20,
+            group_bytes: 8 << 20,
+            blob_threshold_bytes: Some(1024),
+            worker_threads: 2,
+        }
+    }
+}
+
+/// The backend. Clones share the store; when the last one is gone it is closed.
+#[derive(Clone)]
+pub struct Embedded {
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    core: Arc<Core>,
+    threads: Mutex<Vec<thread::JoinHandle<()>>>,
+}
+
+/// Fences and the generation, as committed. Every commit of a router asks for them, so they are kept in memory.
+#[derive(Default)]
+struct FenceTable {
+    fenced: BTreeSet<InstanceId>,
+    generation: u64,
+}
+
+impl Embedded {
+    /// Opens the store in a directory and creates it if there is none. Blocks for as long as it takes to check and replay the
+    /// journals. Errors: [`StoreError::InUse`], [`StoreError::Damaged`], [`StoreError::Open`].
+    pub fn open(directory: &Path, options: EmbeddedOptions) -> Result<Self, StoreError> {
+        let engine = Engine::open(directory, &options)?;
+        let fences = FenceTable { fenced: engine.fences()?.into_iter().collect(), generation: engine.generation()? };
+        let core = Arc::new(Core::new(engine, fences, &options));
+        let spawn = |name: &str, run: fn(&Core)| {
+            let core = core.clone();
+            thread::Builder::new().name(name.into()).spawn(move || run(&core))
+        };
+        let threads = spawn("im-store-writer", writer::run)
+            .and_then(|first| Ok(vec![first, spawn("im-store-watchdog", writer::watch)?]))
+            .map_err(|error| engine::cannot_open(directory, &error))?;
+        Ok(Self { handle: Arc::new(Handle { core, threads: Mutex::new(threads) }) })
+    }
+
+    /// Why the store has stopped taking writes, as soon as it has. A process that sees a reason here exits with an error.
+    pub fn stopped(&self) -> watch::Receiver<Option<String>> {
+        self.handle.core.stopped.subscribe()
+    }
+
+    /// Commits what waits, refuses what comes later, and ends the threads. The directory stays locked until the last clone is gone.
+    /// Blocks for one commit.
+    pub fn close(&self) {
+        self.handle.close();
+    }
+
+    fn core(&self) -> &Core {
+        &self.handle.core
+    }
+
+    async fn confirmed(&self, work: impl FnOnce(Waiter) -> Work) -> Result<(), StoreError> {
+        let (waiter, outcome) = oneshot::channel();
+        self.core().queue.put(work(waiter));
+        outcome.await.unwrap_or_else(|_| Err(StoreError::Stopped("the writer has gone".into())))
+    }
+
+    /// Reads with the engine: short reads here, long ones where they hold nobody up.
+    async fn engine<T: Send + 'static>(
+        &self,
+        rows: u64,
+        read: impl FnOnce(&Engine) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        if rows <= INLINE_ROWS_MAX {
+            return read(&self.core().engine);
+        }
+        let core = self.handle.core.clone();
+        let reading = tokio::task::spawn_blocking(move || read(&core.engine));
+        reading.await.unwrap_or_else(|_| Err(StoreError::Unconfirmed("the read was cut short".into())))
+    }
+}
+
+impl Handle {
+    fn close(&self) {
+        self.core.queue.close(StoreError::Stopped("the store was closed".into()));
+        self.core.end_watch();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        // The last handle may be dropped by a callback, on the writer thread itself.
+        let others = threads.into_iter().filter(|thread| thread.thread().id() != thread::current().id());
+        for thread in others {
+            // A thread that panicked has stopped the store and said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl fmt::Debug for Embedded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Embedded").finish_non_exhaustive()
+    }
+}
+
+impl MessageLog for Embedded {
+    /// `done` is called on the writer thread: it must not block.
+    fn submit(&self, requests: Vec<AppendRequest>, done: AppendDone) {
+        if !requests.is_empty() {
+            self.core().queue.put(Work::Append { requests, done });
+        }
+    }
+
+    async fn read_tail(&self, conversation: ConversationId, bucket: BucketId) -> Result<Vec<StoredRow>, StoreError> {
+        reader::tail(&self.core().engine, conversation, bucket)
+    }
+
+    async fn read_range(
+        &self,
+        conversation: ConversationId,
+        from: u64,
+        to: u64,
+        limit: usize,
+    ) -> Result<Vec<StoredRow>, StoreError> {
+        let rows = to.saturating_sub(from).min(limit as u64);
+        self.engine(rows, move |engine| reader::range(engine, conversation, (from, to), limit, true)).await
+    }
+
+    async fn read_keys(&self, conversation: ConversationId, from: u64, to: u64) -> Result<Vec<RowKey>, StoreError> {
+        let read = move |engine: &Engine| reader::range(engine, conversation, (from, to), usize::MAX, false);
+        let rows = self.engine(to.saturating_sub(from), read).await?;
+        Ok(rows.into_iter().map(RowKey::from).collect())
+    }
+
+    async fn write_fences(&self, instances: &[InstanceId]) -> Result<(), StoreError> {
+        let instances = instances.to_vec();
+        self.confirmed(|waiter| Work::Fences { instances, waiter }).await
+    }
+
+    async fn read_fence(&self, instance: &InstanceId) -> Result<Fence, StoreError> {
+        let fences = self.core().fences.read();
+        Ok(Fence { fenced: fences.fenced.contains(instance), generation: fences.generation })
+    }
+
+    async fn raise_generation(&self, generation: u64) -> Result<(), StoreError> {
+        self.confirmed(|waiter| Work::Generation { generation, waiter }).await
+    }
+}
+
+impl Directory for Embedded {
+    async fn write(&self, writes: Vec<StateWrite>) -> Result<(), StoreError> {
+        self.confirmed(|waiter| Work::State { writes, waiter }).await
+    }
+
+    async fn read(&self, table: Table, partition: &[u8], key: &[u8]) -> Result<Option<StateRow>, StoreError> {
+        let mut stored = Vec::with_capacity(record::state_prefix_bytes(partition) + key.len());
+        record::put_state_key(&mut stored, table, partition, key);
+        let Some(cell) = self.core().engine.state_cell(&stored)? else { return Ok(None) };
+        Ok(crate::cells::state_row(&Bytes::copy_from_slice(key), &cell))
+    }
+
+    async fn scan(
+        &self,
+        table: Table,
+        partition: &[u8],
+        after: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<StateRow>, StoreError> {
+        let prefix = record::state_prefix_bytes(partition);
+        let mut first = Vec::new();
+        record::put_state_key(&mut first, table, partition, after.unwrap_or_default());
+        // The least key behind `after` is `after` and a zero byte.
+        first.extend(after.map(|_| 0));
+        let scan = move |engine: &Engine| scan(engine, &first, prefix, limit);
+        self.engine(limit as u64, scan).await
+    }
+}
+
+fn scan(engine: &Engine, first: &[u8], prefix: usize, limit: usize) -> Result<Vec<StateRow>, StoreError> {
+    let mut rows = Vec::new();
+    for entry in engine.state.range(first..) {
+        let (key, value) = entry.into_inner().map_err(read_error)?;
+        if rows.len() == limit || key.get(..prefix) != first.get(..prefix) {
+            break;
+        }
+        let cell = record::decode_state(&value)?;
+        rows.extend(crate::cells::state_row(&Bytes::copy_from_slice(&key[prefix..]), &cell));
+    }
+    Ok(rows)
+}
+
+/// How often the watchdog looks.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);

@@ -134,13 +134,18 @@ pub fn open(rows: &Rows, epoch: u8, rules: Rules) -> Opening {
     let lowest = if top_only { top } else { usize::from(rows[top].committed()).saturating_sub(1) };
     let span = &rows[lowest..=top];
     let newest = span.iter().map(|row| row.epoch()).max().unwrap_or(0);
-    if newest > epoch {
+    // A reader that was overtaken may see a tail with gaps, because it asked its two replicas at two moments.
+    let is_superseded = newest > epoch;
+    if is_superseded && !rules.lack(LeaveOut::AlarmOrder) {
         return Opening::Superseded;
     }
     let head = lowest + span.iter().rposition(|row| row.epoch() == newest).unwrap_or(0);
     let committed = if top_only { head } else { usize::from(rows[head].committed()) };
     if rows[..=head].iter().any(|row| row.is_empty()) {
         return Opening::Hole;
+    }
+    if is_superseded {
+        return Opening::Superseded;
     }
     let mut log = [0; SEQS];
     let mut rewrite = NO_ROWS;

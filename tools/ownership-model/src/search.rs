@@ -67,6 +67,10 @@ impl fmt::Display for Report {
 }
 
 /// Searches on one thread, so that breadth-first order is exact. With `is_watched`, progress goes to standard error.
+#[allow(
+    clippy::disallowed_methods,
+    reason = "measures how long a search took; there is no runtime whose clock could pause"
+)]
 pub fn search(model: Ownership, order: Order, limits: Limits, is_watched: bool) -> Report {
     let mut builder = model.clone().checker().finish_when(HasDiscoveries::Any);
     if let Some(states) = limits.states {

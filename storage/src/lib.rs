@@ -7,14 +7,19 @@
 mod cells;
 #[cfg(feature = "test-util")]
 pub mod conformance;
+mod dice;
 pub mod embedded;
+pub mod faulty;
 mod memory;
 pub mod model;
 mod order;
+pub mod sim;
 mod store;
 
 pub use embedded::{Embedded, EmbeddedOptions};
+pub use faulty::{FaultPlan, Faulty};
 pub use memory::Memory;
+pub use sim::{SimFaults, SimHandle, SimStore};
 pub use store::Store;
 
 pub use model::{

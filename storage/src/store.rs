@@ -3,7 +3,7 @@
 use im_proto::{ConversationId, InstanceId};
 
 use crate::{
-    Directory, Embedded, Memory, MessageLog,
+    Directory, Embedded, Faulty, Memory, MessageLog, SimHandle,
     model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
 };
 
@@ -12,6 +12,9 @@ use crate::{
 pub enum Store {
     Memory(Memory),
     Embedded(Embedded),
+    /// One client's view of a simulated cluster.
+    Sim(SimHandle),
+    Faulty(Faulty),
 }
 
 impl From<Memory> for Store {
@@ -26,12 +29,26 @@ impl From<Embedded> for Store {
     }
 }
 
+impl From<SimHandle> for Store {
+    fn from(store: SimHandle) -> Self {
+        Self::Sim(store)
+    }
+}
+
+impl From<Faulty> for Store {
+    fn from(store: Faulty) -> Self {
+        Self::Faulty(store)
+    }
+}
+
 /// Calls the same method of whichever backend it is.
 macro_rules! delegate {
     ($self:ident, $store:ident => $call:expr) => {
         match $self {
             Self::Memory($store) => $call,
             Self::Embedded($store) => $call,
+            Self::Sim($store) => $call,
+            Self::Faulty($store) => $call,
         }
     };
 }

@@ -1,1 +1,116 @@
-//! router
+//! A router: owns shards, numbers, stores and fans out messages, holds users' sessions, serves the api.
+//!
+//! The parts: [`Router`] puts them together; `ownership` claims shards and fences predecessors; a `worker` for each core owns the
+//! conversations and users of its shards; `open` reads a conversation at take-over; `fence` checks ownership at commit;
+//! `gateway_link` and `peer_link` are the links; `api` dispatches calls; `placement` answers `Locate`.
+
+mod api;
+mod caller;
+mod cluster;
+pub mod config;
+mod conversation;
+mod fence;
+mod gateway_link;
+pub mod grpc;
+mod message;
+mod metrics;
+mod open;
+mod ownership;
+mod peer_link;
+pub mod placement;
+mod state;
+mod worker;
+
+pub use cluster::Ended;
+pub use config::RouterConfig;
+
+use std::{sync::Arc, time::Duration};
+
+use im_proto::{
+    environment::Environment,
+    link::channel::{Connector, PeerEnd, RouterEnd},
+};
+use im_registry::{AnyRegistry, Instance, Lease, Registry as _, RegistryError};
+use im_storage::Store;
+use tokio::sync::{mpsc, watch};
+
+use self::{cluster::Cluster, fence::FenceService, ownership::Ownership, worker::Worker};
+
+/// A running router. Cheap to clone; it runs until [`Router::stop`], or until it ends by itself ([`Router::ended`]).
+#[derive(Clone)]
+pub struct Router {
+    cluster: Arc<Cluster>,
+    stop: watch::Sender<bool>,
+    released: watch::Receiver<bool>,
+}
+
+impl Router {
+    /// Registers `instance` and begins to claim shards. `peers` dials other routers; a router that is alone never uses it.
+    pub async fn start(
+        config: RouterConfig,
+        environment: Environment,
+        store: Store,
+        registry: AnyRegistry,
+        instance: Instance,
+        peers: Arc<dyn Connector<PeerEnd>>,
+    ) -> Result<Self, RegistryError> {
+        let lease: Lease = registry.register(instance, config.lease_ttl).await?;
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            (0..config.workers.max(1)).map(|_| mpsc::unbounded_channel()).unzip();
+        let config = RouterConfig { workers: config.workers.max(1), ..config };
+        let cluster = Arc::new(Cluster::new(config, environment.clone(), senders.clone()));
+        let (fence, requests) = FenceService::new();
+        environment.spawn(fence::run(cluster.clone(), store.clone(), requests));
+        for (index, (sender, receiver)) in senders.into_iter().zip(receivers).enumerate() {
+            let worker = Worker::new(
+                index,
+                cluster.clone(),
+                store.clone(),
+                registry.clone(),
+                fence.clone(),
+                lease.clone(),
+                sender,
+            );
+            environment.spawn(worker.run(receiver));
+        }
+        let (stop, stopping) = watch::channel(false);
+        let (released, is_released) = watch::channel(false);
+        let ownership = Ownership::new(cluster.clone(), store, registry.clone(), lease, stopping, released);
+        environment.spawn(ownership.run());
+        environment.spawn(peer_link::maintain(cluster.clone(), peers, registry.view()));
+        Ok(Self { cluster, stop, released: is_released })
+    }
+
+    /// Serves a link that a gateway has dialled.
+    pub fn accept_gateway(&self, end: RouterEnd) {
+        self.cluster.environment.spawn(gateway_link::serve(self.cluster.clone(), end));
+    }
+
+    /// Serves a link that another router has dialled.
+    pub fn accept_peer(&self, end: PeerEnd) {
+        self.cluster.environment.spawn(peer_link::serve(self.cluster.clone(), end));
+    }
+
+    /// Tells why the router ended by itself, once it has.
+    pub fn ended(&self) -> watch::Receiver<Option<Ended>> {
+        self.cluster.ended()
+    }
+
+    /// Gives up all shards with nothing in flight, then the lease. Returns `false` if that took longer than `deadline`.
+    pub async fn stop(&self, deadline: Duration) -> bool {
+        self.stop.send_replace(true);
+        let mut released = self.released.clone();
+        let mut ended = self.ended();
+        let done = tokio::time::timeout(deadline, async {
+            tokio::select! {
+                biased;
+                _ = ended.wait_for(Option::is_some) => {}
+                _ = released.wait_for(|released| *released) => {}
+            }
+        })
+        .await
+        .is_ok();
+        self.cluster.stop_workers();
+        done
+    }
+}

@@ -1,0 +1,85 @@
+//! The one dispatcher of api calls, from gateways and from gRPC: declared audience, then the shard that answers.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use im_proto::{
+    ConversationId, StatusCode, UserId, limits,
+    method::{Audience, Method},
+    v1,
+};
+use prost::Message as _;
+
+use crate::{
+    caller::Caller,
+    cluster::Cluster,
+    message::{AnswerValue, Call, ReplyTo, ShardMessage},
+    placement,
+};
+
+/// Handles a call of an authenticated client.
+pub fn call(cluster: &Arc<Cluster>, caller: Arc<Caller>, number: u32, request: Bytes, reply_to: ReplyTo) {
+    let Some(method) = Method::from_number(number) else {
+        return cluster.answer(reply_to, Err(StatusCode::UnknownMethod.to_status()));
+    };
+    if !method.audience().contains(&Audience::Client) {
+        return cluster.answer(reply_to, Err(StatusCode::Forbidden.to_status()));
+    }
+    if method == Method::PlacementLocate {
+        let reply = placement::locate(cluster, Some(&caller.user)).encode_to_vec();
+        return cluster.answer(reply_to, Ok(AnswerValue::Reply(reply.into())));
+    }
+    match conversation_of(cluster, &caller, method, &request) {
+        Ok(id) => {
+            let shard = cluster.shard_of(&id);
+            cluster.send(shard, ShardMessage::Call(Call { caller, method, request }), reply_to);
+        }
+        Err(status) => cluster.answer(reply_to, Err(status.to_status())),
+    }
+}
+
+/// The conversation whose owner answers a call.
+pub fn conversation_of(
+    cluster: &Cluster,
+    caller: &Caller,
+    method: Method,
+    request: &Bytes,
+) -> Result<ConversationId, StatusCode> {
+    macro_rules! decode {
+        ($message:ty) => {
+            <$message>::decode(request.clone()).map_err(|_| StatusCode::Malformed)?
+        };
+    }
+    match method {
+        Method::MessageSend => target(cluster, caller, decode!(v1::SendRequest).target),
+        Method::MessageHistory => target(cluster, caller, decode!(v1::HistoryRequest).target),
+        Method::ConversationMarkRead => target(cluster, caller, decode!(v1::MarkReadRequest).target),
+        Method::ConversationSync => Ok(caller.self_id),
+        Method::GroupCreate => {
+            let request = decode!(v1::GroupCreateRequest);
+            if request.key.is_empty() || request.key.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
+                return Err(StatusCode::Malformed);
+            }
+            Ok(cluster.config.cluster_secret.group_id(&caller.user, &request.key))
+        }
+        Method::GroupInvite => id(&decode!(v1::GroupInviteRequest).conversation_id),
+        Method::GroupLeave => id(&decode!(v1::GroupLeaveRequest).conversation_id),
+        Method::GroupMembers => id(&decode!(v1::GroupMembersRequest).conversation_id),
+        Method::PlacementLocate => Err(StatusCode::Internal),
+    }
+}
+
+fn target(cluster: &Cluster, caller: &Caller, target: Option<v1::Target>) -> Result<ConversationId, StatusCode> {
+    match target.and_then(|target| target.target) {
+        Some(v1::target::Target::ConversationId(bytes)) => id(&bytes),
+        Some(v1::target::Target::PeerUserId(peer)) => {
+            let peer = UserId::parse(&peer).map_err(|_| StatusCode::Malformed)?;
+            Ok(cluster.config.cluster_secret.direct_id(&caller.user, &peer))
+        }
+        None => Err(StatusCode::Malformed),
+    }
+}
+
+fn id(bytes: &[u8]) -> Result<ConversationId, StatusCode> {
+    ConversationId::from_slice(bytes).map_err(|_| StatusCode::Malformed)
+}

@@ -1,0 +1,340 @@
+//! What all parts of a router share: who owns which shard, the workers, links to gateways and other routers, answers awaited.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use im_proto::{ConversationId, Epoch, InstanceId, ShardId, UserId, environment::Environment, token::Verifier};
+use im_registry::{Role, View};
+use parking_lot::{Mutex, RwLock};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+
+use crate::{
+    config::RouterConfig,
+    gateway_link::GatewayLink,
+    message::{Answer, ReplyTo, ShardMessage, unavailable},
+    metrics::Metrics,
+    peer_link::PeerLink,
+    worker::input::Input,
+};
+
+/// Why a router ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Another router fenced this one, or the generation was raised. Start again under a new instance id.
+    Fenced,
+    /// The registry says that the lease is dead. Start again under a new instance id.
+    LeaseLost,
+    /// The store has stopped; a restart recovers what it acknowledged.
+    StoreStopped(String),
+}
+
+/// Who owns the shards, as far as this router knows.
+#[derive(Debug, Default)]
+pub struct Owners {
+    owners: Vec<Option<(InstanceId, Epoch)>>,
+    /// Grows with each change.
+    pub version: u64,
+}
+
+impl Owners {
+    /// The owner of a shard and the epoch of its claim.
+    pub fn get(&self, shard: ShardId) -> Option<&(InstanceId, Epoch)> {
+        self.owners.get(shard.0 as usize).and_then(Option::as_ref)
+    }
+}
+
+struct Awaited {
+    reply_to: ReplyTo,
+    router: InstanceId,
+    deadline: Instant,
+}
+
+/// The shared part of a router.
+pub struct Cluster {
+    pub config: RouterConfig,
+    pub environment: Environment,
+    pub verifier: Verifier,
+    pub metrics: Metrics,
+    owners: RwLock<Arc<Owners>>,
+    /// For placement: the newest view.
+    view: RwLock<Arc<View>>,
+    workers: Vec<mpsc::UnboundedSender<Input>>,
+    pub links: RwLock<BTreeMap<InstanceId, Arc<GatewayLink>>>,
+    pub peers: RwLock<BTreeMap<InstanceId, Arc<PeerLink>>>,
+    /// Links that other routers have dialled: their requests come in and our answers go out on these.
+    pub incoming_peers: Mutex<BTreeMap<InstanceId, Arc<PeerLink>>>,
+    awaited: Mutex<BTreeMap<u64, Awaited>>,
+    next_request: AtomicU64,
+    /// The claim under which live pushes were last sent to a shard's owner, `None` if there was no owner to send them to.
+    pushed_under: Mutex<BTreeMap<ShardId, Option<Epoch>>>,
+    ended: watch::Sender<Option<Ended>>,
+}
+
+impl Cluster {
+    pub fn new(config: RouterConfig, environment: Environment, workers: Vec<mpsc::UnboundedSender<Input>>) -> Self {
+        let verifier =
+            Verifier::new(&config.verify_keys, &config.issuer, &config.cluster_id, config.token_lifetime_max);
+        Self {
+            verifier,
+            metrics: Metrics::new(),
+            owners: RwLock::default(),
+            view: RwLock::default(),
+            workers,
+            links: RwLock::default(),
+            peers: RwLock::default(),
+            incoming_peers: Mutex::default(),
+            awaited: Mutex::default(),
+            next_request: AtomicU64::new(1),
+            pushed_under: Mutex::default(),
+            ended: watch::Sender::new(None),
+            config,
+            environment,
+        }
+    }
+
+    /// Ends this router: nothing is acknowledged from now on.
+    pub fn end(&self, why: Ended) {
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            if first {
+                tracing::error!(?why, instance = %self.config.instance, "the router ends");
+                *ended = Some(why);
+            }
+            first
+        });
+        self.stop_workers();
+    }
+
+    /// Workers end with their turn; what they had not committed is dropped.
+    pub fn stop_workers(&self) {
+        self.to_all_workers(|| Input::Stop);
+    }
+
+    /// Tells why the router ended by itself, once it has.
+    pub fn ended(&self) -> watch::Receiver<Option<Ended>> {
+        self.ended.subscribe()
+    }
+
+    /// Who owns the shards now.
+    pub fn owners(&self) -> Arc<Owners> {
+        self.owners.read().clone()
+    }
+
+    /// The newest view of the registry.
+    pub fn view(&self) -> Arc<View> {
+        self.view.read().clone()
+    }
+
+    /// The shard of a conversation.
+    pub fn shard_of(&self, conversation: &ConversationId) -> ShardId {
+        self.config.shards.shard_of(conversation)
+    }
+
+    /// The shard of a user: that of the self log.
+    pub fn shard_of_user(&self, user: &UserId) -> ShardId {
+        self.shard_of(&self.config.cluster_secret.self_id(user))
+    }
+
+    /// The worker that owns a shard on this router.
+    pub fn worker_of(&self, shard: ShardId) -> usize {
+        shard.0 as usize % self.workers.len()
+    }
+
+    /// Gives an input to a worker of this router. A worker that has ended drops it, and with it any answer.
+    pub fn to_worker(&self, worker: usize, input: Input) {
+        if let Some(worker) = self.workers.get(worker) {
+            let _ = worker.send(input);
+        }
+    }
+
+    /// Gives an input to all workers.
+    pub fn to_all_workers(&self, input: impl Fn() -> Input) {
+        for worker in &self.workers {
+            let _ = worker.send(input());
+        }
+    }
+
+    /// Sends a request to whoever owns a shard. The answer may be `unavailable` although the request took effect.
+    pub fn send(&self, shard: ShardId, message: ShardMessage, reply_to: ReplyTo) {
+        let owners = self.owners();
+        match owners.get(shard) {
+            Some((owner, _)) if *owner == self.config.instance => {
+                self.to_worker(self.worker_of(shard), Input::Shard { shard, message, reply_to });
+            }
+            Some((owner, epoch)) => {
+                if matches!(message, ShardMessage::Deliver(_)) {
+                    self.note_push(shard, *epoch, &owners);
+                }
+                self.send_to_peer(owner, shard, &message, reply_to);
+            }
+            None => {
+                if matches!(message, ShardMessage::Deliver(_)) {
+                    self.push_lost(shard);
+                }
+                self.answer(reply_to, Err(unavailable()));
+            }
+        }
+    }
+
+    /// Remembers under which claim live pushes went to another router. Pushes to this router's own workers need no note: they are
+    /// either handed to a gateway or reported by [`Self::push_lost`].
+    fn note_push(&self, shard: ShardId, epoch: Epoch, seen: &Owners) {
+        self.pushed_under.lock().entry(shard).or_insert(Some(epoch));
+        let newest = self.owners();
+        if newest.version != seen.version {
+            // The view changed under our hands, perhaps before the note was there.
+            self.resync_moved_shards(&newest);
+        }
+    }
+
+    fn send_to_peer(&self, owner: &InstanceId, shard: ShardId, message: &ShardMessage, reply_to: ReplyTo) {
+        let Some(peer) = self.peers.read().get(owner).cloned() else {
+            return self.answer(reply_to, Err(unavailable()));
+        };
+        let request_id = match reply_to {
+            ReplyTo::Nobody => 0,
+            reply_to => {
+                let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
+                let deadline = Instant::now() + self.config.peer_timeout;
+                self.awaited.lock().insert(request_id, Awaited { reply_to, router: owner.clone(), deadline });
+                request_id
+            }
+        };
+        if !peer.send(message.to_peer(shard, request_id)) {
+            self.answered(request_id, Err(unavailable()));
+        }
+    }
+
+    /// A request of another router: for one of our workers, whatever our view says. The worker refuses a shard that is not its.
+    pub fn receive(&self, shard: ShardId, message: ShardMessage, reply_to: ReplyTo) {
+        if shard.0 >= self.config.shards.get() {
+            return self.answer(reply_to, Err(unavailable()));
+        }
+        self.to_worker(self.worker_of(shard), Input::Shard { shard, message, reply_to });
+    }
+
+    /// An answer of another router has come.
+    pub fn answered(&self, request_id: u64, answer: Answer) {
+        let awaited = self.awaited.lock().remove(&request_id);
+        if let Some(awaited) = awaited {
+            self.answer(awaited.reply_to, answer);
+        }
+    }
+
+    /// Gives up on answers that are overdue, and on those of routers that are gone.
+    pub fn sweep_awaited(&self) {
+        let now = Instant::now();
+        let overdue: Vec<Awaited> = {
+            let peers = self.peers.read();
+            let mut awaited = self.awaited.lock();
+            let ids: Vec<u64> = awaited
+                .iter()
+                .filter(|(_, entry)| entry.deadline <= now || !peers.contains_key(&entry.router))
+                .map(|(id, _)| *id)
+                .collect();
+            ids.into_iter().filter_map(|id| awaited.remove(&id)).collect()
+        };
+        for entry in overdue {
+            self.answer(entry.reply_to, Err(unavailable()));
+        }
+    }
+
+    /// Delivers an answer to whoever waits for it.
+    pub fn answer(&self, reply_to: ReplyTo, answer: Answer) {
+        match reply_to {
+            ReplyTo::Nobody => {}
+            ReplyTo::Task(sender) => {
+                // A task that no longer waits does not want the answer.
+                let _ = sender.send(answer);
+            }
+            ReplyTo::Session { key, request_id } => {
+                if let Some(link) = self.links.read().get(&key.gateway) {
+                    link.reply(key.session, request_id, answer);
+                }
+            }
+            ReplyTo::Peer { router, request_id } => {
+                let peer = self.incoming_peers.lock().get(&router).cloned();
+                if let Some(peer) = peer {
+                    peer.answer(request_id, answer);
+                }
+            }
+            ReplyTo::Outbox { origin, target, origin_seq } => {
+                let done = answer.is_ok();
+                let worker = self.worker_of(self.shard_of(&origin));
+                self.to_worker(worker, Input::EffectAnswered { origin, target, origin_seq, done });
+            }
+        }
+    }
+
+    /// Takes over a new view: owners of shards, and who must be told to resync because a shard's owner changed.
+    pub fn set_view(&self, view: &Arc<View>) {
+        let mut owners = vec![None; self.config.shards.get() as usize];
+        for (shard, claim) in &view.claims {
+            if let Some(owner) = owners.get_mut(shard.0 as usize) {
+                *owner = Some((claim.owner.clone(), claim.epoch));
+            }
+        }
+        let owners = Arc::new(Owners { owners, version: view.revision });
+        *self.owners.write() = owners.clone();
+        *self.view.write() = view.clone();
+        self.drop_dead_links(view);
+        self.incoming_peers.lock().retain(|router, _| view.instances.contains_key(router));
+        self.resync_moved_shards(&owners);
+    }
+
+    fn drop_dead_links(&self, view: &View) {
+        let mut dead = Vec::new();
+        self.links.write().retain(|gateway, _| {
+            let lives = view.instances.get(gateway).is_some_and(|instance| instance.role == Role::Gateway);
+            if !lives {
+                dead.push(gateway.clone());
+            }
+            lives
+        });
+        for gateway in dead {
+            self.to_all_workers(|| Input::GatewayGone(gateway.clone()));
+        }
+    }
+
+    /// Whoever pushed to the old owner of a shard, or found none, tells the new one that pushes may have been lost.
+    fn resync_moved_shards(&self, owners: &Owners) {
+        let moved: Vec<ShardId> = {
+            let mut pushed = self.pushed_under.lock();
+            let moved: Vec<ShardId> = pushed
+                .iter()
+                .filter(|(shard, under)| owners.get(**shard).is_some_and(|(_, epoch)| Some(*epoch) != **under))
+                .map(|(shard, _)| *shard)
+                .collect();
+            for shard in &moved {
+                pushed.remove(shard);
+            }
+            moved
+        };
+        for shard in moved {
+            self.send(shard, ShardMessage::ResyncShard, ReplyTo::Nobody);
+        }
+    }
+
+    /// Pushes to a router were lost: all its users' shards must resync.
+    pub fn resync_router(&self, router: &InstanceId) {
+        let owners = self.owners();
+        for shard in self.config.shards.shards() {
+            if owners.get(shard).is_some_and(|(owner, _)| owner == router) {
+                self.send(shard, ShardMessage::ResyncShard, ReplyTo::Nobody);
+            }
+        }
+    }
+
+    /// A live push could not be handed to the owner of a shard: the next owner must resync.
+    pub fn push_lost(&self, shard: ShardId) {
+        self.pushed_under.lock().insert(shard, None);
+    }
+}

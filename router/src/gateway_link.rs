@@ -1,0 +1,417 @@
+//! The router's side of links to gateways: numbering, replay, the sessions that a gateway has shown to this router.
+//!
+//! A [`GatewayLink`] lives as long as its gateway is registered, across reconnects. One task pumps one connection. What waits for a
+//! gateway is bounded in bytes: beyond the bound live pushes are dropped and all its sessions are told to resync; acks and replies
+//! are few (bounded by the sends and calls that a gateway may have in flight) and are never dropped.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use im_proto::{
+    ConversationId, InstanceId, SessionId, StatusCode,
+    link::{
+        Arrival, Batch, Incoming, Outgoing,
+        channel::{LinkItem, RouterEnd},
+    },
+    token, v1,
+    v1::{gateway_message::Message as FromGateway, router_message::Message as ToGateway},
+};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{Notify, mpsc};
+
+use crate::{
+    api,
+    caller::{Caller, SessionKey},
+    cluster::Cluster,
+    message::{Answer, AnswerValue, ReplyTo},
+    worker::input::{GatewayInput, Input},
+};
+
+/// Replay buffer of one link.
+const REPLAY_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Messages of one batch on a link.
+const BATCH_MESSAGES_MAX: usize = 4096;
+
+/// A gateway as this router sees it.
+pub struct GatewayLink {
+    pub instance: InstanceId,
+    pub boot: u64,
+    sessions: RwLock<HashMap<SessionId, Arc<Caller>>>,
+    queue: Mutex<Vec<v1::RouterMessage>>,
+    queued_bytes: AtomicUsize,
+    queue_bytes_max: usize,
+    wake: Notify,
+    /// Live pushes were dropped; all sessions of the gateway must resync.
+    overflowed: AtomicBool,
+    numbering: Mutex<Numbering>,
+    /// Only the newest connection pumps.
+    connection: AtomicU64,
+    pub load: AtomicU64,
+    pub capacity: AtomicU64,
+}
+
+struct Numbering {
+    outgoing: Outgoing<Arc<v1::RouterBatch>>,
+    incoming: Incoming,
+}
+
+impl GatewayLink {
+    fn new(instance: InstanceId, boot: u64, queue_bytes_max: usize) -> Self {
+        Self {
+            instance,
+            boot,
+            sessions: RwLock::default(),
+            queue: Mutex::default(),
+            queued_bytes: AtomicUsize::new(0),
+            queue_bytes_max,
+            wake: Notify::new(),
+            overflowed: AtomicBool::new(false),
+            numbering: Mutex::new(Numbering {
+                outgoing: Outgoing::new(REPLAY_BYTES_MAX),
+                incoming: Incoming::default(),
+            }),
+            connection: AtomicU64::new(0),
+            load: AtomicU64::new(0),
+            capacity: AtomicU64::new(0),
+        }
+    }
+
+    /// Queues messages. Live pushes over the bound are dropped here and become a resync.
+    pub fn send(&self, messages: Vec<v1::RouterMessage>) {
+        if messages.is_empty() {
+            return;
+        }
+        let bytes: usize = messages.iter().map(message_bytes).sum();
+        if self.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.queue_bytes_max {
+            let kept: Vec<_> = messages
+                .into_iter()
+                .filter(|message| !matches!(message.message, Some(ToGateway::Deliver(_))))
+                .collect();
+            self.overflowed.store(true, Ordering::Release);
+            self.queue.lock().extend(kept);
+        } else {
+            self.queue.lock().extend(messages);
+        }
+        self.wake.notify_one();
+    }
+
+    /// Queues the answer to a call.
+    pub fn reply(&self, session: SessionId, request_id: u32, answer: Answer) {
+        let (status, reply) = match answer {
+            Ok(AnswerValue::Reply(reply)) => (None, reply),
+            Ok(_) => (None, Bytes::new()),
+            Err(status) => (Some(status), Bytes::new()),
+        };
+        let reply = v1::CallReply { session_id: session.0, request_id, status, reply };
+        self.send(vec![v1::RouterMessage { message: Some(ToGateway::CallReply(reply)) }]);
+    }
+
+    /// The identity of a session that was registered or presented here.
+    pub fn session(&self, session: SessionId) -> Option<Arc<Caller>> {
+        self.sessions.read().get(&session).cloned()
+    }
+
+    /// Remembers a session's identity.
+    pub fn add_session(&self, caller: Arc<Caller>) {
+        if let Some(key) = &caller.session {
+            self.sessions.write().insert(key.session, caller.clone());
+        }
+    }
+
+    fn forget_session(&self, session: SessionId) -> Option<Arc<Caller>> {
+        self.sessions.write().remove(&session)
+    }
+
+    fn take_queue(&self) -> Vec<v1::RouterMessage> {
+        let mut messages = {
+            let mut queue = self.queue.lock();
+            if queue.len() > BATCH_MESSAGES_MAX {
+                queue.drain(..BATCH_MESSAGES_MAX).collect()
+            } else {
+                std::mem::take(&mut *queue)
+            }
+        };
+        let bytes: usize = messages.iter().map(message_bytes).sum();
+        // Dropped pushes were counted too; what is left after the queue is empty is theirs.
+        let before =
+            self.queued_bytes.fetch_sub(bytes.min(self.queued_bytes.load(Ordering::Relaxed)), Ordering::Relaxed);
+        if self.queue.lock().is_empty() && before > 0 {
+            self.queued_bytes.store(0, Ordering::Relaxed);
+        }
+        if self.overflowed.swap(false, Ordering::AcqRel) {
+            messages.push(self.resync_all(v1::ResyncReason::SlowConsumer));
+        }
+        messages
+    }
+
+    fn resync_all(&self, reason: v1::ResyncReason) -> v1::RouterMessage {
+        let mut session_ids: Vec<u64> = self.sessions.read().keys().map(|session| session.0).collect();
+        session_ids.sort_unstable();
+        let resync = Some(v1::Resync { reason: reason.into(), spread_ms: 1000 });
+        v1::RouterMessage { message: Some(ToGateway::Resync(v1::SessionsResync { session_ids, resync })) }
+    }
+}
+
+fn message_bytes(message: &v1::RouterMessage) -> usize {
+    match &message.message {
+        Some(ToGateway::Deliver(deliver)) => 64 + deliver.frame.len() + 8 * deliver.session_ids.len(),
+        Some(ToGateway::CallReply(reply)) => 64 + reply.reply.len(),
+        _ => 96,
+    }
+}
+
+/// Serves one connection of a gateway until it breaks.
+pub async fn serve(cluster: Arc<Cluster>, mut end: RouterEnd) {
+    let Some(LinkItem::Hello(hello)) = end.receiver.recv().await else { return };
+    let Some(link) = admit(&cluster, &hello) else { return };
+    let connection = link.connection.fetch_add(1, Ordering::AcqRel) + 1;
+    let replay = {
+        let mut numbering = link.numbering.lock();
+        let knows_us = hello.peer_boot_id == cluster.config.boot.0;
+        let received = if knows_us { hello.received_through } else { 0 };
+        numbering.incoming.reconnected();
+        numbering.outgoing.replay(received)
+    };
+    let answer = v1::LinkHello {
+        instance_id: cluster.config.instance.to_string(),
+        boot_id: cluster.config.boot.0,
+        peer_boot_id: link.boot,
+        received_through: link.numbering.lock().incoming.received_through(),
+        cluster_id: cluster.config.cluster_id.clone(),
+    };
+    if end.sender.send(LinkItem::Hello(answer)).await.is_err() {
+        return;
+    }
+    match replay {
+        Some(batches) => {
+            for (_, batch) in batches {
+                if end.sender.send(LinkItem::Batch(batch)).await.is_err() {
+                    return;
+                }
+            }
+        }
+        None => link.send(vec![link.resync_all(v1::ResyncReason::LinkLost)]),
+    }
+    pump(&cluster, &link, connection, end).await;
+}
+
+fn admit(cluster: &Cluster, hello: &v1::LinkHello) -> Option<Arc<GatewayLink>> {
+    let instance = InstanceId::parse(&hello.instance_id).ok()?;
+    if hello.cluster_id != cluster.config.cluster_id {
+        tracing::error!(gateway = %instance, theirs = %hello.cluster_id, "a gateway of another cluster was refused");
+        return None;
+    }
+    let mut links = cluster.links.write();
+    match links.get(&instance) {
+        Some(link) if link.boot == hello.boot_id => Some(link.clone()),
+        _ => {
+            let link = Arc::new(GatewayLink::new(instance.clone(), hello.boot_id, cluster.config.link_queue_bytes_max));
+            links.insert(instance, link.clone());
+            Some(link)
+        }
+    }
+}
+
+async fn pump(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, connection: u64, mut end: RouterEnd) {
+    // The gateway may have queued messages for us before a wake was stored.
+    link.wake.notify_one();
+    loop {
+        tokio::select! {
+            biased;
+            item = end.receiver.recv() => match item {
+                Some(LinkItem::Batch(batch)) => {
+                    if link.connection.load(Ordering::Acquire) != connection || !take_batch(cluster, link, &batch) {
+                        return;
+                    }
+                }
+                Some(LinkItem::Hello(_)) | None => return,
+            },
+            () = link.wake.notified() => {
+                if link.connection.load(Ordering::Acquire) != connection {
+                    // A newer connection pumps; hand the wake on.
+                    link.wake.notify_one();
+                    return;
+                }
+                if !flush(link, &end.sender).await {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn flush(link: &GatewayLink, sender: &mpsc::Sender<LinkItem<v1::RouterBatch>>) -> bool {
+    loop {
+        let messages = link.take_queue();
+        if messages.is_empty() {
+            return true;
+        }
+        let batch = {
+            let mut numbering = link.numbering.lock();
+            let acknowledged_through = numbering.incoming.received_through();
+            let first_number = numbering.outgoing.next_number();
+            let batch = Arc::new(v1::RouterBatch { first_number, acknowledged_through, messages });
+            numbering.outgoing.push(batch.clone());
+            batch
+        };
+        if sender.send(LinkItem::Batch(batch)).await.is_err() {
+            return false;
+        }
+    }
+}
+
+/// Handles an arrived batch; `false` if the link must be reset.
+fn take_batch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, batch: &Arc<v1::GatewayBatch>) -> bool {
+    let arrival = {
+        let mut numbering = link.numbering.lock();
+        numbering.outgoing.acknowledge(batch.acknowledged_through);
+        numbering.incoming.arrive(batch.first_number, Batch::messages(batch))
+    };
+    let Arrival::Handle { skip } = arrival else {
+        tracing::warn!(gateway = %link.instance, first = batch.first_number, "a gap in a link's numbers; the link is reset");
+        return false;
+    };
+    let mut inputs = Inputs::new(cluster);
+    for message in batch.messages.iter().skip(skip) {
+        if let Some(message) = &message.message {
+            dispatch(cluster, link, message, &mut inputs);
+        }
+    }
+    inputs.flush();
+    true
+}
+
+/// Inputs of one batch, gathered for each worker.
+struct Inputs<'a> {
+    cluster: &'a Cluster,
+    by_worker: Vec<Vec<GatewayInput>>,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(cluster: &'a Cluster) -> Self {
+        Self { cluster, by_worker: (0..cluster.config.workers).map(|_| Vec::new()).collect() }
+    }
+
+    fn push(&mut self, input: GatewayInput) {
+        let worker = self.cluster.worker_of(self.cluster.shard_of(&input.conversation()));
+        self.by_worker[worker].push(input);
+    }
+
+    fn flush(self) {
+        for (worker, inputs) in self.by_worker.into_iter().enumerate() {
+            if !inputs.is_empty() {
+                self.cluster.to_worker(worker, Input::Gateway(inputs));
+            }
+        }
+    }
+}
+
+fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGateway, inputs: &mut Inputs<'_>) {
+    match message {
+        FromGateway::Open(open) => dispatch_open(cluster, link, open, inputs),
+        FromGateway::Announce(announce) => {
+            if let Some(caller) = verify_capability(cluster, link, announce.session_id, announce.capability.as_ref()) {
+                link.add_session(caller.clone());
+                inputs.push(GatewayInput::Announce { link: link.clone(), caller });
+            }
+        }
+        FromGateway::Present(present) => {
+            if let Some(caller) = verify_capability(cluster, link, present.session_id, present.capability.as_ref()) {
+                link.add_session(caller);
+            }
+        }
+        FromGateway::Close(close) => {
+            if let Some(caller) = link.forget_session(SessionId(close.session_id)) {
+                inputs.push(GatewayInput::Close { caller });
+            }
+        }
+        FromGateway::Renew(renew) => {
+            if let Some(caller) = link.session(SessionId(renew.session_id)) {
+                inputs.push(GatewayInput::Renew { link: link.clone(), caller, token: renew.token.clone() });
+            }
+        }
+        FromGateway::Send(send) => dispatch_send(link, send, inputs),
+        FromGateway::Call(call) => dispatch_call(cluster, link, call),
+        FromGateway::Signal(signal) => {
+            let caller = link.session(SessionId(signal.session_id));
+            let id = ConversationId::from_slice(&signal.conversation_id);
+            if let (Some(caller), Ok(conversation), Some(signal)) = (caller, id, &signal.signal) {
+                inputs.push(GatewayInput::Signal { caller, conversation, signal: signal.clone() });
+            }
+        }
+        // Receipts that others can see are a later part of the protocol; a client may send them already.
+        FromGateway::Received(_) => {}
+        FromGateway::Load(load) => {
+            link.load.store(load.connections, Ordering::Relaxed);
+            link.capacity.store(if load.draining { 0 } else { load.capacity }, Ordering::Relaxed);
+        }
+    }
+}
+
+fn dispatch_open(cluster: &Cluster, link: &Arc<GatewayLink>, open: &v1::SessionOpen, inputs: &mut Inputs<'_>) {
+    // Only to find the worker: the worker verifies.
+    match token::inspect(&open.token, cluster.environment.clock.now()) {
+        Ok(seen) => {
+            let self_id = cluster.config.cluster_secret.self_id(&seen.user);
+            inputs.push(GatewayInput::Open { link: link.clone(), open: open.clone(), self_id });
+        }
+        Err(error) => {
+            let refused = v1::SessionRefused { session_id: open.session_id, status: Some(error.status().to_status()) };
+            link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
+        }
+    }
+}
+
+fn dispatch_send(link: &Arc<GatewayLink>, send: &v1::SessionSend, inputs: &mut Inputs<'_>) {
+    let Ok(conversation) = ConversationId::from_slice(&send.conversation_id) else { return };
+    let Some(message) = &send.send else { return };
+    match link.session(SessionId(send.session_id)) {
+        Some(caller) => {
+            let send = message.clone();
+            inputs.push(GatewayInput::Send { caller, conversation, send });
+        }
+        None => {
+            let wanted = v1::CapabilityWanted {
+                session_id: send.session_id,
+                conversation_id: send.conversation_id.clone(),
+                client_message_id: message.client_message_id.clone(),
+            };
+            link.send(vec![v1::RouterMessage { message: Some(ToGateway::CapabilityWanted(wanted)) }]);
+        }
+    }
+}
+
+fn dispatch_call(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, session_call: &v1::SessionCall) {
+    let Some(call) = &session_call.call else { return };
+    let session = SessionId(session_call.session_id);
+    let Some(caller) = link.session(session) else {
+        return link.reply(session, call.request_id, Err(StatusCode::Unavailable.to_status()));
+    };
+    let key = SessionKey { gateway: link.instance.clone(), session };
+    let reply_to = ReplyTo::Session { key, request_id: call.request_id };
+    api::call(cluster, caller, call.method, call.request.clone(), reply_to);
+}
+
+fn verify_capability(
+    cluster: &Cluster,
+    link: &GatewayLink,
+    session_id: u64,
+    capability: Option<&v1::Capability>,
+) -> Option<Arc<Caller>> {
+    let identity = cluster.config.router_secret.verify(capability?)?;
+    let names_this = identity.gateway_id == link.instance.as_str()
+        && identity.gateway_boot_id == link.boot
+        && identity.session_id == session_id
+        && identity.expires_at_ms > cluster.environment.clock.now().as_millis();
+    if !names_this {
+        tracing::warn!(gateway = %link.instance, "a capability of another session or an expired one was refused");
+        return None;
+    }
+    Caller::from_identity(&identity, &cluster.config.cluster_secret).ok().map(Arc::new)
+}

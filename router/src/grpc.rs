@@ -1,0 +1,168 @@
+//! The api over gRPC: the same dispatcher as `Call` on a client connection, the caller's token in the `authorization` metadata.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use im_proto::{
+    FILE_DESCRIPTOR_SET, StatusCode,
+    method::Method,
+    v1::{
+        self, conversation_service_server as conversation, group_service_server as group,
+        message_service_server as message, placement_service_server as placement_server,
+    },
+};
+use prost::Message;
+use tokio::sync::oneshot;
+use tonic::{Code, Request, Response, Status, service::Routes};
+
+use crate::{
+    Router, api,
+    caller::Caller,
+    cluster::Cluster,
+    message::{AnswerValue, ReplyTo},
+    placement,
+};
+
+/// Largest request.
+const REQUEST_BYTES_MAX: usize = 1024 * 1024;
+
+#[derive(Clone)]
+struct Api {
+    cluster: Arc<Cluster>,
+}
+
+impl Router {
+    /// All services with health and reflection, for a gRPC server.
+    pub async fn api_routes(&self) -> Result<Routes, tonic_reflection::server::Error> {
+        let api = Api { cluster: self.cluster.clone() };
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<message::MessageServiceServer<Api>>().await;
+        health.set_serving::<conversation::ConversationServiceServer<Api>>().await;
+        health.set_serving::<group::GroupServiceServer<Api>>().await;
+        health.set_serving::<placement_server::PlacementServiceServer<Api>>().await;
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .build_v1()?;
+        let message = message::MessageServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
+        let conversation =
+            conversation::ConversationServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
+        let group = group::GroupServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
+        let placement = placement_server::PlacementServiceServer::new(api).max_decoding_message_size(REQUEST_BYTES_MAX);
+        Ok(Routes::new(health_service)
+            .add_service(reflection)
+            .add_service(message)
+            .add_service(conversation)
+            .add_service(group)
+            .add_service(placement))
+    }
+}
+
+impl Api {
+    async fn call<Q: Message, A: Message + Default>(
+        &self,
+        method: Method,
+        request: Request<Q>,
+    ) -> Result<Response<A>, Status> {
+        let caller = self.caller(&request)?;
+        let bytes = Bytes::from(request.into_inner().encode_to_vec());
+        let (sender, receiver) = oneshot::channel();
+        api::call(&self.cluster, Arc::new(caller), method.number(), bytes, ReplyTo::Task(sender));
+        match receiver.await {
+            Ok(Ok(AnswerValue::Reply(reply))) => {
+                A::decode(reply).map(Response::new).map_err(|error| Status::internal(error.to_string()))
+            }
+            Ok(Ok(_)) => Err(Status::internal("the answer is not a reply")),
+            Ok(Err(status)) => Err(to_grpc(&status)),
+            Err(_) => Err(Status::unavailable("the router is stopping; try another")),
+        }
+    }
+
+    /// Identity comes from the token alone.
+    fn caller<Q>(&self, request: &Request<Q>) -> Result<Caller, Status> {
+        let token = request
+            .metadata()
+            .get("authorization")
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.strip_prefix("Bearer "))
+            .ok_or_else(|| Status::unauthenticated("send the metadata `authorization: Bearer TOKEN`"))?;
+        let verified = self
+            .cluster
+            .verifier
+            .verify(token, self.cluster.environment.clock.now())
+            .map_err(|error| Status::unauthenticated(error.to_string()))?;
+        Ok(Caller {
+            self_id: self.cluster.config.cluster_secret.self_id(&verified.user),
+            user: verified.user,
+            device: verified.device,
+            platform: verified.platform,
+            session: None,
+            gateway_boot: 0,
+            expires_at: verified.expires_at,
+        })
+    }
+}
+
+/// The gRPC code of a status, its number in the metadata `im-status`.
+fn to_grpc(status: &v1::Status) -> Status {
+    let code = match StatusCode::from_number(status.code) {
+        Some(StatusCode::Malformed | StatusCode::TooLarge) => Code::InvalidArgument,
+        Some(StatusCode::Unauthenticated | StatusCode::TokenExpired | StatusCode::Revoked) => Code::Unauthenticated,
+        Some(StatusCode::Forbidden | StatusCode::Blocked | StatusCode::Muted | StatusCode::NotAMember) => {
+            Code::PermissionDenied
+        }
+        Some(StatusCode::NotFound | StatusCode::Gone) => Code::NotFound,
+        Some(StatusCode::AlreadyExists) => Code::AlreadyExists,
+        Some(StatusCode::PreconditionFailed | StatusCode::SyncFirst | StatusCode::OutOfOrder) => {
+            Code::FailedPrecondition
+        }
+        Some(StatusCode::RateLimited | StatusCode::Overloaded) => Code::ResourceExhausted,
+        Some(StatusCode::Unavailable | StatusCode::Draining) => Code::Unavailable,
+        Some(StatusCode::UnknownMethod) => Code::Unimplemented,
+        _ => Code::Internal,
+    };
+    let mut out = Status::new(code, status.text.clone());
+    out.metadata_mut().insert("im-status", status.code.into());
+    out
+}
+
+macro_rules! service {
+    ($service:path { $($name:ident: $method:ident, $request:ident => $reply:ident;)* }) => {
+        #[tonic::async_trait]
+        impl $service for Api {
+            $(
+                async fn $name(&self, request: Request<v1::$request>) -> Result<Response<v1::$reply>, Status> {
+                    self.call(Method::$method, request).await
+                }
+            )*
+        }
+    };
+}
+
+service!(message::MessageService {
+    send: MessageSend, SendRequest => SendReply;
+    history: MessageHistory, HistoryRequest => HistoryReply;
+});
+
+service!(conversation::ConversationService {
+    sync: ConversationSync, SyncRequest => SyncReply;
+    mark_read: ConversationMarkRead, MarkReadRequest => MarkReadReply;
+});
+
+service!(group::GroupService {
+    create: GroupCreate, GroupCreateRequest => GroupCreateReply;
+    invite: GroupInvite, GroupInviteRequest => GroupInviteReply;
+    leave: GroupLeave, GroupLeaveRequest => GroupLeaveReply;
+    members: GroupMembers, GroupMembersRequest => GroupMembersReply;
+});
+
+#[tonic::async_trait]
+impl placement_server::PlacementService for Api {
+    async fn locate(&self, request: Request<v1::LocateRequest>) -> Result<Response<v1::LocateReply>, Status> {
+        // Without a token anybody may ask; a wrong token is refused all the same.
+        let caller = match request.metadata().contains_key("authorization") {
+            true => Some(self.caller(&request)?),
+            false => None,
+        };
+        Ok(Response::new(placement::locate(&self.cluster, caller.as_ref().map(|caller| &caller.user))))
+    }
+}

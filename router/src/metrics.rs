@@ -1,0 +1,60 @@
+//! The router's metrics. Handles are looked up once.
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+
+/// Handles of all metrics of this crate.
+pub struct Metrics {
+    pub sends_accepted: Counter,
+    pub sends_refused: Counter,
+    pub sends_repeated: Counter,
+    pub entries_committed: Counter,
+    pub batches_committed: Counter,
+    pub batch_rows: Histogram,
+    pub batches_retried: Counter,
+    pub epochs_raised: Counter,
+    pub opens: Counter,
+    pub opens_failed: Counter,
+    pub alarms: Counter,
+    pub deliveries: Counter,
+    pub deliveries_dropped: Counter,
+    pub sessions: Gauge,
+    pub conversations_open: Gauge,
+    pub shards_owned: Gauge,
+    pub calls: Counter,
+    pub calls_refused: Counter,
+    pub effects_sent: Counter,
+    pub fence_reads: Counter,
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        Self {
+            sends_accepted: counter!("im_router_sends_accepted_total"),
+            sends_refused: counter!("im_router_sends_refused_total"),
+            sends_repeated: counter!("im_router_sends_repeated_total"),
+            entries_committed: counter!("im_router_entries_committed_total"),
+            batches_committed: counter!("im_router_batches_committed_total"),
+            batch_rows: histogram!("im_router_batch_rows"),
+            batches_retried: counter!("im_router_batches_retried_total"),
+            epochs_raised: counter!("im_router_epochs_raised_total"),
+            opens: counter!("im_router_opens_total"),
+            opens_failed: counter!("im_router_opens_failed_total"),
+            alarms: counter!("im_router_alarms_total"),
+            deliveries: counter!("im_router_deliveries_total"),
+            deliveries_dropped: counter!("im_router_deliveries_dropped_total"),
+            sessions: gauge!("im_router_sessions"),
+            conversations_open: gauge!("im_router_conversations_open"),
+            shards_owned: gauge!("im_router_shards_owned"),
+            calls: counter!("im_router_calls_total"),
+            calls_refused: counter!("im_router_calls_refused_total"),
+            effects_sent: counter!("im_router_effects_sent_total"),
+            fence_reads: counter!("im_router_fence_reads_total"),
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}

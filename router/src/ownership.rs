@@ -1,0 +1,275 @@
+//! Which shards this router owns: claims what rendezvous hashing gives it, fences predecessors before anything is read, gives up what
+//! another router should have.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use im_proto::{ConversationId, InstanceId, ShardId, shard::rendezvous_owner};
+use im_registry::{
+    AnyRegistry, CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Lease, Registry as _, RegistryError, Role, View,
+};
+use im_storage::{Directory as _, MessageLog as _, Store, StoreError, Table};
+use tokio::sync::{oneshot, watch};
+
+use crate::{
+    cluster::{Cluster, Ended},
+    worker::input::Input,
+};
+
+/// How often claims are tried again without a change of the view.
+const RETRY: Duration = Duration::from_millis(250);
+/// Rows of one scan for busy conversations.
+const BUSY_ROWS: usize = 512;
+
+/// The part of a router that owns its claims.
+pub struct Ownership {
+    cluster: Arc<Cluster>,
+    store: Store,
+    registry: AnyRegistry,
+    lease: Lease,
+    held: BTreeMap<ShardId, Claim>,
+    /// Instances whose fence rows this router has confirmed: one fence covers all their shards.
+    fenced: BTreeSet<InstanceId>,
+    stop: watch::Receiver<bool>,
+    /// Turns true once everything is given up.
+    released: watch::Sender<bool>,
+}
+
+impl Ownership {
+    pub fn new(
+        cluster: Arc<Cluster>,
+        store: Store,
+        registry: AnyRegistry,
+        lease: Lease,
+        stop: watch::Receiver<bool>,
+        released: watch::Sender<bool>,
+    ) -> Self {
+        Self { cluster, store, registry, lease, held: BTreeMap::new(), fenced: BTreeSet::new(), stop, released }
+    }
+
+    /// Runs until the router stops or its lease is lost.
+    pub async fn run(mut self) {
+        let mut view = self.registry.view();
+        let mut lost = self.lease.lost();
+        loop {
+            let now = view.borrow_and_update().clone();
+            self.cluster.set_view(&now);
+            if *self.stop.borrow() {
+                self.release_all().await;
+                self.released.send_replace(true);
+                return;
+            }
+            self.reconcile(&now).await;
+            tokio::select! {
+                biased;
+                _ = lost.wait_for(|lost| *lost) => {
+                    self.cluster.end(Ended::LeaseLost);
+                    return;
+                }
+                _ = self.stop.changed() => {}
+                changed = view.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                () = tokio::time::sleep(RETRY) => {}
+            }
+        }
+    }
+
+    async fn reconcile(&mut self, view: &View) {
+        let me = self.cluster.config.instance.clone();
+        let routers: Vec<&InstanceId> =
+            view.of_role(Role::Router).filter(|router| !router.draining).map(|router| &router.id).collect();
+        if !routers.contains(&&me) {
+            // Not visible to ourselves yet.
+            return;
+        }
+        let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
+        for shard in self.cluster.config.shards.shards() {
+            let mine = rendezvous_owner(shard, routers.iter().copied()) == Some(&me);
+            match (self.held.contains_key(&shard), mine) {
+                (false, true) if !view.claims.contains_key(&shard) => wanted.push(shard),
+                (true, false) => unwanted.push(shard),
+                _ => {}
+            }
+        }
+        self.drop_lost(view);
+        for shards in unwanted.chunks(CLAIMS_PER_CALL_MAX) {
+            self.release(shards).await;
+        }
+        for shards in wanted.chunks(CLAIMS_PER_CALL_MAX) {
+            self.claim(shards).await;
+        }
+        self.cluster.metrics.shards_owned.set(self.held.len() as f64);
+    }
+
+    /// A claim that the registry shows as somebody else's, with a greater epoch, is lost.
+    fn drop_lost(&mut self, view: &View) {
+        let lost: Vec<ShardId> = self
+            .held
+            .iter()
+            .filter(|(shard, claim)| {
+                view.claims.get(shard).is_some_and(|seen| seen.owner != claim.owner && seen.epoch > claim.epoch)
+            })
+            .map(|(shard, _)| *shard)
+            .collect();
+        for shard in lost {
+            self.held.remove(&shard);
+            self.tell(shard, move |worker| worker.shard_lost(shard));
+        }
+    }
+
+    async fn claim(&mut self, shards: &[ShardId]) {
+        let outcomes = match self.registry.claim(&self.lease, shards).await {
+            Ok(outcomes) => outcomes,
+            Err(RegistryError::LeaseLost(_)) => return self.cluster.end(Ended::LeaseLost),
+            // The view will show what became of it.
+            Err(error) => return tracing::warn!(%error, "shards could not be claimed; trying again"),
+        };
+        let claims: Vec<Claim> = outcomes
+            .into_iter()
+            .filter_map(|outcome| match outcome {
+                ClaimOutcome::Claimed(claim) => Some(claim),
+                ClaimOutcome::Taken(_) => None,
+            })
+            .collect();
+        for claim in &claims {
+            let shard = claim.shard;
+            self.tell(shard, move |worker| worker.shard_claimed(shard));
+        }
+        if !self.fence_predecessors(&claims).await {
+            return;
+        }
+        self.activate(claims).await;
+    }
+
+    /// Before anything of a shard is read, every other instance on its predecessor list is fenced.
+    async fn fence_predecessors(&mut self, claims: &[Claim]) -> bool {
+        let predecessors: BTreeSet<InstanceId> = claims
+            .iter()
+            .flat_map(|claim| &claim.predecessors)
+            .filter(|id| !self.fenced.contains(*id))
+            .cloned()
+            .collect();
+        if predecessors.is_empty() {
+            return true;
+        }
+        let list: Vec<InstanceId> = predecessors.iter().cloned().collect();
+        let mut pause = Duration::from_millis(20);
+        loop {
+            match self.store.write_fences(&list).await {
+                Ok(()) => break,
+                Err(StoreError::Unconfirmed(_)) => {
+                    tokio::time::sleep(pause + self.cluster.environment.jitter(pause)).await;
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+                Err(error) => {
+                    self.cluster.end(Ended::StoreStopped(error.to_string()));
+                    return false;
+                }
+            }
+            if *self.lease.lost().borrow() {
+                self.cluster.end(Ended::LeaseLost);
+                return false;
+            }
+        }
+        tracing::info!(fenced = list.len(), "predecessors are fenced");
+        self.fenced.extend(predecessors);
+        true
+    }
+
+    /// Cuts the predecessor lists, each only if the claim is unchanged, and hands the shards to their workers.
+    async fn activate(&mut self, claims: Vec<Claim>) {
+        let mut pause = Duration::from_millis(20);
+        let cut = loop {
+            match self.registry.cut_predecessors(&claims).await {
+                Ok(cut) => break cut,
+                Err(_) if *self.lease.lost().borrow() => return self.cluster.end(Ended::LeaseLost),
+                Err(error) => {
+                    tracing::debug!(%error, "the predecessor lists could not be cut; trying again");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+            }
+        };
+        for (claim, unchanged) in claims.into_iter().zip(cut) {
+            let shard = claim.shard;
+            if !unchanged {
+                self.tell(shard, move |worker| worker.shard_lost(shard));
+                continue;
+            }
+            self.held.insert(shard, claim.clone());
+            self.spawn_activation(claim);
+        }
+    }
+
+    /// Reads which conversations the last owner left busy, then the shard is served.
+    fn spawn_activation(&self, claim: Claim) {
+        let (store, cluster) = (self.store.clone(), self.cluster.clone());
+        self.cluster.environment.spawn(async move {
+            let mut pause = Duration::from_millis(20);
+            let busy = loop {
+                match busy_conversations(&store, claim.shard).await {
+                    Ok(busy) => break busy,
+                    Err(StoreError::Unconfirmed(_)) => {
+                        tokio::time::sleep(pause + cluster.environment.jitter(pause)).await;
+                        pause = (pause * 2).min(Duration::from_secs(1));
+                    }
+                    Err(error) => return cluster.end(Ended::StoreStopped(error.to_string())),
+                }
+            };
+            let worker = cluster.worker_of(claim.shard);
+            cluster.to_worker(worker, Input::Run(Box::new(move |worker| worker.shard_active(claim, busy))));
+        });
+    }
+
+    async fn release(&mut self, shards: &[ShardId]) {
+        let claims: Vec<Claim> = shards.iter().filter_map(|shard| self.held.remove(shard)).collect();
+        let mut settled = Vec::with_capacity(claims.len());
+        for claim in &claims {
+            let (done, receiver) = oneshot::channel();
+            let shard = claim.shard;
+            self.tell(shard, move |worker| worker.shard_releasing(shard, done));
+            settled.push(receiver);
+        }
+        for receiver in settled {
+            // An error means that the worker has ended: then nothing is in flight any more either.
+            let _ = receiver.await;
+        }
+        if let Err(error) = self.registry.release(&claims).await {
+            tracing::warn!(%error, "claims could not be given up; they end with the lease");
+        }
+    }
+
+    async fn release_all(&mut self) {
+        let shards: Vec<ShardId> = self.held.keys().copied().collect();
+        for shards in shards.chunks(CLAIMS_PER_CALL_MAX) {
+            self.release(shards).await;
+        }
+        if let Err(error) = self.registry.revoke(&self.lease).await {
+            tracing::debug!(%error, "the lease could not be revoked; it runs out");
+        }
+    }
+
+    fn tell(&self, shard: ShardId, step: impl FnOnce(&mut crate::worker::Worker) + Send + 'static) {
+        self.cluster.to_worker(self.cluster.worker_of(shard), Input::Run(Box::new(step)));
+    }
+}
+
+async fn busy_conversations(store: &Store, shard: ShardId) -> Result<Vec<ConversationId>, StoreError> {
+    let partition = shard.0.to_be_bytes();
+    let mut busy: Vec<ConversationId> = Vec::new();
+    loop {
+        let after = busy.last().map(|id| *id.as_bytes());
+        let rows = store.scan(Table::Busy, &partition, after.as_ref().map(|id| id.as_slice()), BUSY_ROWS).await?;
+        let last = rows.len() < BUSY_ROWS;
+        busy.extend(rows.iter().filter_map(|row| ConversationId::from_slice(&row.key).ok()));
+        if last {
+            return Ok(busy);
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! Links between routers. A router dials every other one for its own requests; answers come back on the same link.
+//!
+//! What waits for a peer is bounded: beyond the bound requests are refused (the asker answers `unavailable` and retries) and live
+//! pushes are dropped with a note that the shard's next resync must cover them.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use im_proto::{
+    InstanceId, ShardId,
+    link::{
+        Arrival, Batch, Incoming, Outgoing,
+        channel::{Connector, LinkItem, PeerEnd},
+    },
+    v1,
+    v1::peer_message::Message,
+};
+use im_registry::{Role, View};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc, watch};
+
+use crate::{
+    cluster::Cluster,
+    message::{Answer, ReplyTo, ShardMessage, answer_from_peer, answer_to_peer, unavailable},
+};
+
+/// Messages that wait for one peer.
+const QUEUE_MESSAGES_MAX: usize = 65_536;
+/// Replay buffer of one direction.
+const REPLAY_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Another router.
+pub struct PeerLink {
+    pub instance: InstanceId,
+    boot: u64,
+    queue: Mutex<Vec<v1::PeerMessage>>,
+    wake: Notify,
+    numbering: Mutex<Numbering>,
+    connection: AtomicU64,
+    /// Something was refused for a full queue; pushes may be among it.
+    overflowed: AtomicBool,
+    gone: watch::Sender<bool>,
+}
+
+struct Numbering {
+    outgoing: Outgoing<Arc<v1::PeerBatch>>,
+    incoming: Incoming,
+    /// The boot of the other side that `incoming` counts.
+    boot: u64,
+}
+
+impl PeerLink {
+    fn new(instance: InstanceId, boot: u64) -> Self {
+        Self {
+            instance,
+            boot,
+            queue: Mutex::default(),
+            wake: Notify::new(),
+            numbering: Mutex::new(Numbering {
+                outgoing: Outgoing::new(REPLAY_BYTES_MAX),
+                incoming: Incoming::default(),
+                boot: 0,
+            }),
+            connection: AtomicU64::new(0),
+            overflowed: AtomicBool::new(false),
+            gone: watch::Sender::new(false),
+        }
+    }
+
+    /// Queues a message; `false` if the queue is full.
+    pub fn send(&self, message: v1::PeerMessage) -> bool {
+        {
+            let mut queue = self.queue.lock();
+            if queue.len() >= QUEUE_MESSAGES_MAX {
+                self.overflowed.store(true, Ordering::Release);
+                return false;
+            }
+            queue.push(message);
+        }
+        self.wake.notify_one();
+        true
+    }
+
+    /// Queues an answer. Answers are bounded by the requests that the other side may have open.
+    pub fn answer(&self, request_id: u64, answer: Answer) {
+        let message = Some(Message::Answer(answer_to_peer(answer)));
+        self.queue.lock().push(v1::PeerMessage { shard: 0, request_id, message });
+        self.wake.notify_one();
+    }
+}
+
+/// Keeps a link to every other router in the view.
+pub async fn maintain(
+    cluster: Arc<Cluster>,
+    connector: Arc<dyn Connector<PeerEnd>>,
+    mut view: watch::Receiver<Arc<View>>,
+) {
+    loop {
+        let now = view.borrow_and_update().clone();
+        let routers: BTreeMap<InstanceId, (u64, String)> = now
+            .of_role(Role::Router)
+            .filter(|instance| instance.id != cluster.config.instance)
+            .map(|instance| {
+                let address = instance.endpoints.iter().find(|endpoint| endpoint.transport == "link");
+                (
+                    instance.id.clone(),
+                    (instance.boot.0, address.map(|endpoint| endpoint.address.clone()).unwrap_or_default()),
+                )
+            })
+            .collect();
+        let mut started = Vec::new();
+        {
+            let mut peers = cluster.peers.write();
+            peers.retain(|instance, peer| {
+                let stays = routers.contains_key(instance);
+                if !stays {
+                    peer.gone.send_replace(true);
+                }
+                stays
+            });
+            for (instance, (boot, address)) in routers {
+                if !peers.contains_key(&instance) {
+                    let peer = Arc::new(PeerLink::new(instance.clone(), boot));
+                    peers.insert(instance, peer.clone());
+                    started.push((peer, address));
+                }
+            }
+        }
+        for (peer, address) in started {
+            cluster.environment.spawn(dial(cluster.clone(), connector.clone(), peer, address));
+        }
+        if view.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn dial(cluster: Arc<Cluster>, connector: Arc<dyn Connector<PeerEnd>>, peer: Arc<PeerLink>, address: String) {
+    let mut gone = peer.gone.subscribe();
+    let mut pause = Duration::from_millis(20);
+    loop {
+        let attempt = tokio::select! {
+            biased;
+            _ = gone.wait_for(|gone| *gone) => return,
+            attempt = connector.connect(&peer.instance, &address) => attempt,
+        };
+        match attempt {
+            Ok(end) => {
+                pause = Duration::from_millis(20);
+                tokio::select! {
+                    biased;
+                    _ = gone.wait_for(|gone| *gone) => return,
+                    () = run_dialled(&cluster, &peer, end) => {}
+                }
+            }
+            Err(error) => tracing::debug!(%error, "a router could not be reached"),
+        }
+        tokio::time::sleep(pause + cluster.environment.jitter(pause)).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+}
+
+/// Runs a link that this router has dialled, until it breaks.
+async fn run_dialled(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, mut end: PeerEnd) {
+    if end.sender.send(LinkItem::Hello(own_hello(cluster, peer))).await.is_err() {
+        return;
+    }
+    let Some(theirs) = their_hello(cluster, &mut end).await else { return };
+    run(cluster, peer, &theirs, &mut end).await;
+}
+
+/// Serves a link that another router has dialled, until it breaks.
+pub async fn serve(cluster: Arc<Cluster>, mut end: PeerEnd) {
+    let Some(theirs) = their_hello(&cluster, &mut end).await else { return };
+    let Ok(other) = InstanceId::parse(&theirs.instance_id) else { return };
+    let peer = incoming_peer(&cluster, &other, theirs.boot_id);
+    if end.sender.send(LinkItem::Hello(own_hello(&cluster, &peer))).await.is_err() {
+        return;
+    }
+    run(&cluster, &peer, &theirs, &mut end).await;
+}
+
+fn own_hello(cluster: &Cluster, peer: &PeerLink) -> v1::LinkHello {
+    let numbering = peer.numbering.lock();
+    v1::LinkHello {
+        instance_id: cluster.config.instance.to_string(),
+        boot_id: cluster.config.boot.0,
+        peer_boot_id: numbering.boot,
+        received_through: numbering.incoming.received_through(),
+        cluster_id: cluster.config.cluster_id.clone(),
+    }
+}
+
+async fn their_hello(cluster: &Cluster, end: &mut PeerEnd) -> Option<v1::LinkHello> {
+    match end.receiver.recv().await {
+        Some(LinkItem::Hello(hello)) if hello.cluster_id == cluster.config.cluster_id => Some(hello),
+        Some(LinkItem::Hello(hello)) => {
+            tracing::error!(theirs = %hello.cluster_id, "a router of another cluster was refused");
+            None
+        }
+        _ => None,
+    }
+}
+
+async fn run(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, theirs: &v1::LinkHello, end: &mut PeerEnd) {
+    let connection = peer.connection.fetch_add(1, Ordering::AcqRel) + 1;
+    match resume(peer, theirs, cluster.config.boot.0) {
+        Some(batches) => {
+            for (_, batch) in batches {
+                if end.sender.send(LinkItem::Batch(batch)).await.is_err() {
+                    return;
+                }
+            }
+        }
+        None => cluster.resync_router(&peer.instance),
+    }
+    peer.wake.notify_one();
+    pump(cluster, peer, connection, end).await;
+}
+
+/// The state of links that a router has dialled to us lives with the links that we dial, under a name of its own.
+fn incoming_peer(cluster: &Cluster, other: &InstanceId, boot: u64) -> Arc<PeerLink> {
+    let mut incoming = cluster.incoming_peers.lock();
+    match incoming.get(other) {
+        Some(peer) if peer.boot == boot => peer.clone(),
+        _ => {
+            let peer = Arc::new(PeerLink::new(other.clone(), boot));
+            incoming.insert(other.clone(), peer.clone());
+            peer
+        }
+    }
+}
+
+/// What must be sent again; `None` if something is lost for good. Requests are then retried by their askers, pushes resynced.
+fn resume(peer: &PeerLink, theirs: &v1::LinkHello, own_boot: u64) -> Option<Vec<(u64, Arc<v1::PeerBatch>)>> {
+    let mut numbering = peer.numbering.lock();
+    if numbering.boot != theirs.boot_id {
+        numbering.boot = theirs.boot_id;
+        numbering.incoming = Incoming::default();
+    }
+    let received = im_proto::link::received_of_boot(theirs, im_proto::BootId(own_boot));
+    numbering.incoming.reconnected();
+    numbering.outgoing.replay(received)
+}
+
+async fn pump(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, connection: u64, end: &mut PeerEnd) {
+    loop {
+        tokio::select! {
+            biased;
+            item = end.receiver.recv() => match item {
+                Some(LinkItem::Batch(batch)) => {
+                    if !take_batch(cluster, peer, &batch) {
+                        return;
+                    }
+                }
+                Some(LinkItem::Hello(_)) | None => return,
+            },
+            () = peer.wake.notified() => {
+                if peer.connection.load(Ordering::Acquire) != connection {
+                    // A newer connection pumps; hand the wake on.
+                    peer.wake.notify_one();
+                    return;
+                }
+                if !flush(peer, &end.sender).await {
+                    return;
+                }
+                if peer.overflowed.swap(false, Ordering::AcqRel) {
+                    cluster.resync_router(&peer.instance);
+                }
+            }
+        }
+    }
+}
+
+async fn flush(peer: &PeerLink, sender: &mpsc::Sender<LinkItem<v1::PeerBatch>>) -> bool {
+    loop {
+        let messages = std::mem::take(&mut *peer.queue.lock());
+        if messages.is_empty() {
+            return true;
+        }
+        let batch = {
+            let mut numbering = peer.numbering.lock();
+            let acknowledged_through = numbering.incoming.received_through();
+            let first_number = numbering.outgoing.next_number();
+            let batch = Arc::new(v1::PeerBatch { first_number, acknowledged_through, messages });
+            numbering.outgoing.push(batch.clone());
+            batch
+        };
+        if sender.send(LinkItem::Batch(batch)).await.is_err() {
+            return false;
+        }
+    }
+}
+
+fn take_batch(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, batch: &Arc<v1::PeerBatch>) -> bool {
+    let arrival = {
+        let mut numbering = peer.numbering.lock();
+        numbering.outgoing.acknowledge(batch.acknowledged_through);
+        numbering.incoming.arrive(batch.first_number, Batch::messages(batch))
+    };
+    let Arrival::Handle { skip } = arrival else {
+        tracing::warn!(router = %peer.instance, "a gap in a link's numbers; the link is reset");
+        return false;
+    };
+    for message in batch.messages.iter().skip(skip) {
+        take_message(cluster, &peer.instance, message);
+    }
+    true
+}
+
+fn take_message(cluster: &Arc<Cluster>, other: &InstanceId, message: &v1::PeerMessage) {
+    let reply_to = if message.request_id == 0 {
+        ReplyTo::Nobody
+    } else {
+        ReplyTo::Peer { router: other.clone(), request_id: message.request_id }
+    };
+    match &message.message {
+        Some(Message::Answer(answer)) => cluster.answered(message.request_id, answer_from_peer(answer.clone())),
+        Some(request) => match ShardMessage::from_peer(request, &cluster.config.cluster_secret) {
+            Some(request) => cluster.receive(ShardId(message.shard), request, reply_to),
+            None => cluster.answer(reply_to, Err(unavailable())),
+        },
+        None => cluster.answer(reply_to, Err(unavailable())),
+    }
+}

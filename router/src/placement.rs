@@ -1,0 +1,83 @@
+//! Placement: which gateways a user should connect to.
+//!
+//! A pure function of the user, the live gateways and their reported load: rendezvous hashing, gateways that take nothing new
+//! excluded. (Bounded load and zones come with several gateways; this is the trait's place.)
+
+use im_proto::{InstanceId, UserId, v1};
+use im_registry::{Instance, Role};
+use std::sync::atomic::Ordering;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::cluster::Cluster;
+
+/// Endpoints offered to a caller without a token, and the most offered to anybody.
+const GATEWAYS_OFFERED: usize = 3;
+/// Reconnect back-off that clients are told.
+const RECONNECT_BASE_MS: u32 = 100;
+const RECONNECT_MAX_MS: u32 = 10_000;
+
+/// A gateway that placement may choose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate<'a> {
+    pub instance: &'a Instance,
+    pub connections: u64,
+    /// 0: takes nothing new, or unknown.
+    pub capacity: u64,
+}
+
+/// The gateways for a user, best first.
+pub fn place<'a>(user: Option<&UserId>, candidates: &[Candidate<'a>]) -> Vec<&'a Instance> {
+    let open = |candidate: &&Candidate<'_>| {
+        !candidate.instance.draining && (candidate.capacity == 0 || candidate.connections < candidate.capacity)
+    };
+    let mut chosen: Vec<&Candidate<'a>> = candidates.iter().filter(open).collect();
+    chosen.sort_by_key(|candidate| {
+        let weight = match user {
+            Some(user) => weight(user, &candidate.instance.id),
+            None => candidate.connections,
+        };
+        (std::cmp::Reverse(weight), candidate.instance.id.clone())
+    });
+    if user.is_none() {
+        // Without a user the emptiest come first.
+        chosen.reverse();
+    }
+    chosen.into_iter().take(GATEWAYS_OFFERED).map(|candidate| candidate.instance).collect()
+}
+
+/// XXH3-64 of the user id, a zero byte and the instance id.
+fn weight(user: &UserId, instance: &InstanceId) -> u64 {
+    xxh3_64(&[user.as_str().as_bytes(), &[0], instance.as_str().as_bytes()].concat())
+}
+
+/// Answers `Locate` from the view and the loads that gateways report on their links.
+pub fn locate(cluster: &Cluster, user: Option<&UserId>) -> v1::LocateReply {
+    let view = cluster.view();
+    let links = cluster.links.read();
+    let candidates: Vec<Candidate<'_>> = view
+        .of_role(Role::Gateway)
+        .map(|instance| {
+            let link = links.get(&instance.id);
+            Candidate {
+                instance,
+                connections: link.map_or(0, |link| link.load.load(Ordering::Relaxed)),
+                capacity: link.map_or(0, |link| link.capacity.load(Ordering::Relaxed)),
+            }
+        })
+        .collect();
+    let endpoints = place(user, &candidates)
+        .into_iter()
+        .flat_map(|instance| {
+            instance
+                .endpoints
+                .iter()
+                .filter(|endpoint| matches!(endpoint.transport.as_str(), "tcp" | "tls" | "quic"))
+                .map(|endpoint| v1::Endpoint {
+                    transport: endpoint.transport.clone(),
+                    address: endpoint.address.clone(),
+                    gateway_id: instance.id.to_string(),
+                })
+        })
+        .collect();
+    v1::LocateReply { endpoints, reconnect_base_ms: RECONNECT_BASE_MS, reconnect_max_ms: RECONNECT_MAX_MS }
+}

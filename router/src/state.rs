@@ -1,0 +1,354 @@
+//! What a conversation is, made of the entries of its log. Pure: no I/O, no clock.
+//!
+//! The same [`apply`] runs three times over an entry: on the state that decides (after all assigned entries), on the committed state,
+//! and again at open. So it is idempotent: applying an entry a second time changes nothing.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+use im_proto::{
+    ConversationId, UserId, body,
+    key::ClusterSecret,
+    v1::{self, EntryKind, Role, system_event::Event},
+};
+use im_storage::{Row, StateWrite, Table};
+use prost::Message as _;
+
+use crate::message::Effect;
+
+/// What kind of conversation it is, and whose.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// No entry yet.
+    #[default]
+    Empty,
+    Direct(UserId, UserId),
+    Group,
+    SelfLog(UserId),
+}
+
+/// A member of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub role: Role,
+    /// The entry by which the member came in; 0 for the two of a direct conversation.
+    pub joined_seq: u64,
+    /// `counted` at that entry: where the member's unread count begins.
+    pub joined_counted: u64,
+}
+
+/// A row of a user's conversation list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListRow {
+    pub kind: v1::ConversationKind,
+    pub name: String,
+    pub peer_user_id: String,
+    pub joined_seq: u64,
+    pub left_seq: u64,
+    /// The entry of the self log that changed the row last: its version.
+    pub version: u64,
+}
+
+impl ListRow {
+    /// The greatest seq of the origin's log that this row has seen.
+    pub fn origin_seq(&self) -> u64 {
+        self.joined_seq.max(self.left_seq)
+    }
+
+    /// Whether the user is out.
+    pub fn left(&self) -> bool {
+        self.left_seq > self.joined_seq
+    }
+}
+
+/// The state of a conversation after some entry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    pub kind: Kind,
+    pub name: String,
+    pub members: BTreeMap<UserId, Member>,
+    /// Of a self log: the user's conversations.
+    pub list: BTreeMap<ConversationId, Arc<ListRow>>,
+}
+
+/// Server-side facts of an entry, in `Row::meta`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct EntryMeta {
+    /// First entry of a direct conversation: the other user; of a self log: its user.
+    #[prost(string, tag = "1")]
+    pub user_id: String,
+    /// An effect of another log's entry.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub origin: Bytes,
+    #[prost(uint64, tag = "3")]
+    pub origin_seq: u64,
+}
+
+/// The value of `Table::Conversations`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ConversationValue {
+    #[prost(uint32, tag = "1")]
+    pub kind: u32,
+    #[prost(string, tag = "2")]
+    pub name: String,
+    #[prost(string, tag = "3")]
+    pub one: String,
+    #[prost(string, tag = "4")]
+    pub other: String,
+}
+
+/// The value of `Table::Members`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct MemberValue {
+    #[prost(int32, tag = "1")]
+    pub role: i32,
+    #[prost(uint64, tag = "2")]
+    pub joined_seq: u64,
+    #[prost(uint64, tag = "3")]
+    pub joined_counted: u64,
+}
+
+/// The value of `Table::UserConversations`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ListValue {
+    #[prost(int32, tag = "1")]
+    pub kind: i32,
+    #[prost(string, tag = "2")]
+    pub name: String,
+    #[prost(string, tag = "3")]
+    pub peer_user_id: String,
+    #[prost(uint64, tag = "4")]
+    pub joined_seq: u64,
+    #[prost(uint64, tag = "5")]
+    pub left_seq: u64,
+}
+
+/// What an entry does besides being there.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Consequences {
+    /// Rows of the state tables.
+    pub writes: Vec<StateWrite>,
+    /// Entries in other logs.
+    pub effects: Vec<Effect>,
+}
+
+/// Applies an entry to a state and tells what follows from it.
+pub fn apply(state: &mut State, id: &ConversationId, row: &Row, secret: &ClusterSecret) -> Consequences {
+    let mut out = Consequences::default();
+    if row.seq == 1 && state.kind == Kind::Empty && row.kind != EntryKind::Event {
+        begin(state, id, row, secret, &mut out);
+    } else if row.seq == 1 && row.kind != EntryKind::Event {
+        // Applied before; what follows from it is told again.
+        begin(&mut State::default(), id, row, secret, &mut out);
+    }
+    if row.kind == EntryKind::Event {
+        let event = v1::Body::decode(row.body.clone()).ok().and_then(|body| match body.content {
+            Some(v1::body::Content::Event(event)) => event.event,
+            _ => None,
+        });
+        if row.seq == 1
+            && let Some(owner) = meta_user(row)
+        {
+            begin_self(state, id, owner, &mut out);
+        }
+        match event {
+            Some(event) => apply_event(state, id, row, &event, secret, &mut out),
+            None => tracing::error!(conversation = %id, seq = row.seq, "an event that cannot be read was skipped"),
+        }
+    }
+    out
+}
+
+/// What is in `Row::meta`.
+pub fn meta(row: &Row) -> EntryMeta {
+    EntryMeta::decode(row.meta.clone()).unwrap_or_default()
+}
+
+fn meta_user(row: &Row) -> Option<UserId> {
+    UserId::parse(&meta(row).user_id).ok()
+}
+
+/// The first entry of a direct conversation or a self log says whose it is.
+fn begin(state: &mut State, id: &ConversationId, row: &Row, secret: &ClusterSecret, out: &mut Consequences) {
+    let (Some(sender), Some(other)) = (row.sender.clone(), meta_user(row)) else { return };
+    if sender == other {
+        return begin_self(state, id, sender, out);
+    }
+    state.kind = Kind::Direct(sender.clone(), other.clone());
+    for user in [&sender, &other] {
+        let member = Member { role: Role::Member, joined_seq: 0, joined_counted: 0 };
+        state.members.entry(user.clone()).or_insert(member);
+    }
+    let value = ConversationValue {
+        kind: v1::ConversationKind::Direct as u32,
+        name: String::new(),
+        one: sender.to_string(),
+        other: other.to_string(),
+    };
+    out.writes.push(write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), row.seq));
+    for (user, peer) in [(&sender, &other), (&other, &sender)] {
+        out.effects.push(joined(id, user, v1::ConversationKind::Direct, "", peer.as_str(), row.seq, secret));
+    }
+}
+
+fn begin_self(state: &mut State, id: &ConversationId, owner: UserId, out: &mut Consequences) {
+    let value = ConversationValue {
+        kind: v1::ConversationKind::Self_ as u32,
+        name: String::new(),
+        one: owner.to_string(),
+        other: String::new(),
+    };
+    out.writes.push(write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), 1));
+    state.members.entry(owner.clone()).or_insert(Member { role: Role::Owner, joined_seq: 0, joined_counted: 0 });
+    state.kind = Kind::SelfLog(owner);
+}
+
+fn apply_event(
+    state: &mut State,
+    id: &ConversationId,
+    row: &Row,
+    event: &Event,
+    secret: &ClusterSecret,
+    out: &mut Consequences,
+) {
+    match event {
+        Event::GroupCreated(created) => {
+            state.kind = Kind::Group;
+            state.name.clone_from(&created.name);
+            let value = ConversationValue {
+                kind: v1::ConversationKind::Group as u32,
+                name: created.name.clone(),
+                one: created.creator.clone(),
+                other: String::new(),
+            };
+            out.writes.push(write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), row.seq));
+            for name in &created.members {
+                let role = if *name == created.creator { Role::Owner } else { Role::Member };
+                join(state, id, row, name, role, secret, out);
+            }
+        }
+        Event::MembersJoined(joined) => {
+            for name in &joined.members {
+                join(state, id, row, name, Role::Member, secret, out);
+            }
+        }
+        Event::MemberLeft(left) => {
+            let Ok(user) = UserId::parse(&left.user_id) else { return };
+            if state.members.get(&user).is_some_and(|member| member.joined_seq < row.seq) {
+                state.members.remove(&user);
+            }
+            out.writes.push(StateWrite {
+                table: Table::Members,
+                partition: id.to_bytes(),
+                key: Bytes::copy_from_slice(user.as_str().as_bytes()),
+                value: None,
+                timestamp: row.seq,
+            });
+            let gone = v1::ConversationLeft { conversation_id: id.to_bytes(), left_seq: row.seq };
+            out.effects.push(effect(id, &user, row.seq, Event::ConversationLeft(gone), secret));
+        }
+        Event::ConversationJoined(joined) => list_joined(state, id, row, joined, out),
+        Event::ConversationLeft(left) => list_left(state, id, row, left, out),
+    }
+}
+
+fn join(
+    state: &mut State,
+    id: &ConversationId,
+    row: &Row,
+    name: &str,
+    role: Role,
+    secret: &ClusterSecret,
+    out: &mut Consequences,
+) {
+    let Ok(user) = UserId::parse(name) else { return };
+    let member = Member { role, joined_seq: row.seq, joined_counted: row.counted };
+    let value = MemberValue { role: role.into(), joined_seq: member.joined_seq, joined_counted: member.joined_counted };
+    let key = Bytes::copy_from_slice(user.as_str().as_bytes());
+    out.writes.push(write(Table::Members, id, key, value.encode_to_vec(), row.seq));
+    out.effects.push(joined(id, &user, v1::ConversationKind::Group, &state.name, "", row.seq, secret));
+    if state.members.get(&user).is_none_or(|known| known.joined_seq < row.seq) {
+        state.members.insert(user, member);
+    }
+}
+
+fn list_joined(
+    state: &mut State,
+    id: &ConversationId,
+    row: &Row,
+    joined: &v1::ConversationJoined,
+    out: &mut Consequences,
+) {
+    let Ok(conversation) = ConversationId::from_slice(&joined.conversation_id) else { return };
+    let left_seq = state.list.get(&conversation).map_or(0, |known| known.left_seq);
+    let entry = ListRow {
+        kind: joined.kind(),
+        name: joined.name.clone(),
+        peer_user_id: joined.peer_user_id.clone(),
+        joined_seq: joined.joined_seq,
+        left_seq,
+        version: row.seq,
+    };
+    put_list_row(state, id, conversation, entry, out);
+}
+
+fn list_left(state: &mut State, id: &ConversationId, row: &Row, left: &v1::ConversationLeft, out: &mut Consequences) {
+    let Ok(conversation) = ConversationId::from_slice(&left.conversation_id) else { return };
+    let Some(known) = state.list.get(&conversation) else { return };
+    let entry = ListRow { left_seq: left.left_seq, version: row.seq, ..(**known).clone() };
+    put_list_row(state, id, conversation, entry, out);
+}
+
+fn put_list_row(
+    state: &mut State,
+    id: &ConversationId,
+    conversation: ConversationId,
+    entry: ListRow,
+    out: &mut Consequences,
+) {
+    if state.list.get(&conversation).is_some_and(|known| known.version > entry.version) {
+        return;
+    }
+    let value = ListValue {
+        kind: entry.kind.into(),
+        name: entry.name.clone(),
+        peer_user_id: entry.peer_user_id.clone(),
+        joined_seq: entry.joined_seq,
+        left_seq: entry.left_seq,
+    };
+    out.writes.push(write(Table::UserConversations, id, conversation.to_bytes(), value.encode_to_vec(), entry.version));
+    state.list.insert(conversation, Arc::new(entry));
+}
+
+fn write(table: Table, id: &ConversationId, key: Bytes, value: Vec<u8>, timestamp: u64) -> StateWrite {
+    StateWrite { table, partition: id.to_bytes(), key, value: Some(value.into()), timestamp }
+}
+
+fn joined(
+    id: &ConversationId,
+    user: &UserId,
+    kind: v1::ConversationKind,
+    name: &str,
+    peer: &str,
+    seq: u64,
+    secret: &ClusterSecret,
+) -> Effect {
+    let joined = v1::ConversationJoined {
+        conversation_id: id.to_bytes(),
+        kind: kind.into(),
+        name: name.to_owned(),
+        peer_user_id: peer.to_owned(),
+        joined_seq: seq,
+    };
+    effect(id, user, seq, Event::ConversationJoined(joined), secret)
+}
+
+fn effect(id: &ConversationId, user: &UserId, origin_seq: u64, event: Event, secret: &ClusterSecret) -> Effect {
+    Effect {
+        target: secret.self_id(user),
+        target_user: user.clone(),
+        origin: *id,
+        origin_seq,
+        body: body::event(event),
+    }
+}

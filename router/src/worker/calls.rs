@@ -1,0 +1,124 @@
+//! Api calls at the conversation that answers them.
+
+use im_proto::{StatusCode, UserId, body, limits, method::Method, v1};
+use prost::Message as _;
+
+use super::{
+    Context, Worker,
+    waiting::{Request, SendAnswer, SendRequest},
+};
+use crate::{
+    api,
+    conversation::Conversation,
+    message::{Call, ReplyTo},
+};
+
+impl Worker {
+    /// A call for one of this worker's conversations.
+    pub fn take_call(&mut self, call: Call, reply_to: ReplyTo) {
+        match api::conversation_of(&self.context.cluster, &call.caller, call.method, &call.request) {
+            Ok(id) => self.request(id, Request::Call { call, reply_to }),
+            Err(status) => self.context.cluster.answer(reply_to, Err(status.to_status())),
+        }
+    }
+}
+
+impl Context {
+    /// Handles a call in its open conversation.
+    pub fn call(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo) {
+        self.cluster.metrics.calls.increment(1);
+        let handled = self.try_call(conversation, call, reply_to);
+        if let Err(reply_to) = handled {
+            self.cluster.metrics.calls_refused.increment(1);
+            self.cluster.answer(reply_to, Err(StatusCode::Malformed.to_status()));
+        }
+    }
+
+    /// Gives `reply_to` back if the request cannot be decoded or breaks a rule of its form.
+    fn try_call(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo) -> Result<(), ReplyTo> {
+        macro_rules! decode {
+            ($message:ty) => {
+                match <$message>::decode(call.request.clone()) {
+                    Ok(request) => request,
+                    Err(_) => return Err(reply_to),
+                }
+            };
+        }
+        match call.method {
+            Method::MessageSend => return self.call_send(conversation, &call, reply_to),
+            Method::MessageHistory => {
+                let request = decode!(v1::HistoryRequest);
+                self.history(conversation, &call.caller, &request, reply_to);
+            }
+            Method::ConversationSync => {
+                let request = decode!(v1::SyncRequest);
+                self.sync(conversation, &call.caller, request, reply_to);
+            }
+            Method::ConversationMarkRead => {
+                let request = decode!(v1::MarkReadRequest);
+                self.call_mark_read(conversation, &call, request.seq, reply_to);
+            }
+            Method::GroupCreate => {
+                let request = decode!(v1::GroupCreateRequest);
+                self.group_create(conversation, &call.caller, request, reply_to);
+            }
+            Method::GroupInvite => {
+                let request = decode!(v1::GroupInviteRequest);
+                self.group_invite(conversation, call, &request, reply_to);
+            }
+            Method::GroupLeave => self.group_leave(conversation, call, reply_to),
+            Method::GroupMembers => {
+                let request = decode!(v1::GroupMembersRequest);
+                self.group_members(conversation, &call.caller, &request, reply_to);
+            }
+            // Answered without a conversation.
+            Method::PlacementLocate => return Err(reply_to),
+        }
+        Ok(())
+    }
+
+    fn call_send(&mut self, conversation: &mut Conversation, call: &Call, reply_to: ReplyTo) -> Result<(), ReplyTo> {
+        let Ok(request) = v1::SendRequest::decode(call.request.clone()) else { return Err(reply_to) };
+        let id_bytes = request.client_message_id.len();
+        if id_bytes == 0 || id_bytes > limits::CLIENT_MESSAGE_ID_BYTES_MAX || body::validate(&request.body).is_err() {
+            return Err(reply_to);
+        }
+        let peer = match request.target.and_then(|target| target.target) {
+            Some(v1::target::Target::PeerUserId(peer)) => UserId::parse(&peer).ok(),
+            _ => None,
+        };
+        let send = SendRequest {
+            peer,
+            client_message_id: request.client_message_id,
+            body: request.body,
+            after: bytes::Bytes::new(),
+            known_seq: request.known_seq,
+        };
+        self.send(conversation, call.caller.clone(), send, SendAnswer::Reply(reply_to));
+        Ok(())
+    }
+
+    fn call_mark_read(&mut self, conversation: &mut Conversation, call: &Call, seq: u64, reply_to: ReplyTo) {
+        use im_storage::MessageLog as _;
+        let user = call.caller.user.clone();
+        if !conversation.settled.members.contains_key(&user) {
+            return self.cluster.answer(reply_to, Err(StatusCode::NotFound.to_status()));
+        }
+        let seq = seq.min(conversation.committed);
+        if seq == conversation.committed || seq == 0 {
+            let counted = if seq == 0 { 0 } else { conversation.committed_counted };
+            return self.mark_read(conversation, &user, seq, counted, reply_to);
+        }
+        let (store, id) = (self.store.clone(), conversation.id);
+        let read = async move { store.read_range(id, seq, seq, 1).await };
+        self.then(read, move |worker, outcome| {
+            let row = outcome.ok().and_then(|rows| rows.into_iter().next());
+            match (row, worker.conversations.get_mut(&id)) {
+                (Some(row), Some(super::waiting::Slot::Open(conversation))) => {
+                    worker.context.mark_read(conversation, &user, seq, row.row.counted, reply_to);
+                }
+                _ => worker.context.refuse(reply_to),
+            }
+        });
+    }
+}

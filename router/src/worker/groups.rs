@@ -1,0 +1,189 @@
+//! Groups: create, invite, leave as entries of the group's log; members from the committed state.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use bytes::Bytes;
+use im_proto::{
+    StatusCode, UserId, body, limits,
+    v1::{self, EntryKind, Role, system_event::Event},
+};
+use prost::Message as _;
+
+use super::{Context, waiting::Request};
+use crate::{
+    caller::Caller,
+    conversation::{Assigned, Completion, Conversation, ReplyKind},
+    message::{AnswerValue, Call, ReplyTo},
+    state::Kind,
+};
+
+/// Members of one answer.
+const MEMBERS_PAGE_MAX: u32 = 1_000;
+
+impl Context {
+    /// Creates the group, or answers with the one that the same creator and key have made.
+    pub fn group_create(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: &Arc<Caller>,
+        request: v1::GroupCreateRequest,
+        reply_to: ReplyTo,
+    ) {
+        let id = self.cluster.config.cluster_secret.group_id(&caller.user, &request.key);
+        if id != conversation.id {
+            return self.cluster.answer(reply_to, Err(StatusCode::Internal.to_status()));
+        }
+        if conversation.assigned > 0 {
+            let done = Completion::Reply { reply_to, kind: ReplyKind::GroupCreate };
+            return self.when_committed(conversation, 1, done);
+        }
+        let members = match members(&request.members) {
+            Ok(members) => members,
+            Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
+        };
+        if request.name.len() > limits::GROUP_NAME_BYTES_MAX {
+            return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
+        }
+        let others = members.iter().filter(|user| **user != caller.user).map(UserId::to_string);
+        let created = v1::GroupCreated {
+            name: request.name,
+            creator: caller.user.to_string(),
+            members: std::iter::once(caller.user.to_string()).chain(others).collect(),
+        };
+        self.assign_event(conversation, caller, Event::GroupCreated(created), ReplyKind::GroupCreate, reply_to);
+    }
+
+    /// Adds users who are not in the group yet.
+    pub fn group_invite(
+        &mut self,
+        conversation: &mut Conversation,
+        call: Call,
+        request: &v1::GroupInviteRequest,
+        reply_to: ReplyTo,
+    ) {
+        let caller = call.caller.clone();
+        if conversation.deciding.kind != Kind::Group || !conversation.is_member(&caller.user) {
+            return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
+        }
+        let members = match members(&request.members) {
+            Ok(members) => members,
+            Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
+        };
+        let new: Vec<String> =
+            members.iter().filter(|user| !conversation.is_member(user)).map(UserId::to_string).collect();
+        if new.is_empty() {
+            let reply = v1::GroupInviteReply { seq: 0 }.encode_to_vec();
+            return self.answer_settled(conversation, call, reply_to, reply.into());
+        }
+        let joined = v1::MembersJoined { invited_by: caller.user.to_string(), members: new };
+        self.assign_event(conversation, &caller, Event::MembersJoined(joined), ReplyKind::GroupInvite, reply_to);
+    }
+
+    /// Takes the caller out. Who is out already gets the same answer.
+    pub fn group_leave(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo) {
+        let caller = call.caller.clone();
+        if conversation.deciding.kind != Kind::Group {
+            return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
+        }
+        let Some(member) = conversation.deciding.members.get(&caller.user) else {
+            return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
+        };
+        if member.role == Role::Owner && conversation.deciding.members.len() > 1 {
+            return self.refuse_call(conversation, call, reply_to, StatusCode::Forbidden);
+        }
+        let left = v1::MemberLeft { user_id: caller.user.to_string() };
+        self.assign_event(conversation, &caller, Event::MemberLeft(left), ReplyKind::GroupLeave, reply_to);
+    }
+
+    /// A page of the members.
+    pub fn group_members(
+        &mut self,
+        conversation: &Conversation,
+        caller: &Caller,
+        request: &v1::GroupMembersRequest,
+        reply_to: ReplyTo,
+    ) {
+        let state = &conversation.settled;
+        if state.kind != Kind::Group || !state.members.contains_key(&caller.user) {
+            return self.cluster.answer(reply_to, Err(StatusCode::NotFound.to_status()));
+        }
+        let limit = match request.limit {
+            0 => MEMBERS_PAGE_MAX,
+            limit => limit.min(MEMBERS_PAGE_MAX),
+        } as usize;
+        let after = request.after.as_str();
+        let mut page: Vec<v1::GroupMember> = state
+            .members
+            .range::<str, _>((std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded))
+            .take(limit + 1)
+            .map(|(user, member)| v1::GroupMember {
+                user_id: user.to_string(),
+                role: member.role.into(),
+                joined_seq: member.joined_seq,
+            })
+            .collect();
+        let more = page.len() > limit;
+        page.truncate(limit);
+        let next =
+            if more { page.last().map(|member| member.user_id.clone()).unwrap_or_default() } else { String::new() };
+        let total = u32::try_from(state.members.len()).unwrap_or(u32::MAX);
+        let reply = v1::GroupMembersReply { members: page, name: state.name.clone(), total, next };
+        self.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply.encode_to_vec().into())));
+    }
+
+    fn assign_event(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: &Arc<Caller>,
+        event: Event,
+        kind: ReplyKind,
+        reply_to: ReplyTo,
+    ) {
+        let none = Bytes::new();
+        let row = self.next_row(
+            conversation,
+            EntryKind::Event,
+            Some(caller.user.clone()),
+            &none,
+            body::event(event),
+            Bytes::new(),
+        );
+        let completion = Some(Completion::Reply { reply_to, kind });
+        // The caller's own session gets the entry too: the reply names only its seq.
+        self.assign(conversation, Assigned { row, sender: None, completion });
+    }
+
+    /// A refusal rests on what is assigned: it is told once that is committed.
+    fn refuse_call(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo, status: StatusCode) {
+        if conversation.last_event > conversation.committed {
+            let again = Completion::Again(Box::new(Request::Call { call, reply_to }));
+            return conversation.waiters.entry(conversation.last_event).or_default().push(again);
+        }
+        self.cluster.metrics.calls_refused.increment(1);
+        self.cluster.answer(reply_to, Err(status.to_status()));
+    }
+
+    fn answer_settled(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo, reply: Bytes) {
+        if conversation.last_event > conversation.committed {
+            let again = Completion::Again(Box::new(Request::Call { call, reply_to }));
+            return conversation.waiters.entry(conversation.last_event).or_default().push(again);
+        }
+        self.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply)));
+    }
+
+    fn when_committed(&mut self, conversation: &mut Conversation, seq: u64, completion: Completion) {
+        if conversation.committed >= seq {
+            let sent_at = conversation.last_sent_at;
+            super::commit::complete_at(self, &conversation.id, seq, sent_at, completion);
+        } else {
+            conversation.waiters.entry(seq).or_default().push(completion);
+        }
+    }
+}
+
+fn members(names: &[String]) -> Result<BTreeSet<UserId>, StatusCode> {
+    if names.len() > limits::MEMBERS_PER_CALL_MAX {
+        return Err(StatusCode::TooLarge);
+    }
+    names.iter().map(|name| UserId::parse(name).map_err(|_| StatusCode::Malformed)).collect()
+}

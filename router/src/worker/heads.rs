@@ -1,0 +1,143 @@
+//! Heads: where conversations end and how far a user has read. From memory for open conversations, from head rows for quiet ones.
+
+use im_proto::{ConversationId, StatusCode, UserId, v1};
+use im_storage::{Directory as _, Store, StoreError, Table};
+use prost::Message as _;
+use tokio::sync::oneshot;
+
+use super::{
+    Context, Worker,
+    idle::{CursorValue, HeadValue},
+    waiting::{Request, Slot},
+};
+use crate::{
+    conversation::{Conversation, Cursor},
+    fence::FenceService,
+    message::{AnswerValue, HeadsQuery, ReplyTo, unavailable},
+};
+
+/// Conversations of one query.
+const CONVERSATIONS_MAX: usize = 1024;
+
+/// The head of an open conversation, for a user.
+pub fn head_of(conversation: &Conversation, user: &UserId) -> v1::Head {
+    let cursor = conversation.cursor(user);
+    v1::Head {
+        conversation_id: conversation.id.to_bytes(),
+        head: conversation.committed,
+        counted: conversation.committed_counted,
+        first_seq: conversation.first_seq,
+        read_seq: cursor.seq,
+        read_counted: cursor.counted,
+        unavailable: false,
+    }
+}
+
+impl Worker {
+    /// Answers for all conversations of a query at once.
+    pub fn heads(&mut self, query: HeadsQuery, reply_to: ReplyTo) {
+        if query.conversations.len() > CONVERSATIONS_MAX {
+            return self.context.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
+        }
+        let (mut ready, mut opening, mut quiet) = (Vec::new(), Vec::new(), Vec::new());
+        for id in query.conversations {
+            if !self.context.shards.is_active(self.context.cluster.shard_of(&id)) {
+                ready.push(v1::Head { conversation_id: id.to_bytes(), unavailable: true, ..v1::Head::default() });
+                continue;
+            }
+            match self.conversations.get_mut(&id) {
+                Some(Slot::Open(conversation)) => ready.push(head_of(conversation, &query.user)),
+                Some(Slot::Opening { waiting, .. } | Slot::Raising { waiting, .. }) => {
+                    let (answer, receiver) = oneshot::channel();
+                    waiting.push_back(Request::Head { user: query.user.clone(), answer });
+                    opening.push(receiver);
+                }
+                None => quiet.push(id),
+            }
+        }
+        let (store, fence, past_lease) =
+            (self.context.store.clone(), self.context.fence.clone(), self.context.past_lease());
+        let cluster = self.context.cluster.clone();
+        self.context.cluster.environment.spawn(async move {
+            let answer = gather(&store, &fence, past_lease, &query.user, ready, opening, quiet).await;
+            cluster.answer(reply_to, answer.map(AnswerValue::Heads).map_err(|_| unavailable()));
+        });
+    }
+}
+
+async fn gather(
+    store: &Store,
+    fence: &FenceService,
+    past_lease: bool,
+    user: &UserId,
+    mut heads: Vec<v1::Head>,
+    opening: Vec<oneshot::Receiver<v1::Head>>,
+    quiet: Vec<ConversationId>,
+) -> Result<Vec<v1::Head>, StoreError> {
+    for id in quiet {
+        heads.push(quiet_head(store, id).await?);
+    }
+    for receiver in opening {
+        if let Ok(head) = receiver.await {
+            heads.push(head);
+        }
+    }
+    for head in &mut heads {
+        merge_cursor(store, user, head).await?;
+    }
+    // What was read counts only if nobody else owned the shard meanwhile.
+    if past_lease && !fence.clean().await {
+        return Err(StoreError::Unconfirmed("the router has ended".to_owned()));
+    }
+    Ok(heads)
+}
+
+async fn quiet_head(store: &Store, id: ConversationId) -> Result<v1::Head, StoreError> {
+    let row = store.read(Table::Heads, id.as_bytes(), b"").await?;
+    let value = row.and_then(|row| HeadValue::decode(row.value).ok()).unwrap_or_default();
+    Ok(v1::Head {
+        conversation_id: id.to_bytes(),
+        head: value.head,
+        counted: value.counted,
+        first_seq: value.first_seq.max(1),
+        ..v1::Head::default()
+    })
+}
+
+/// The stored cursor may be ahead of the one in memory, which knows only what moved since the conversation was opened.
+async fn merge_cursor(store: &Store, user: &UserId, head: &mut v1::Head) -> Result<(), StoreError> {
+    let row = store.read(Table::Cursors, &head.conversation_id, user.as_str().as_bytes()).await?;
+    if let Some(row) = row
+        && row.timestamp > head.read_seq
+        && let Ok(value) = CursorValue::decode(row.value)
+    {
+        head.read_seq = row.timestamp;
+        head.read_counted = value.counted;
+    }
+    Ok(())
+}
+
+impl Context {
+    /// Moves a user's read cursor and answers once it is stored.
+    pub fn mark_read(
+        &mut self,
+        conversation: &mut Conversation,
+        user: &UserId,
+        seq: u64,
+        counted: u64,
+        reply_to: ReplyTo,
+    ) {
+        conversation.move_cursor(user, Cursor { seq, counted });
+        let cursor = conversation.cursor(user);
+        let unread = conversation.committed_counted.saturating_sub(cursor.counted);
+        let reply = v1::MarkReadReply { read_seq: cursor.seq, unread }.encode_to_vec();
+        let writes: Vec<_> = super::idle::cursor_write(conversation, user).into_iter().collect();
+        conversation.cursors_dirty.remove(user);
+        let mut reply_to = Some(reply_to);
+        self.write_state(writes, move |worker| {
+            if let Some(reply_to) = reply_to.take() {
+                worker.context.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply.into())));
+            }
+        });
+    }
+}

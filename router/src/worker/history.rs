@@ -1,0 +1,128 @@
+//! History: ranges of committed entries, read once for all who ask for the same range at the same time.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use im_proto::{ConversationId, StatusCode, limits, v1};
+use im_storage::{MessageLog as _, StoreError, StoredRow};
+use prost::Message as _;
+
+use super::{Context, fan_out};
+use crate::{
+    caller::Caller,
+    conversation::Conversation,
+    message::{AnswerValue, ReplyTo, unavailable},
+};
+
+/// A read that others may join: conversation, first and last seq, head when it began.
+type ReadKey = (ConversationId, u64, u64, u64);
+
+/// Reads under way, with all who wait for each.
+#[derive(Default)]
+pub struct Reads {
+    waiting: BTreeMap<ReadKey, Vec<ReplyTo>>,
+}
+
+impl Context {
+    /// Answers a range of a conversation that the caller may read.
+    pub fn history(
+        &mut self,
+        conversation: &Conversation,
+        caller: &Caller,
+        request: &v1::HistoryRequest,
+        reply_to: ReplyTo,
+    ) {
+        if !conversation.settled.members.contains_key(&caller.user) {
+            return self.cluster.answer(reply_to, Err(StatusCode::NotFound.to_status()));
+        }
+        let head = conversation.committed;
+        let (from, to) = match range(request, conversation.first_seq, head) {
+            Ok(Some(range)) => range,
+            Ok(None) => {
+                let reply = encode_reply(conversation.id, head, conversation.first_seq, &[]);
+                return self.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply)));
+            }
+            Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
+        };
+        let key = (conversation.id, from, to, head);
+        if let Some(waiting) = self.history.waiting.get_mut(&key) {
+            return waiting.push(reply_to);
+        }
+        self.history.waiting.insert(key, vec![reply_to]);
+        self.read_history(conversation.id, from, to, head, conversation.first_seq);
+    }
+
+    fn read_history(&self, id: ConversationId, from: u64, to: u64, head: u64, first_seq: u64) {
+        let (store, fence, past_lease) = (self.store.clone(), self.fence.clone(), self.past_lease());
+        let read = async move {
+            let limit = usize::try_from(to - from + 1).unwrap_or(usize::MAX);
+            let rows = store.read_range(id, from, to, limit).await?;
+            if past_lease && !fence.clean().await {
+                return Err(StoreError::Unconfirmed("the router has ended".to_owned()));
+            }
+            let complete = rows.first().is_some_and(|row| row.row.seq == from)
+                && rows.windows(2).all(|pair| pair[0].row.seq + 1 == pair[1].row.seq);
+            if !complete {
+                return Err(StoreError::Damaged(format!("entries of {from}..={to} are missing below the head {head}")));
+            }
+            Ok(encode_reply(id, head, first_seq, &rows))
+        };
+        self.then(read, move |worker, outcome| {
+            let waiting = worker.context.history.waiting.remove(&(id, from, to, head)).unwrap_or_default();
+            let answer = match outcome {
+                Ok(reply) => Ok(AnswerValue::Reply(reply)),
+                Err(StoreError::Damaged(what)) => {
+                    worker.context.cluster.metrics.alarms.increment(1);
+                    tracing::error!(conversation = %id, what, "ALARM: history cannot be read");
+                    Err(StatusCode::Internal.to_status())
+                }
+                Err(_) => Err(unavailable()),
+            };
+            for reply_to in waiting {
+                worker.context.cluster.answer(reply_to, answer.clone());
+            }
+        });
+    }
+}
+
+/// The seqs to read, `None` if there are none. Nothing is allocated for a range however wide it is.
+fn range(request: &v1::HistoryRequest, first_seq: u64, head: u64) -> Result<Option<(u64, u64)>, StatusCode> {
+    let bound = |value: i64| u64::try_from(value).map_err(|_| StatusCode::Malformed);
+    let (from, to) = (bound(request.from)?, bound(request.to)?);
+    if to != 0 && from > to {
+        return Err(StatusCode::Malformed);
+    }
+    let limit = match request.limit {
+        0 => limits::HISTORY_ENTRIES_MAX,
+        limit => limit.min(limits::HISTORY_ENTRIES_MAX),
+    };
+    let limit = u64::from(limit);
+    let from = from.max(first_seq).max(1);
+    let to = if to == 0 { head } else { to.min(head) };
+    if from > to {
+        return Ok(None);
+    }
+    if request.newest {
+        Ok(Some((from.max((to + 1).saturating_sub(limit)), to)))
+    } else {
+        Ok(Some((from, to.min(from.saturating_add(limit - 1)))))
+    }
+}
+
+/// An answer stays below the limit of a frame that a link carries: long bodies shorten it, at least one entry is in it.
+const REPLY_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+fn encode_reply(id: ConversationId, head: u64, first_seq: u64, rows: &[StoredRow]) -> Bytes {
+    let conversation_id = id.to_bytes();
+    let mut entries = Vec::with_capacity(rows.len());
+    let mut bytes = 0;
+    for stored in rows {
+        bytes += stored.row.bytes();
+        if bytes > REPLY_BYTES_MAX && !entries.is_empty() {
+            break;
+        }
+        let message = Some(fan_out::entry_message(conversation_id.clone(), &stored.row));
+        entries.push(v1::HistoryEntry { message, gone_reason: 0 });
+    }
+    v1::HistoryReply { conversation_id, entries, head, first_seq }.encode_to_vec().into()
+}

@@ -1,0 +1,165 @@
+//! What happens by the clock: effects sent again, cursors flushed, bursts ended, quiet conversations dropped from memory.
+
+use bytes::Bytes;
+use im_proto::{ConversationId, UserId};
+use im_storage::{StateWrite, Table};
+use prost::Message as _;
+
+use super::{Context, Worker, waiting::Slot};
+use crate::conversation::{Busy, Conversation};
+
+/// The applied mark is written at least this often, so that an open applies few entries again.
+const APPLIED_EVERY: u64 = 1024;
+/// Keys of `Table::Applied`.
+pub const APPLIED: &[u8] = b"applied";
+/// The outbox has a cursor of its own, so that an unreachable target does not hold up the tables.
+pub const OUTBOX: &[u8] = b"outbox";
+
+/// The value of `Table::Heads`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct HeadValue {
+    #[prost(uint64, tag = "1")]
+    pub head: u64,
+    #[prost(uint64, tag = "2")]
+    pub counted: u64,
+    #[prost(uint64, tag = "3")]
+    pub first_seq: u64,
+}
+
+/// The value of `Table::Cursors`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CursorValue {
+    #[prost(uint64, tag = "1")]
+    pub counted: u64,
+}
+
+impl Worker {
+    /// Looks after all open conversations. Its cost is a pass over the map, twice a second.
+    pub fn tick(&mut self) {
+        if self.context.index == 0 {
+            self.context.cluster.sweep_awaited();
+        }
+        let mut ids: Vec<ConversationId> = self.conversations.keys().copied().collect();
+        ids.sort_unstable();
+        let mut evict = Vec::new();
+        for id in ids {
+            let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else { continue };
+            self.context.look_after(conversation);
+            if self.context.may_leave(conversation) {
+                evict.push(id);
+            }
+        }
+        for id in evict {
+            self.drop_conversation(&id);
+        }
+        if self.has_releases() {
+            self.finish_releases();
+        }
+        self.start_opens();
+    }
+}
+
+impl Context {
+    fn look_after(&mut self, conversation: &mut Conversation) {
+        self.send_effects(conversation);
+        self.flush_cursors(conversation);
+        let mark = conversation.applied().min(conversation.outbox_done());
+        if mark >= conversation.applied_written + APPLIED_EVERY {
+            self.write_applied(conversation);
+        }
+        let quiet = conversation.last_entry.elapsed() >= self.cluster.config.quiet_after;
+        if quiet
+            && let Busy::Confirmed { since } = conversation.busy
+            && conversation.is_settled()
+            && conversation.outbox.is_empty()
+            && conversation.applied() == conversation.committed
+        {
+            self.end_burst(conversation, since);
+        }
+    }
+
+    fn may_leave(&self, conversation: &Conversation) -> bool {
+        conversation.busy == Busy::Quiet
+            && conversation.is_settled()
+            && conversation.waiters.is_empty()
+            && conversation.cursors_dirty.is_empty()
+            && conversation.outbox.is_empty()
+            && conversation.unapplied.is_empty()
+            && conversation.last_use.elapsed() >= self.cluster.config.evict_after
+    }
+
+    fn flush_cursors(&mut self, conversation: &mut Conversation) {
+        if conversation.cursors_dirty.is_empty() {
+            return;
+        }
+        let dirty = std::mem::take(&mut conversation.cursors_dirty);
+        let writes = dirty.iter().filter_map(|user| cursor_write(conversation, user)).collect();
+        self.write_state(writes, |_| {});
+    }
+
+    fn write_applied(&mut self, conversation: &mut Conversation) {
+        let (applied, outbox) = (conversation.applied(), conversation.outbox_done());
+        conversation.applied_written = applied.min(outbox);
+        let mark = |key: &'static [u8], seq: u64| StateWrite {
+            table: Table::Applied,
+            partition: conversation.id.to_bytes(),
+            key: Bytes::from_static(key),
+            value: Some(Bytes::copy_from_slice(&seq.to_be_bytes())),
+            timestamp: seq,
+        };
+        self.write_state(vec![mark(APPLIED, applied), mark(OUTBOX, outbox)], |_| {});
+    }
+
+    /// Head row first, confirmed; then the busy row goes, with the head as timestamp.
+    fn end_burst(&mut self, conversation: &mut Conversation, since: u64) {
+        let head = conversation.committed;
+        if head < since {
+            return;
+        }
+        conversation.busy = Busy::Ending;
+        self.write_applied(conversation);
+        let value = HeadValue { head, counted: conversation.committed_counted, first_seq: conversation.first_seq };
+        let head_row = StateWrite {
+            table: Table::Heads,
+            partition: conversation.id.to_bytes(),
+            key: Bytes::new(),
+            value: Some(value.encode_to_vec().into()),
+            timestamp: head,
+        };
+        let busy_row = StateWrite {
+            table: Table::Busy,
+            partition: Bytes::copy_from_slice(&conversation.shard.0.to_be_bytes()),
+            key: conversation.id.to_bytes(),
+            value: None,
+            timestamp: head,
+        };
+        let (id, epoch) = (conversation.id, conversation.epoch);
+        self.write_state(vec![head_row], move |worker| {
+            worker.context.write_state(vec![busy_row], move |worker| {
+                if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
+                    && conversation.epoch == epoch
+                    && conversation.busy == Busy::Ending
+                {
+                    conversation.busy = Busy::Quiet;
+                    if conversation.in_flight.is_some() {
+                        // Entries came meanwhile: they begin a burst of their own.
+                        let since = conversation.committed + 1;
+                        worker.context.write_busy(conversation, since);
+                    }
+                }
+            });
+        });
+    }
+}
+
+/// A cursor as a row: its timestamp is its seq, so it only moves forward.
+pub fn cursor_write(conversation: &Conversation, user: &UserId) -> Option<StateWrite> {
+    let cursor = conversation.cursors.get(user)?;
+    Some(StateWrite {
+        table: Table::Cursors,
+        partition: conversation.id.to_bytes(),
+        key: Bytes::copy_from_slice(user.as_str().as_bytes()),
+        value: Some(CursorValue { counted: cursor.counted }.encode_to_vec().into()),
+        timestamp: cursor.seq,
+    })
+}

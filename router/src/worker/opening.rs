@@ -1,0 +1,179 @@
+//! Which conversations are being opened: bounded in number, those that somebody waits for first.
+
+use std::{collections::VecDeque, time::Duration};
+
+use im_proto::ConversationId;
+
+use super::{
+    Context, Worker, fan_out,
+    waiting::{Request, Slot},
+};
+use crate::{
+    conversation::{Busy, Conversation, Dedupe, Outbox, Seen},
+    open::{Open, OpenError, Opened},
+};
+
+impl Worker {
+    /// Opens a conversation for a request.
+    pub fn open_for(&mut self, id: ConversationId, request: Request) {
+        self.conversations.insert(id, Slot::Opening { attempt: 0, waiting: VecDeque::from([request]) });
+        self.context.opens.wanted.push_back(id);
+        self.start_opens();
+    }
+
+    /// Opens a conversation that nobody waits for yet.
+    pub fn open_later(&mut self, id: ConversationId) {
+        if self.conversations.contains_key(&id) {
+            return;
+        }
+        self.conversations.insert(id, Slot::Opening { attempt: 0, waiting: VecDeque::new() });
+        self.context.opens.others.push_back(id);
+        self.start_opens();
+    }
+
+    /// Starts opens up to the bound.
+    pub fn start_opens(&mut self) {
+        while self.context.opens.running < self.context.cluster.config.opens_max {
+            let opens = &mut self.context.opens;
+            let Some(id) = opens.wanted.pop_front().or_else(|| opens.others.pop_front()) else { return };
+            self.start_open(id);
+        }
+    }
+
+    fn start_open(&mut self, id: ConversationId) {
+        let shard = self.context.cluster.shard_of(&id);
+        let Some(Slot::Opening { attempt, .. }) = self.conversations.get_mut(&id) else { return };
+        // Asked for twice (first by nobody, then by somebody): the first start serves both.
+        if *attempt != 0 {
+            return;
+        }
+        let Some(epoch) = self.context.shards.epoch(shard) else { return };
+        self.context.next_token += 1;
+        *attempt = self.context.next_token;
+        let attempt = *attempt;
+        self.context.opens.running += 1;
+        self.context.cluster.metrics.opens.increment(1);
+        let open = Open {
+            cluster: self.context.cluster.clone(),
+            store: self.context.store.clone(),
+            fence: self.context.fence.clone(),
+            id,
+            epoch,
+            cancelled: self.context.shards.cancellation(shard),
+        };
+        self.context.then(open.run(), move |worker, outcome| {
+            worker.context.opens.running -= 1;
+            worker.opened(id, attempt, epoch, outcome);
+            worker.start_opens();
+        });
+    }
+
+    fn opened(&mut self, id: ConversationId, attempt: u64, epoch: im_proto::Epoch, outcome: Result<Opened, OpenError>) {
+        match self.conversations.get(&id) {
+            Some(Slot::Opening { attempt: current, .. }) if *current == attempt => {}
+            _ => return,
+        }
+        let Some(Slot::Opening { waiting, .. }) = self.conversations.remove(&id) else { return };
+        match outcome {
+            Ok(opened) => self.install(id, epoch, opened, waiting),
+            Err(OpenError::Lost) => waiting.into_iter().for_each(|request| self.context.give_back(id, request)),
+            Err(error) => self.open_failed(id, &error, waiting),
+        }
+    }
+
+    /// The conversation stays closed for a while; its callers get `unavailable` and may try again.
+    fn open_failed(&mut self, id: ConversationId, error: &OpenError, waiting: VecDeque<Request>) {
+        self.context.cluster.metrics.opens_failed.increment(1);
+        tracing::error!(conversation = %id, %error, "a conversation could not be opened");
+        self.conversations.insert(id, Slot::Opening { attempt: u64::MAX, waiting: VecDeque::new() });
+        for request in waiting {
+            self.context.refuse_request(&id, request);
+        }
+        self.context.then(tokio::time::sleep(Duration::from_secs(1)), move |worker, ()| {
+            if let Some(Slot::Opening { attempt: u64::MAX, .. }) = worker.conversations.get(&id)
+                && let Some(Slot::Opening { waiting, .. }) = worker.conversations.remove(&id)
+            {
+                waiting.into_iter().for_each(|request| worker.request(id, request));
+            }
+        });
+    }
+
+    fn install(&mut self, id: ConversationId, epoch: im_proto::Epoch, opened: Opened, waiting: VecDeque<Request>) {
+        let mut conversation = Box::new(self.context.conversation(id, epoch, &opened));
+        for effect in opened.effects {
+            conversation.outbox.push(effect);
+        }
+        let rewritten: Vec<_> = opened.rewritten.into_iter().map(|row| (row, None)).collect();
+        if !rewritten.is_empty() {
+            fan_out::deliver(&mut self.context, &mut conversation, &rewritten);
+        }
+        self.context.send_effects(&mut conversation);
+        self.context.cluster.metrics.conversations_open.increment(1.0);
+        self.conversations.insert(id, Slot::Open(conversation));
+        for request in waiting {
+            self.request(id, request);
+        }
+    }
+}
+
+impl Context {
+    fn conversation(&self, id: ConversationId, epoch: im_proto::Epoch, opened: &Opened) -> Conversation {
+        let mut dedupe = Dedupe::new(self.cluster.config.dedupe_entries, opened.keys_floor);
+        for key in &opened.keys {
+            if let Some(sender) = &key.sender
+                && !key.client_message_id.is_empty()
+            {
+                let seen = Seen { seq: key.seq, sent_at: opened.last_sent_at, body_hash: None };
+                dedupe.insert(Dedupe::key(sender, &key.client_message_id), seen, opened.head);
+            }
+        }
+        let now = self.now();
+        Conversation {
+            id,
+            shard: self.cluster.shard_of(&id),
+            epoch,
+            first_seq: opened.first_seq,
+            committed: opened.head,
+            committed_counted: opened.counted,
+            assigned: opened.head,
+            assigned_counted: opened.counted,
+            last_sent_at: opened.last_sent_at,
+            last_event: 0,
+            deciding: opened.state.clone(),
+            settled: opened.state.clone(),
+            members_version: 1,
+            queue: VecDeque::new(),
+            in_flight: None,
+            dedupe,
+            waiters: std::collections::BTreeMap::new(),
+            // The burst of the last owner is taken over and ended in its time.
+            busy: opened.busy_since.map_or(Busy::Quiet, |since| Busy::Confirmed { since }),
+            outbox: Outbox::default(),
+            unapplied: std::collections::BTreeSet::new(),
+            applied_written: opened.applied,
+            cursors: std::collections::BTreeMap::new(),
+            cursors_dirty: std::collections::BTreeSet::new(),
+            last_entry: now,
+            last_use: now,
+            routes: fan_out::Routes::default(),
+            dirty: false,
+        }
+    }
+
+    /// Answers a request in a conversation that cannot be opened: the caller may try again later.
+    fn refuse_request(&mut self, id: &ConversationId, request: Request) {
+        use super::waiting::SendAnswer;
+        match request {
+            Request::Send { caller, send, answer: SendAnswer::Session } => {
+                let ack = im_proto::v1::SendAck {
+                    client_message_id: send.client_message_id,
+                    conversation_id: id.to_bytes(),
+                    status: Some(crate::message::unavailable()),
+                    ..im_proto::v1::SendAck::default()
+                };
+                self.ack(&caller, ack);
+            }
+            request => self.give_back(*id, request),
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! The live sessions of the users whose shards this worker owns: registration, device policy, pushes.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use im_proto::{
+    DeviceId, InstanceId, Platform, SessionId, ShardId, StatusCode, UserId,
+    token::TokenError,
+    v1::{self, router_message::Message as ToGateway},
+};
+use tokio::sync::oneshot;
+
+use super::{Context, Worker};
+use crate::{
+    caller::{Caller, SessionKey},
+    config::EXCLUSIVE_PLATFORMS,
+    gateway_link::GatewayLink,
+    message::{AnswerValue, Delivery, HeadsQuery, ReplyTo, unavailable},
+};
+
+/// A live session.
+#[derive(Debug)]
+struct Live {
+    key: SessionKey,
+    device: DeviceId,
+    platform: Platform,
+}
+
+/// The users with live sessions.
+#[derive(Default)]
+pub struct Users {
+    /// Ordered, so that a pass over it is the same in every run of a simulation.
+    users: BTreeMap<UserId, UserSessions>,
+}
+
+struct UserSessions {
+    shard: ShardId,
+    sessions: Vec<Live>,
+}
+
+impl Worker {
+    /// A client has presented a token: verify it, apply the device policy, record the session, then let it in.
+    pub fn open_session(&mut self, link: Arc<GatewayLink>, open: &v1::SessionOpen) {
+        let context = &mut self.context;
+        let now = context.cluster.environment.clock.now();
+        let caller = context.cluster.verifier.verify(&open.token, now).map(|verified| Caller {
+            self_id: context.cluster.config.cluster_secret.self_id(&verified.user),
+            user: verified.user,
+            device: verified.device,
+            platform: verified.platform,
+            session: Some(SessionKey { gateway: link.instance.clone(), session: SessionId(open.session_id) }),
+            gateway_boot: link.boot,
+            expires_at: verified.expires_at,
+        });
+        let caller = match caller {
+            Ok(caller) => Arc::new(caller),
+            Err(error) => return refuse(&link, open.session_id, &error),
+        };
+        if !context.record(&caller) {
+            let status = StatusCode::Overloaded.to_status();
+            let refused = v1::SessionRefused { session_id: open.session_id, status: Some(status) };
+            return link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
+        }
+        link.add_session(caller.clone());
+        // The session is recorded: whatever is committed from now on is pushed to it, so the version may be read afterwards.
+        let (sender, receiver) = oneshot::channel();
+        let query = HeadsQuery { user: caller.user.clone(), conversations: vec![caller.self_id] };
+        self.heads(query, ReplyTo::Task(sender));
+        self.context.then(receiver, move |worker, answer| {
+            let head = match answer {
+                Ok(Ok(AnswerValue::Heads(heads))) => heads.into_iter().find(|head| !head.unavailable),
+                _ => None,
+            };
+            match head {
+                Some(head) => worker.context.let_in(&caller, head.head),
+                None => worker.context.turn_away(&caller),
+            }
+        });
+    }
+}
+
+fn refuse(link: &GatewayLink, session_id: u64, error: &TokenError) {
+    tracing::debug!(%error, "a token was refused");
+    let refused = v1::SessionRefused { session_id, status: Some(error.status().to_status()) };
+    link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
+}
+
+impl Context {
+    /// Records a session and ends those that it takes the place of; `false` if the user has too many.
+    fn record(&mut self, caller: &Caller) -> bool {
+        let Some(key) = caller.session.clone() else { return false };
+        let shard = self.cluster.shard_of(&caller.self_id);
+        let user =
+            self.users.users.entry(caller.user.clone()).or_insert_with(|| UserSessions { shard, sessions: Vec::new() });
+        let exclusive = EXCLUSIVE_PLATFORMS.contains(&caller.platform.as_str());
+        let mut kicked = Vec::new();
+        user.sessions.retain(|live| {
+            let replaced = live.device == caller.device || (exclusive && live.platform == caller.platform);
+            if replaced && live.key != key {
+                kicked.push(live.key.clone());
+            }
+            !replaced
+        });
+        let room = user.sessions.len() < self.cluster.config.sessions_per_user_max;
+        if room {
+            user.sessions.push(Live { key, device: caller.device.clone(), platform: caller.platform.clone() });
+            self.cluster.metrics.sessions.increment(1.0);
+        }
+        for key in kicked {
+            self.cluster.metrics.sessions.decrement(1.0);
+            let status = Some(StatusCode::KickedByAnotherDevice.to_status());
+            self.to_session(&key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
+        }
+        room
+    }
+
+    fn let_in(&mut self, caller: &Caller, sync_version: u64) {
+        let Some(key) = &caller.session else { return };
+        let identity = caller.to_identity();
+        let capability = Some(self.cluster.config.router_secret.capability(&identity));
+        let opened =
+            v1::SessionOpened { session_id: key.session.0, identity: Some(identity), capability, sync_version };
+        self.to_session(key, ToGateway::Opened(opened));
+    }
+
+    fn turn_away(&mut self, caller: &Caller) {
+        self.close_session(caller);
+        let Some(key) = &caller.session else { return };
+        let refused = v1::SessionRefused { session_id: key.session.0, status: Some(unavailable()) };
+        self.to_session(key, ToGateway::Refused(refused));
+    }
+
+    /// A session ended. Removal is by session, so a slow disconnect cannot remove its successor.
+    pub fn close_session(&mut self, caller: &Caller) {
+        let Some(key) = &caller.session else { return };
+        let Some(user) = self.users.users.get_mut(&caller.user) else { return };
+        let before = user.sessions.len();
+        user.sessions.retain(|live| live.key != *key);
+        self.cluster.metrics.sessions.decrement((before - user.sessions.len()) as f64);
+        if user.sessions.is_empty() {
+            self.users.users.remove(&caller.user);
+        }
+    }
+
+    /// A session that another owner registered before the shard moved here. Pushes may have been lost on the way.
+    pub fn announce_session(&mut self, caller: Arc<Caller>) {
+        if !self.record(&caller) {
+            return;
+        }
+        if let Some(key) = &caller.session {
+            self.resync(&key.gateway.clone(), vec![key.session.0]);
+        }
+    }
+
+    /// A token for a session that lives: same user and device, a later expiry.
+    pub fn renew_session(&mut self, link: &Arc<GatewayLink>, caller: &Caller, token: &str) {
+        let Some(key) = &caller.session else { return };
+        let verified = self.cluster.verifier.verify(token, self.cluster.environment.clock.now());
+        let (status, caller) = match verified {
+            Ok(verified) if verified.user == caller.user && verified.device == caller.device => {
+                (None, Caller { expires_at: verified.expires_at, ..caller.clone() })
+            }
+            Ok(_) => (Some(StatusCode::Forbidden.to_status()), caller.clone()),
+            Err(error) => (Some(error.status().to_status()), caller.clone()),
+        };
+        let identity = caller.to_identity();
+        let capability = Some(self.cluster.config.router_secret.capability(&identity));
+        let renewed = v1::SessionRenewed { session_id: key.session.0, status, identity: Some(identity), capability };
+        self.to_session(key, ToGateway::Renewed(renewed));
+        link.add_session(Arc::new(caller));
+    }
+
+    /// Pushes frames to the live sessions of some users: one message for each gateway.
+    pub fn deliver(&mut self, delivery: &Delivery) {
+        let mut by_gateway: BTreeMap<&InstanceId, Vec<u64>> = BTreeMap::new();
+        for user in delivery.users.iter() {
+            let Some(user) = self.users.users.get(user) else { continue };
+            for live in &user.sessions {
+                if delivery.except.as_ref() != Some(&live.key) {
+                    by_gateway.entry(&live.key.gateway).or_default().push(live.key.session.0);
+                }
+            }
+        }
+        for (gateway, session_ids) in by_gateway {
+            self.cluster.metrics.deliveries.increment(session_ids.len() as u64);
+            let deliver = v1::Deliver { frame: delivery.frames.clone(), session_ids };
+            let message = v1::RouterMessage { message: Some(ToGateway::Deliver(deliver)) };
+            match self.outgoing.get_mut(gateway) {
+                Some(messages) => messages.push(message),
+                None => {
+                    self.outgoing.insert(gateway.clone(), vec![message]);
+                }
+            }
+        }
+    }
+
+    /// Pushes for a shard's users may have been lost: all their sessions sync.
+    pub fn resync_shard(&mut self, shard: ShardId) {
+        let mut by_gateway: BTreeMap<InstanceId, Vec<u64>> = BTreeMap::new();
+        for user in self.users.users.values().filter(|user| user.shard == shard) {
+            for live in &user.sessions {
+                by_gateway.entry(live.key.gateway.clone()).or_default().push(live.key.session.0);
+            }
+        }
+        for (gateway, session_ids) in by_gateway {
+            self.resync(&gateway, session_ids);
+        }
+    }
+
+    fn resync(&mut self, gateway: &InstanceId, session_ids: Vec<u64>) {
+        let spread_ms = u32::try_from(self.cluster.config.resync_spread.as_millis()).unwrap_or(u32::MAX);
+        let resync = Some(v1::Resync { reason: v1::ResyncReason::OwnerMoved.into(), spread_ms });
+        let message = ToGateway::Resync(v1::SessionsResync { session_ids, resync });
+        self.outgoing.entry(gateway.clone()).or_default().push(v1::RouterMessage { message: Some(message) });
+    }
+
+    /// A shard's users are another owner's now.
+    pub fn forget_users_of(&mut self, shard: ShardId) {
+        self.retain_sessions(|user, _| user != shard);
+    }
+
+    /// A gateway is no longer registered: its sessions are gone.
+    pub fn gateway_gone(&mut self, gateway: &InstanceId) {
+        self.outgoing.remove(gateway);
+        self.retain_sessions(|_, live| live.gateway != *gateway);
+    }
+
+    fn retain_sessions(&mut self, keep: impl Fn(ShardId, &SessionKey) -> bool) {
+        let mut removed = 0;
+        self.users.users.retain(|_, user| {
+            let before = user.sessions.len();
+            let shard = user.shard;
+            user.sessions.retain(|live| keep(shard, &live.key));
+            removed += before - user.sessions.len();
+            !user.sessions.is_empty()
+        });
+        self.cluster.metrics.sessions.decrement(removed as f64);
+    }
+}

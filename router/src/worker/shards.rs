@@ -1,0 +1,284 @@
+//! The shards of a worker: claimed (being fenced), active, releasing.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use im_proto::{ConversationId, Epoch, ShardId, v1, v1::router_message::Message as ToGateway};
+use im_registry::Claim;
+use tokio::sync::oneshot;
+
+use super::{
+    Context, Worker,
+    input::Input,
+    waiting::{Request, Slot},
+};
+use crate::{
+    caller::Caller,
+    message::{ReplyTo, ShardMessage, unavailable},
+    worker::input::GatewayInput,
+};
+
+/// Inputs that wait while a shard's predecessors are being fenced. Beyond it they are refused.
+const PARKED_MAX: usize = 65_536;
+
+enum Shard {
+    /// Claimed; nothing may be read before the fence is confirmed.
+    Claimed {
+        parked: Vec<Input>,
+    },
+    Active {
+        claim: Claim,
+        cancelled: Arc<AtomicBool>,
+    },
+    /// Given up: finishes what is in flight, takes nothing new.
+    Releasing {
+        done: Option<oneshot::Sender<()>>,
+    },
+}
+
+/// The shards of a worker.
+#[derive(Default)]
+pub struct Shards {
+    shards: BTreeMap<ShardId, Shard>,
+}
+
+impl Shards {
+    /// Whether requests for it are handled here.
+    pub fn is_active(&self, shard: ShardId) -> bool {
+        matches!(self.shards.get(&shard), Some(Shard::Active { .. }))
+    }
+
+    /// Whether batches in flight may still be finished.
+    pub fn is_held(&self, shard: ShardId) -> bool {
+        matches!(self.shards.get(&shard), Some(Shard::Active { .. } | Shard::Releasing { .. }))
+    }
+
+    /// The claim of an active shard.
+    pub fn claim(&self, shard: ShardId) -> Option<&Claim> {
+        match self.shards.get(&shard) {
+            Some(Shard::Active { claim, .. }) => Some(claim),
+            _ => None,
+        }
+    }
+
+    /// The epoch of an active shard's claim.
+    pub fn epoch(&self, shard: ShardId) -> Option<Epoch> {
+        self.claim(shard).map(|claim| claim.epoch)
+    }
+
+    /// Room for an input that must wait until the shard is active; `None` if it need not or must not.
+    pub fn parking(&mut self, shard: ShardId) -> Option<&mut Vec<Input>> {
+        match self.shards.get_mut(&shard) {
+            Some(Shard::Claimed { parked }) if parked.len() < PARKED_MAX => Some(parked),
+            _ => None,
+        }
+    }
+
+    /// Turns true once the shard is no longer held, for its tasks.
+    pub fn cancellation(&self, shard: ShardId) -> Arc<AtomicBool> {
+        match self.shards.get(&shard) {
+            Some(Shard::Active { cancelled, .. }) => cancelled.clone(),
+            _ => Arc::new(AtomicBool::new(true)),
+        }
+    }
+
+    fn cancel(&self, shard: ShardId) {
+        if let Some(Shard::Active { cancelled, .. }) = self.shards.get(&shard) {
+            cancelled.store(true, Ordering::Release);
+        }
+    }
+
+    fn raise(&mut self, shard: ShardId, raised: Claim) {
+        if let Some(Shard::Active { claim, .. }) = self.shards.get_mut(&shard) {
+            *claim = raised;
+        }
+    }
+}
+
+impl Worker {
+    /// A shard was claimed; requests for it wait from now on.
+    pub fn shard_claimed(&mut self, shard: ShardId) {
+        self.context.shards.shards.insert(shard, Shard::Claimed { parked: Vec::new() });
+    }
+
+    /// A shard's predecessors are fenced: serve it, and open what its last owner left busy.
+    pub fn shard_active(&mut self, claim: Claim, busy: Vec<ConversationId>) {
+        let shard = claim.shard;
+        let before = self.context.shards.shards.insert(shard, Shard::Active { claim, cancelled: Arc::default() });
+        for conversation in busy {
+            self.open_later(conversation);
+        }
+        if let Some(Shard::Claimed { parked }) = before {
+            for input in parked {
+                self.take(input);
+            }
+        }
+    }
+
+    /// A planned move: finish what is in flight, then say so.
+    pub fn shard_releasing(&mut self, shard: ShardId, done: oneshot::Sender<()>) {
+        self.context.shards.cancel(shard);
+        let before = self.context.shards.shards.insert(shard, Shard::Releasing { done: Some(done) });
+        if let Some(Shard::Claimed { parked }) = before {
+            self.refuse_parked(parked);
+        }
+        self.context.forget_users_of(shard);
+        self.drop_idle_conversations_of(shard);
+        self.finish_releases();
+    }
+
+    /// The shard is lost: everything that is not committed is dropped with its queue.
+    pub fn shard_lost(&mut self, shard: ShardId) {
+        self.context.shards.cancel(shard);
+        if let Some(Shard::Claimed { parked }) = self.context.shards.shards.remove(&shard) {
+            self.refuse_parked(parked);
+        }
+        self.context.forget_users_of(shard);
+        let ids: Vec<ConversationId> = self.conversations_of(shard);
+        for id in ids {
+            self.drop_conversation(&id);
+        }
+    }
+
+    fn conversations_of(&self, shard: ShardId) -> Vec<ConversationId> {
+        let mut ids: Vec<ConversationId> =
+            self.conversations.keys().filter(|id| self.context.cluster.shard_of(id) == shard).copied().collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    fn refuse_parked(&mut self, parked: Vec<Input>) {
+        for input in parked {
+            match input {
+                Input::Shard { message, reply_to, shard } => {
+                    if matches!(message, ShardMessage::Deliver(_)) {
+                        self.context.cluster.push_lost(shard);
+                    }
+                    self.context.cluster.answer(reply_to, Err(unavailable()));
+                }
+                // Not active any more, so this returns sends to their gateways.
+                Input::Gateway(messages) => messages.into_iter().for_each(|message| self.take_gateway(message)),
+                _ => {}
+            }
+        }
+    }
+
+    fn drop_idle_conversations_of(&mut self, shard: ShardId) {
+        for id in self.conversations_of(shard) {
+            let busy =
+                matches!(self.conversations.get(&id), Some(Slot::Open(conversation)) if !conversation.is_settled());
+            if !busy {
+                self.drop_conversation(&id);
+            }
+        }
+    }
+
+    /// Releases whose conversations have nothing in flight any more are done.
+    pub fn finish_releases(&mut self) {
+        let releasing: Vec<ShardId> = self
+            .context
+            .shards
+            .shards
+            .iter()
+            .filter(|(_, shard)| matches!(shard, Shard::Releasing { .. }))
+            .map(|(shard, _)| *shard)
+            .collect();
+        for shard in releasing {
+            self.drop_idle_conversations_of(shard);
+            if self.conversations_of(shard).is_empty()
+                && let Some(Shard::Releasing { done }) = self.context.shards.shards.remove(&shard)
+                && let Some(done) = done
+            {
+                let _ = done.send(());
+            }
+        }
+    }
+
+    /// Whether any release waits for conversations to settle.
+    pub fn has_releases(&self) -> bool {
+        self.context.shards.shards.values().any(|shard| matches!(shard, Shard::Releasing { .. }))
+    }
+
+    /// Takes a conversation out of memory. What was not committed is answered `unavailable`, or returned to its gateway.
+    pub fn drop_conversation(&mut self, id: &ConversationId) {
+        let Some(slot) = self.conversations.remove(id) else { return };
+        match slot {
+            Slot::Opening { waiting, .. } | Slot::Raising { waiting, .. } => {
+                waiting.into_iter().for_each(|request| self.context.give_back(*id, request));
+            }
+            Slot::Open(mut conversation) => self.context.drop_speculative(&mut conversation),
+        }
+    }
+
+    /// The shard's claim has a greater epoch now; the conversation that asked for it is opened again.
+    pub fn epoch_raised(&mut self, id: ConversationId, raised: Option<Claim>) {
+        let shard = self.context.cluster.shard_of(&id);
+        let Some(claim) = raised else { return self.shard_lost(shard) };
+        self.context.cluster.metrics.epochs_raised.increment(1);
+        self.context.shards.raise(shard, claim);
+        if let Some(Slot::Raising { waiting, .. }) = self.conversations.remove(&id) {
+            if waiting.is_empty() {
+                self.open_later(id);
+            }
+            for request in waiting {
+                self.request(id, request);
+            }
+        }
+    }
+}
+
+impl Context {
+    /// Answers a request that this router cannot handle (any more).
+    pub fn give_back(&mut self, id: ConversationId, request: Request) {
+        match request {
+            Request::Send { caller, send, answer } => match answer {
+                super::waiting::SendAnswer::Session => self.return_send(&caller, id, send.client_message_id),
+                super::waiting::SendAnswer::Reply(reply_to) => self.cluster.answer(reply_to, Err(unavailable())),
+            },
+            Request::Effect { reply_to, .. } | Request::Call { reply_to, .. } => {
+                self.cluster.answer(reply_to, Err(unavailable()));
+            }
+            Request::Head { answer, .. } => {
+                let _ =
+                    answer.send(v1::Head { conversation_id: id.to_bytes(), unavailable: true, ..v1::Head::default() });
+            }
+            Request::Signal { .. } => {}
+        }
+    }
+
+    /// Tells a gateway to keep a send and try the conversation's owner.
+    pub fn return_send(&mut self, caller: &Caller, id: ConversationId, client_message_id: bytes::Bytes) {
+        let Some(key) = &caller.session else { return };
+        let returned =
+            v1::SendReturned { session_id: key.session.0, conversation_id: id.to_bytes(), client_message_id };
+        self.to_session(key, ToGateway::SendReturned(returned));
+    }
+
+    /// A gateway's input for a shard that is not active here.
+    pub fn refuse_gateway(&mut self, input: GatewayInput) {
+        match input {
+            GatewayInput::Send { caller, conversation, send, .. } => {
+                self.return_send(&caller, conversation, send.client_message_id);
+            }
+            GatewayInput::Open { link, open, .. } => {
+                let refused = v1::SessionRefused { session_id: open.session_id, status: Some(unavailable()) };
+                link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
+            }
+            // The gateway announces its sessions again when it learns of the owner; the others lose nothing.
+            GatewayInput::Announce { .. }
+            | GatewayInput::Renew { .. }
+            | GatewayInput::Close { .. }
+            | GatewayInput::Signal { .. } => {}
+        }
+    }
+
+    /// Parks an answerable request, or refuses it.
+    pub fn refuse(&mut self, reply_to: ReplyTo) {
+        self.cluster.answer(reply_to, Err(unavailable()));
+    }
+}

@@ -1,0 +1,64 @@
+//! What a conversation can be asked, and the slot of one that is not open yet.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use bytes::Bytes;
+use im_proto::{ConversationId, Epoch, UserId, v1};
+use tokio::sync::oneshot;
+
+use crate::{
+    caller::Caller,
+    conversation::Conversation,
+    message::{Call, Effect, ReplyTo},
+};
+
+/// Something to do in a conversation. While it is being opened, requests wait in the order in which they came.
+#[derive(Debug)]
+pub enum Request {
+    Send { caller: Arc<Caller>, send: SendRequest, answer: SendAnswer },
+    Signal { caller: Arc<Caller>, signal: v1::Signal },
+    Effect { effect: Effect, reply_to: ReplyTo },
+    Call { call: Call, reply_to: ReplyTo },
+    Head { user: UserId, answer: oneshot::Sender<v1::Head> },
+}
+
+/// A message to be numbered.
+#[derive(Debug)]
+pub struct SendRequest {
+    /// The direct conversation's other user, if the client named it so.
+    pub peer: Option<UserId>,
+    pub client_message_id: Bytes,
+    pub body: Bytes,
+    pub after: Bytes,
+    pub known_seq: u64,
+}
+
+/// Who gets the outcome of a send.
+#[derive(Debug)]
+pub enum SendAnswer {
+    Session,
+    Reply(ReplyTo),
+}
+
+/// A conversation in a worker.
+pub enum Slot {
+    /// Its log is being read. `attempt` tells the outcome of this open from that of an earlier one.
+    Opening {
+        attempt: u64,
+        waiting: VecDeque<Request>,
+    },
+    Open(Box<Conversation>),
+    /// Its last batch was given up; it waits for a greater epoch, then it is opened again.
+    Raising {
+        old_epoch: Epoch,
+        waiting: VecDeque<Request>,
+    },
+}
+
+/// A conversation that wants to be opened, in two classes: first those that somebody waits for.
+#[derive(Default)]
+pub struct OpenQueue {
+    pub wanted: VecDeque<ConversationId>,
+    pub others: VecDeque<ConversationId>,
+    pub running: usize,
+}

@@ -1,0 +1,255 @@
+//! What each frame of a client means: checked here, carried out by the session.
+
+use std::{cell::RefCell, time::Duration};
+
+use bytes::Bytes;
+use im_proto::{
+    ConversationId, StatusCode, UserId,
+    body::{self, BodyError},
+    frame::Decoded,
+    limits, token, v1,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::Instant,
+};
+use v1::{client_frame::Frame as ClientFrame, server_frame::Frame};
+
+use super::{Connection, Stage};
+use crate::session::{Opening, Work, common_version, refusal};
+
+/// What a ping may carry.
+const ECHO_BYTES_MAX: usize = 256;
+/// A token has some hundred bytes.
+const TOKEN_BYTES_MAX: usize = 8 * 1024;
+/// Name and version of a client, for the log.
+const CLIENT_TEXT_BYTES_MAX: usize = 128;
+
+thread_local! {
+    static WORK: RefCell<Vec<Work>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The worker's list, so that a read does not allocate one.
+pub(super) fn borrow_work() -> Vec<Work> {
+    WORK.take()
+}
+
+/// Gives the empty list back.
+pub(super) fn return_work(work: Vec<Work>) {
+    WORK.replace(work);
+}
+
+/// What a connection used of its rates in the present second.
+#[derive(Default)]
+pub(super) struct Rates {
+    second: Option<Instant>,
+    sends: u32,
+    frames: u32,
+    paused: bool,
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+impl Rates {
+    fn turn(&mut self, now: Instant) {
+        if self.second.is_none_or(|second| now >= second + SECOND) {
+            *self = Self { second: Some(now), ..Self::default() };
+        }
+    }
+
+    /// Takes one send; the time to wait if there is none left.
+    fn take_send(&mut self, now: Instant, per_second_max: u32) -> Result<(), Duration> {
+        if per_second_max == 0 {
+            return Ok(());
+        }
+        self.turn(now);
+        if self.sends >= per_second_max {
+            return Err(self.second.map_or(SECOND, |second| (second + SECOND).saturating_duration_since(now)));
+        }
+        self.sends += 1;
+        Ok(())
+    }
+
+    pub fn count_frames(&mut self, count: u32, now: Instant, per_second_max: u32) {
+        if per_second_max == 0 {
+            return;
+        }
+        self.turn(now);
+        self.frames = self.frames.saturating_add(count);
+        self.paused = self.frames > per_second_max;
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    pub fn resume(&mut self, now: Instant) {
+        if self.paused {
+            self.turn(now);
+        }
+    }
+
+    pub fn resume_at(&self) -> Option<Instant> {
+        self.second.filter(|_| self.paused).map(|second| second + SECOND)
+    }
+}
+
+/// A frame that does not end the connection, or the status that ends it.
+type Verdict = Result<(), v1::Status>;
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    pub(super) fn frame(&mut self, frame: Decoded<ClientFrame>, now: Instant, work: &mut Vec<Work>) -> Verdict {
+        let malformed = || Err(StatusCode::Malformed.to_status());
+        let frame = match frame {
+            Decoded::Frame(frame) => frame,
+            Decoded::Unknown(_) if self.stage == Stage::Hello => return malformed(),
+            Decoded::Unknown(field) => {
+                self.shared.metrics.frames_unknown.increment(1);
+                self.refuse_frame(field, StatusCode::UnknownFrame);
+                return Ok(());
+            }
+        };
+        match (self.stage, frame) {
+            (_, ClientFrame::Ping(ping)) => self.ping(ping),
+            (Stage::Hello, ClientFrame::Hello(hello)) => return self.hello(hello),
+            (Stage::Hello | Stage::Opening, _) | (_, ClientFrame::Hello(_)) => return malformed(),
+            (_, ClientFrame::Pong(_)) => {}
+            (_, ClientFrame::Send(send)) => self.send(send, now, work),
+            (_, ClientFrame::Call(call)) => work.push(Work::Call(call)),
+            (_, ClientFrame::Received(received)) => match ConversationId::from_slice(&received.conversation_id) {
+                Ok(id) => work.push(Work::Received { shard: self.shared.shards.shard_of(&id), received }),
+                Err(_) => self.refuse_frame(5, StatusCode::Malformed),
+            },
+            (_, ClientFrame::Signal(signal)) => self.signal(signal, work),
+            (_, ClientFrame::Renew(renew)) => self.renew(renew.token, work),
+            (_, ClientFrame::Close(_)) => self.session.outbox.finish(),
+        }
+        Ok(())
+    }
+
+    fn refuse_frame(&self, field: u32, code: StatusCode) {
+        self.shared.metrics.frames_refused.increment(1);
+        self.push(Frame::Refused(v1::Refused { frame: field, status: Some(code.to_status()) }));
+    }
+
+    fn ping(&self, ping: v1::Ping) {
+        if ping.echo.len() > ECHO_BYTES_MAX {
+            return self.refuse_frame(2, StatusCode::TooLarge);
+        }
+        self.push(Frame::Pong(v1::Pong { echo: ping.echo }));
+    }
+
+    fn hello(&mut self, hello: v1::Hello) -> Verdict {
+        let Some(version) = common_version(&hello) else { return Err(StatusCode::WrongVersion.to_status()) };
+        if hello.client_name.len() > CLIENT_TEXT_BYTES_MAX || hello.client_version.len() > CLIENT_TEXT_BYTES_MAX {
+            return Err(StatusCode::TooLarge.to_status());
+        }
+        let verified = self.inspect(&hello.token)?;
+        let open = v1::SessionOpen {
+            session_id: self.session.id().0,
+            token: hello.token,
+            client_name: hello.client_name,
+            client_version: hello.client_version,
+            remote_address: self.remote_address.to_string(),
+            transport: self.peer_transport.as_str().to_owned(),
+        };
+        let shard = self.shared.shards.shard_of(&self.shared.secret.self_id(&verified.user));
+        self.stage = Stage::Opening;
+        let opening = Opening { open, version, sent_to: None };
+        self.session.open(&self.shared, verified.user, shard, verified.expires_at, opening);
+        Ok(())
+    }
+
+    /// Form and expiry; the signature is for the user's owner to check.
+    fn inspect(&self, token: &str) -> Result<token::Verified, v1::Status> {
+        if token.len() > TOKEN_BYTES_MAX {
+            return Err(StatusCode::Unauthenticated.to_status());
+        }
+        token::inspect(token, self.shared.environment.clock.now()).map_err(|error| {
+            tracing::debug!(session = self.session.id().0, %error, "refused a token");
+            error.status().to_status()
+        })
+    }
+
+    fn renew(&self, token: String, work: &mut Vec<Work>) {
+        let refused = match self.inspect(&token) {
+            Ok(verified) if Some(&verified.user) == self.session.user() => {
+                return work.push(Work::Renew { token, expires_at: verified.expires_at });
+            }
+            Ok(_) => StatusCode::Forbidden.to_status(),
+            Err(status) => status,
+        };
+        let token_expires_at_ms = self.session.expires_at().as_millis();
+        self.push(Frame::Renewed(v1::Renewed { status: Some(refused), token_expires_at_ms }));
+    }
+
+    fn send(&mut self, send: v1::Send, now: Instant, work: &mut Vec<Work>) {
+        let (conversation, checked) = match self.check_send(&send) {
+            Ok(conversation) => (Some(conversation), Ok(())),
+            Err(code) => (None, Err(code.to_status())),
+        };
+        let limit = self.shared.config.sends_per_second_max;
+        let admitted = checked
+            .and_then(|()| self.rates.take_send(now, limit).map_err(|wait| StatusCode::RateLimited.retry_after(wait)));
+        match (conversation, admitted) {
+            (Some(conversation), Ok(())) => {
+                let shard = self.shared.shards.shard_of(&conversation);
+                work.push(Work::Send { conversation, shard, send });
+            }
+            (conversation, admitted) => {
+                self.shared.metrics.sends_refused.increment(1);
+                let status = admitted.err().unwrap_or_else(|| StatusCode::Internal.to_status());
+                // An id that is itself too long is not repeated.
+                let known = send.client_message_id.len() <= limits::CLIENT_MESSAGE_ID_BYTES_MAX;
+                let id = if known { send.client_message_id } else { Bytes::new() };
+                self.push(refusal(&id, conversation, status));
+            }
+        }
+    }
+
+    fn check_send(&self, send: &v1::Send) -> Result<ConversationId, StatusCode> {
+        let id = send.client_message_id.len();
+        if id == 0 {
+            return Err(StatusCode::Malformed);
+        }
+        if id > limits::CLIENT_MESSAGE_ID_BYTES_MAX || send.after.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
+            return Err(StatusCode::TooLarge);
+        }
+        body::validate(&send.body).map_err(|error| match error {
+            BodyError::TooLarge { .. } => StatusCode::TooLarge,
+            BodyError::SystemEvent => StatusCode::Forbidden,
+            _ => StatusCode::Malformed,
+        })?;
+        match &send.target {
+            Some(v1::send::Target::ConversationId(id)) => self.conversation(id),
+            Some(v1::send::Target::PeerUserId(peer)) => self.direct(peer),
+            None => Err(StatusCode::Malformed),
+        }
+    }
+
+    fn signal(&self, signal: v1::Signal, work: &mut Vec<Work>) {
+        let conversation = match &signal.target {
+            Some(v1::signal::Target::ConversationId(id)) => self.conversation(id),
+            Some(v1::signal::Target::PeerUserId(peer)) => self.direct(peer),
+            None => Err(StatusCode::Malformed),
+        };
+        match conversation {
+            Ok(conversation) => {
+                let shard = self.shared.shards.shard_of(&conversation);
+                work.push(Work::Signal { conversation, shard, signal });
+            }
+            Err(code) => self.refuse_frame(6, code),
+        }
+    }
+
+    fn conversation(&self, id: &[u8]) -> Result<ConversationId, StatusCode> {
+        ConversationId::from_slice(id).map_err(|_| StatusCode::Malformed)
+    }
+
+    /// The direct conversation with a peer. Whether the peer exists is not known here.
+    fn direct(&self, peer: &str) -> Result<ConversationId, StatusCode> {
+        let peer = UserId::parse(peer).map_err(|_| StatusCode::Malformed)?;
+        let user = self.session.user().ok_or(StatusCode::Internal)?;
+        Ok(self.shared.secret.direct_id(user, &peer))
+    }
+}

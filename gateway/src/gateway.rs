@@ -1,0 +1,129 @@
+//! The gateway as its process sees it: start it, give it streams, drain it.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use im_proto::{
+    BootId, InstanceId, ShardCount,
+    environment::Environment,
+    key::ClusterSecret,
+    link::channel::{Connector, GatewayEnd},
+    v1::GatewayLoad,
+};
+use im_registry::View;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::watch,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admission::Admission,
+    config::GatewayConfig,
+    connection::{Connection, Transport, outbox::Bounds},
+    drain,
+    metrics::Metrics,
+    routing::{self, Routing},
+    sessions::Sessions,
+};
+
+/// A running gateway; clones are the same one. Its tasks belong to the environment and end with [`Gateway::stop`].
+#[derive(Clone)]
+pub struct Gateway {
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// What all tasks of a gateway share.
+pub(crate) struct Shared {
+    pub config: GatewayConfig,
+    pub bounds: Bounds,
+    pub environment: Environment,
+    pub instance: InstanceId,
+    pub boot: BootId,
+    pub secret: ClusterSecret,
+    pub shards: ShardCount,
+    pub connector: Arc<dyn Connector<GatewayEnd>>,
+    pub sessions: Sessions,
+    pub routing: Routing,
+    pub admission: Admission,
+    pub metrics: Metrics,
+    pub stop: CancellationToken,
+}
+
+/// Who is at the other end of a stream.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerInfo {
+    pub transport: Transport,
+    pub remote_address: SocketAddr,
+}
+
+impl Shared {
+    pub fn load(&self) -> GatewayLoad {
+        let wide = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+        GatewayLoad {
+            connections: wide(self.admission.connections()),
+            capacity: wide(self.admission.capacity()),
+            draining: self.admission.is_draining(),
+        }
+    }
+}
+
+impl Gateway {
+    /// Starts following the registry and dialling routers. `connector` makes links to the `link` endpoints in the view.
+    #[expect(clippy::too_many_arguments, reason = "each is a different part of the surroundings, named once at start")]
+    pub fn start(
+        config: GatewayConfig,
+        environment: Environment,
+        instance: InstanceId,
+        boot: BootId,
+        secret: ClusterSecret,
+        shards: ShardCount,
+        view: watch::Receiver<Arc<View>>,
+        connector: Arc<dyn Connector<GatewayEnd>>,
+    ) -> Gateway {
+        let shared = Arc::new(Shared {
+            bounds: Bounds {
+                bytes_max: config.outbox_bytes_max,
+                reply_bytes_max: config.reply_bytes_max,
+                resync_spread_ms: u32::try_from(config.resync_spread_one.as_millis()).unwrap_or(u32::MAX),
+            },
+            admission: Admission::new(config.connections_max, config.handshakes_max),
+            environment,
+            instance,
+            boot,
+            secret,
+            shards,
+            connector,
+            sessions: Sessions::new(),
+            routing: Routing::default(),
+            metrics: Metrics::new(),
+            stop: CancellationToken::new(),
+            config,
+        });
+        shared.environment.spawn(routing::follow(shared.clone(), view));
+        Gateway { shared }
+    }
+
+    /// Runs one connection to its end. The future is the connection: dropping it drops the connection.
+    pub fn serve_stream<S>(&self, stream: S, peer: PeerInfo) -> impl Future<Output = ()> + Send + 'static
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        Connection::accept(self.shared.clone(), stream, peer)
+    }
+
+    /// How full it is.
+    pub fn load(&self) -> GatewayLoad {
+        self.shared.load()
+    }
+
+    /// Takes nothing new, tells each client within the window to go elsewhere, closes each connection once what it sent was
+    /// answered (at the latest after the grace of the configuration), and returns when all are gone.
+    pub async fn drain(&self, window: Duration) {
+        drain::run(&self.shared, window).await;
+    }
+
+    /// Ends links and the following of the registry. Connections that are left lose their links.
+    pub fn stop(&self) {
+        self.shared.stop.cancel();
+    }
+}

@@ -1,0 +1,80 @@
+//! What routers say, handed to the sessions. Effects of one run of batches wake each connection at most once, at its end.
+
+use std::sync::Arc;
+
+use im_proto::{SessionId, StatusCode, v1};
+use v1::{RouterMessage, router_message::Message, server_frame::Frame};
+
+use super::{Link, LinkToken};
+use crate::{connection::outbox::Wakers, gateway::Shared, session::Session};
+
+pub(super) struct Inbox<'a> {
+    shared: &'a Shared,
+    link: &'a Arc<Link>,
+    token: LinkToken,
+    wakers: Wakers,
+}
+
+impl<'a> Inbox<'a> {
+    pub fn new(shared: &'a Shared, link: &'a Arc<Link>) -> Self {
+        Self { shared, link, token: link.token(), wakers: Wakers::default() }
+    }
+
+    /// An unknown message of a newer router is ignored: what it may not lose it sends only to gateways that know it.
+    pub fn handle(&mut self, message: &RouterMessage) {
+        let (shared, token) = (self.shared, self.token);
+        match &message.message {
+            Some(Message::SendResult(result)) => {
+                let Some(ack) = &result.ack else { return };
+                self.on(result.session_id, |session, wakers| session.send_result(shared, token, ack, wakers));
+            }
+            Some(Message::Deliver(deliver)) => {
+                let wakers = &mut self.wakers;
+                shared.sessions.for_each(&deliver.session_ids, |session| {
+                    session.push_live(shared, &deliver.frame, wakers);
+                });
+            }
+            Some(Message::CallReply(reply)) => {
+                self.on(reply.session_id, |session, wakers| session.call_reply(shared, token, reply, wakers));
+            }
+            Some(Message::Opened(opened)) => {
+                self.on(opened.session_id, |session, wakers| session.opened(shared, token, opened, wakers));
+            }
+            Some(Message::Refused(refused)) => {
+                let status = refused.status.clone();
+                self.on(refused.session_id, |session, wakers| session.refused(shared, token, status, wakers));
+            }
+            Some(Message::Renewed(renewed)) => {
+                self.on(renewed.session_id, |session, wakers| session.renewed(shared, token, renewed, wakers));
+            }
+            Some(Message::Resync(resync)) => self.resync(resync),
+            Some(Message::Kick(kick)) => {
+                let status = kick.status.clone().unwrap_or_else(|| StatusCode::Internal.to_status());
+                self.on(kick.session_id, |session, wakers| session.close(shared, status, wakers));
+            }
+            Some(Message::SendReturned(returned)) => {
+                self.on(returned.session_id, |session, _| session.send_returned(shared, token, returned));
+            }
+            Some(Message::CapabilityWanted(wanted)) => {
+                let link = self.link;
+                self.on(wanted.session_id, |session, _| session.capability_wanted(shared, link, wanted));
+            }
+            None => {}
+        }
+    }
+
+    fn on(&mut self, session: u64, act: impl FnOnce(&Session, &mut Wakers)) {
+        if let Some(session) = self.shared.sessions.find(SessionId(session)) {
+            act(&session, &mut self.wakers);
+        }
+    }
+
+    fn resync(&mut self, resync: &v1::SessionsResync) {
+        let Some(frame) = resync.resync else { return };
+        let (shared, wakers) = (self.shared, &mut self.wakers);
+        shared.sessions.for_each(&resync.session_ids, |session| {
+            shared.metrics.resyncs.increment(1);
+            session.push(shared, Frame::Resync(frame), wakers);
+        });
+    }
+}

@@ -1,0 +1,226 @@
+//! From `Hello` to a registered session, and how routers go on knowing it: open at the user's owner, announce to the next one,
+//! present to others, renew.
+
+use std::sync::Arc;
+
+use im_proto::{PROTOCOL_VERSIONS, ShardId, StatusCode, Timestamp, UserId, v1};
+use prost::Message as _;
+use v1::{gateway_message::Message, server_frame::Frame};
+
+use super::{Session, State, gather::Gather};
+use crate::{
+    connection::outbox::Wakers,
+    gateway::Shared,
+    link::{Link, LinkToken},
+};
+
+/// Between `Hello` and `Welcome`.
+pub(crate) struct Opening {
+    pub open: v1::SessionOpen,
+    /// The version of the protocol that both sides speak.
+    pub version: u32,
+    pub sent_to: Option<(LinkToken, Arc<Link>)>,
+}
+
+/// A token that the user's owner has not judged yet.
+pub(super) struct Renewing {
+    token: String,
+    expires_at: Timestamp,
+    sent_to: Option<LinkToken>,
+}
+
+impl Session {
+    /// The client said `Hello` with a token that looks good.
+    pub fn open(&self, shared: &Shared, user: UserId, shard: ShardId, expires_at: Timestamp, opening: Opening) {
+        // There is one `Hello` a connection; the loop refuses a second one.
+        self.user.get_or_init(|| user);
+        let mut gather = Gather::default();
+        let mut state = self.lock();
+        state.shard = Some(shard);
+        state.expires_at = expires_at;
+        state.opening = Some(Box::new(opening));
+        let routes = shared.routing.routes();
+        state.version = shared.routing.version();
+        self.open_again(&mut state, routes.owner(shard), &mut gather);
+        gather.flush();
+    }
+
+    pub(super) fn open_again(&self, state: &mut State, home: Option<&Arc<Link>>, gather: &mut Gather) {
+        let (Some(opening), Some(link)) = (&mut state.opening, home) else { return };
+        let token = link.token();
+        let is_sent = opening.sent_to.as_ref().is_some_and(|(sent_to, _)| *sent_to == token);
+        if is_sent || !link.is_up() {
+            return;
+        }
+        // A former owner may have recorded it.
+        if let Some((sent_to, former)) = opening.sent_to.take().filter(|(sent_to, former)| former.token() == *sent_to) {
+            tracing::debug!(session = self.id.0, from = %former.router, ?sent_to, "the owner moved during the handshake");
+            gather.add(&former, Message::Close(v1::SessionClose { session_id: self.id.0 }));
+        }
+        gather.add(link, Message::Open(opening.open.clone()));
+        opening.sent_to = Some((token, link.clone()));
+    }
+
+    /// The user's owner has recorded the session.
+    pub fn opened(&self, shared: &Shared, from: LinkToken, opened: &v1::SessionOpened, wakers: &mut Wakers) {
+        let mut state = self.lock();
+        let is_asked = |opening: &Box<Opening>| opening.sent_to.as_ref().is_some_and(|(token, _)| *token == from);
+        if state.gone || !state.opening.as_ref().is_some_and(is_asked) {
+            return;
+        }
+        let Some(opening) = state.opening.take() else { return };
+        let identity = opened.identity.clone().unwrap_or_default();
+        state.expires_at = Timestamp::from_millis(identity.expires_at_ms);
+        state.capability = encoded(opened.capability.as_ref());
+        state.registered = Some(from);
+        state.presented = opening.sent_to.into_iter().collect();
+        let welcome = self.welcome(shared, opening.version, opened.sync_version, &identity);
+        // Live before the frame can be seen, so that nothing is refused that the client sends after it.
+        self.live.store(true, std::sync::atomic::Ordering::Release);
+        shared.metrics.sessions.increment(1.0);
+        self.push(shared, welcome, wakers);
+    }
+
+    fn welcome(&self, shared: &Shared, version: u32, sync_version: u64, identity: &v1::Identity) -> Frame {
+        let config = &shared.config;
+        let narrow = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        let self_id = self.user().map(|user| shared.secret.self_id(user));
+        Frame::Welcome(v1::Welcome {
+            session_id: self.id.0,
+            version,
+            server_time_ms: shared.environment.clock.now().as_millis(),
+            heartbeat_interval_ms: u32::try_from(config.heartbeat_interval.as_millis()).unwrap_or(u32::MAX),
+            limits: Some(v1::Limits {
+                frame_bytes: narrow(config.frame_bytes_max),
+                body_bytes: narrow(im_proto::limits::BODY_BYTES_MAX),
+                pending_sends: narrow(config.pending_sends_max),
+                calls_in_flight: narrow(config.calls_in_flight_max),
+                sends_per_second: config.sends_per_second_max,
+            }),
+            sync_version,
+            user_id: identity.user_id.clone(),
+            device_id: identity.device_id.clone(),
+            platform: identity.platform.clone(),
+            token_expires_at_ms: identity.expires_at_ms,
+            features: Vec::new(),
+            self_conversation_id: self_id.map(|id| id.to_bytes()).unwrap_or_default(),
+        })
+    }
+
+    /// The user's owner refuses the session. That it cannot answer now is no refusal: it is asked again until the deadline of the
+    /// handshake.
+    pub fn refused(&self, shared: &Shared, from: LinkToken, status: Option<v1::Status>, wakers: &mut Wakers) {
+        let mut state = self.lock();
+        let Some(opening) = &mut state.opening else { return };
+        if opening.sent_to.as_ref().is_none_or(|(token, _)| *token != from) {
+            return;
+        }
+        opening.sent_to = None;
+        let status = status.unwrap_or_else(|| StatusCode::Internal.to_status());
+        if status.code == StatusCode::Unavailable.number() {
+            drop(state);
+            return shared.routing.retry_later(self.id);
+        }
+        drop(state);
+        self.close(shared, status, wakers);
+    }
+
+    /// Makes the session known to the owner that the user's shard has now.
+    pub(super) fn register_again(
+        &self,
+        state: &mut State,
+        shared: &Shared,
+        home: Option<&Arc<Link>>,
+        gather: &mut Gather,
+        wakers: &mut Wakers,
+    ) {
+        let Some(link) = home.filter(|link| link.is_up()) else { return };
+        let token = link.token();
+        if state.registered != Some(token) {
+            // Under a new owner the router tells the session to sync; what a link lost only this side knows.
+            if state.registered.is_some_and(|before| before.same_link(token)) {
+                shared.metrics.resyncs.increment(1);
+                let spread_ms = u32::try_from(shared.config.resync_spread_all.as_millis()).unwrap_or(u32::MAX);
+                let reason = v1::ResyncReason::LinkLost.into();
+                self.push(shared, Frame::Resync(v1::Resync { reason, spread_ms }), wakers);
+            }
+            state.registered = Some(token);
+            self.present(state, link, gather);
+        }
+        self.renew_again(state, link, gather);
+    }
+
+    /// Makes the session known to a router, once a link: the user's owner records it, others take its word for the sender.
+    pub(super) fn present(&self, state: &mut State, link: &Arc<Link>, gather: &mut Gather) {
+        let token = link.token();
+        if state.presented.iter().any(|(known, _)| *known == token) {
+            return;
+        }
+        state.presented.retain(|(known, link)| !known.same_link(token) && link.token() == *known);
+        state.presented.push((token, link.clone()));
+        let capability = v1::Capability::decode(&state.capability[..]).ok();
+        let session_id = self.id.0;
+        gather.add(
+            link,
+            if state.registered == Some(token) {
+                Message::Announce(v1::SessionAnnounce { session_id, capability })
+            } else {
+                Message::Present(v1::SessionPresent { session_id, capability })
+            },
+        );
+    }
+
+    pub(super) fn renew(
+        &self,
+        state: &mut State,
+        home: Option<&Arc<Link>>,
+        token: String,
+        expires_at: Timestamp,
+        gather: &mut Gather,
+    ) {
+        state.renewing = Some(Box::new(Renewing { token, expires_at, sent_to: None }));
+        if let Some(link) = home.filter(|link| link.is_up()) {
+            self.renew_again(state, link, gather);
+        }
+    }
+
+    fn renew_again(&self, state: &mut State, link: &Arc<Link>, gather: &mut Gather) {
+        let Some(renewing) = &mut state.renewing else { return };
+        if renewing.sent_to != Some(link.token()) {
+            renewing.sent_to = Some(link.token());
+            let token = renewing.token.clone();
+            gather.add(link, Message::Renew(v1::SessionRenew { session_id: self.id.0, token }));
+        }
+    }
+
+    /// The user's owner has judged a new token.
+    pub fn renewed(&self, shared: &Shared, from: LinkToken, renewed: &v1::SessionRenewed, wakers: &mut Wakers) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        if state.renewing.as_ref().is_none_or(|renewing| renewing.sent_to != Some(from)) {
+            return;
+        }
+        let Some(renewing) = state.renewing.take() else { return };
+        let status = renewed.status.clone().filter(|status| status.code != 0);
+        if status.is_none() {
+            let said = renewed.identity.as_ref().map(|identity| Timestamp::from_millis(identity.expires_at_ms));
+            state.expires_at = said.unwrap_or(renewing.expires_at);
+            state.capability = encoded(renewed.capability.as_ref());
+            // Other routers hold a capability that ends with the old token.
+            state.presented.retain(|(token, _)| *token == from);
+        }
+        let token_expires_at_ms = state.expires_at.as_millis();
+        self.push(shared, Frame::Renewed(v1::Renewed { status, token_expires_at_ms }), wakers);
+    }
+}
+
+fn encoded(capability: Option<&v1::Capability>) -> Box<[u8]> {
+    capability.map(|capability| capability.encode_to_vec().into_boxed_slice()).unwrap_or_default()
+}
+
+/// The version to speak with a client, if there is a common one.
+pub(crate) fn common_version(hello: &v1::Hello) -> Option<u32> {
+    let (min, max) = PROTOCOL_VERSIONS;
+    let highest = hello.version_max.min(max);
+    (hello.version_min <= hello.version_max && highest >= hello.version_min.max(min)).then_some(highest)
+}

@@ -1,0 +1,220 @@
+//! From the first byte to `Welcome`, heartbeats, expiry.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use im_proto::{StatusCode, v1};
+use tokio::time::Instant;
+
+use crate::support::*;
+
+#[tokio::test(start_paused = true)]
+async fn welcome_comes_only_after_the_owner_has_recorded_the_session() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let mut client = bench.connect();
+    client.send(bench.hello("ann")).await;
+    let FromGateway::Open(open) = router.next().await else { panic!("an open") };
+    assert_eq!((open.transport.as_str(), open.client_name.as_str()), ("memory", "test"));
+    client.is_alive().await; // and nothing was there before the pong
+    router.say(bench.opened(&open, "ann")).await;
+    let welcome = client.welcome().await;
+    assert_eq!(welcome.user_id, "ann");
+    assert_eq!(welcome.sync_version, 5);
+    assert_eq!(welcome.heartbeat_interval_ms, 30_000);
+    assert_eq!(welcome.version, 1);
+    assert_eq!(welcome.self_conversation_id, bench.secret.self_id(&user("ann")).to_bytes());
+    assert_eq!(welcome.limits.expect("limits").pending_sends, 256);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_closes_with_its_status() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let mut client = bench.connect();
+    client.send(bench.hello("ann")).await;
+    let FromGateway::Open(open) = router.next().await else { panic!("an open") };
+    let status = Some(StatusCode::Revoked.to_status());
+    router.say(FromRouter::Refused(v1::SessionRefused { session_id: open.session_id, status })).await;
+    client.is_closed_with(StatusCode::Revoked).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_says_nothing_is_timed_out_at_the_deadline() {
+    let (bench, _router) = Bench::with_router(config()).await;
+    let started = Instant::now();
+    bench.connect().is_closed_with(StatusCode::TimedOut).await;
+    let waited = started.elapsed();
+    assert!(waited >= Duration::from_secs(10) && waited < Duration::from_secs(11), "{waited:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_owner_a_hello_waits_until_there_is_one_or_the_deadline() {
+    let mut bench = Bench::new(config());
+    let (mut early, mut late) = (bench.connect(), bench.connect());
+    early.send(bench.hello("ann")).await;
+    early.is_alive().await;
+    early.is_closed_with(StatusCode::Unavailable).await;
+    late = {
+        drop(late);
+        bench.connect()
+    };
+    late.send(bench.hello("ann")).await;
+    late.is_alive().await;
+    bench.owner("r1");
+    let mut router = bench.router().await;
+    let FromGateway::Open(open) = router.next().await else { panic!("an open") };
+    router.say(bench.opened(&open, "ann")).await;
+    late.welcome().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_cannot_answer_now_is_asked_again() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let mut client = bench.connect();
+    client.send(bench.hello("ann")).await;
+    let FromGateway::Open(open) = router.next().await else { panic!("an open") };
+    let status = Some(StatusCode::Unavailable.to_status());
+    router.say(FromRouter::Refused(v1::SessionRefused { session_id: open.session_id, status })).await;
+    let FromGateway::Open(again) = router.next().await else { panic!("an open again") };
+    assert_eq!(again, open);
+    router.say(bench.opened(&open, "ann")).await;
+    client.welcome().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_client_is_asked_and_a_dead_one_given_up() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session) = bench.login(&mut router, "ann").await;
+    let started = Instant::now();
+    let ServerFrame::Ping(ping) = client.next().await else { panic!("a ping") };
+    assert_eq!(started.elapsed().as_secs(), 30, "asked after one interval");
+    client.send(ClientFrame::Pong(v1::Pong { echo: ping.echo })).await;
+    let answered = Instant::now();
+    let ServerFrame::Ping(_) = client.next().await else { panic!("a ping") };
+    client.is_closed_with(StatusCode::TimedOut).await;
+    assert_eq!(answered.elapsed().as_secs(), 75, "given up after two and a half");
+    drop(client);
+    assert_eq!(router.next().await, FromGateway::Close(v1::SessionClose { session_id: session }));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_talks_is_never_asked() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_secs(29)).await;
+        client.is_alive().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_ends_the_live_connection_unless_it_is_renewed() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let mut claims = bench.claims("ann");
+    claims.exp = claims.iat + 100;
+    let token = bench.sign(&claims);
+    let mut clients = Vec::new();
+    for _ in 0..2 {
+        let mut client = bench.connect();
+        client.send(hello(token.clone())).await;
+        let FromGateway::Open(open) = router.next().await else { panic!("an open") };
+        router.say(bench.opened(&open, "ann")).await;
+        client.welcome().await;
+        clients.push((client, open.session_id));
+    }
+    let (mut renewing, session) = clients.remove(0);
+    let (mut ending, _) = clients.remove(0);
+    claims.exp = claims.iat + 1000;
+    let token = bench.sign(&claims);
+    renewing.send(ClientFrame::Renew(v1::Renew { token: token.clone() })).await;
+    assert_eq!(router.next().await, FromGateway::Renew(v1::SessionRenew { session_id: session, token }));
+    let identity = v1::Identity { user_id: "ann".to_owned(), expires_at_ms: claims.exp * 1000, ..Default::default() };
+    let capability = Some(capability("ann"));
+    router
+        .say(FromRouter::Renewed(v1::SessionRenewed {
+            session_id: session,
+            status: None,
+            identity: Some(identity),
+            capability,
+        }))
+        .await;
+    let ServerFrame::Renewed(renewed) = renewing.next().await else { panic!("renewed") };
+    assert_eq!((renewed.status, renewed.token_expires_at_ms), (None, claims.exp * 1000));
+    let started = Instant::now();
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(25)).await;
+        ending.is_alive().await;
+        renewing.is_alive().await;
+    }
+    ending.is_closed_with(StatusCode::TokenExpired).await;
+    assert!(started.elapsed() <= Duration::from_secs(101), "{:?}", started.elapsed());
+    renewing.is_alive().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_for_somebody_else_is_refused_and_changes_nothing() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    for (token, code) in [(bench.token("bob"), StatusCode::Forbidden), ("x".to_owned(), StatusCode::Unauthenticated)] {
+        client.send(ClientFrame::Renew(v1::Renew { token })).await;
+        let ServerFrame::Renewed(renewed) = client.next().await else { panic!("an answer") };
+        assert_eq!(status_of(renewed.status.as_ref()), Some(code));
+    }
+    router.is_silent(Duration::from_secs(5)).await;
+    client.is_alive().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disconnect_is_reported_once() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (client, session) = bench.login(&mut router, "ann").await;
+    drop(client);
+    assert_eq!(router.next().await, FromGateway::Close(v1::SessionClose { session_id: session }));
+    router.is_silent(Duration::from_secs(100)).await;
+    assert_eq!(bench.gateway.load().connections, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kick_closes_with_its_status() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session) = bench.login(&mut router, "ann").await;
+    let status = Some(StatusCode::KickedByAnotherDevice.to_status());
+    router.say(FromRouter::Kick(v1::SessionKick { session_id: session, status })).await;
+    client.is_closed_with(StatusCode::KickedByAnotherDevice).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn more_connections_than_allowed_are_told_to_go_away() {
+    let (bench, mut router) = Bench::with_router(im_gateway::GatewayConfig { connections_max: 1, ..config() }).await;
+    let (client, _) = bench.login(&mut router, "ann").await;
+    let mut second = bench.connect();
+    let ServerFrame::GoAway(go_away) = second.next().await else { panic!("go away") };
+    assert!(go_away.reconnect_after_ms > 0);
+    second.is_closed_with(StatusCode::Overloaded).await;
+    drop(client);
+    router.next().await;
+    let (mut third, _) = bench.login(&mut router, "ann").await;
+    third.is_alive().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn handshakes_are_bounded_apart() {
+    let (bench, mut router) = Bench::with_router(im_gateway::GatewayConfig { handshakes_max: 1, ..config() }).await;
+    let (_live, _) = bench.login(&mut router, "ann").await;
+    let mut silent = bench.connect();
+    silent.is_alive().await;
+    let mut second = bench.connect();
+    let ServerFrame::GoAway(_) = second.next().await else { panic!("go away") };
+    second.is_closed_with(StatusCode::Overloaded).await;
+    silent.is_alive().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ping_is_answered_with_its_echo() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    client.is_alive().await;
+    client.send(ClientFrame::Ping(v1::Ping { echo: Bytes::from(vec![1; 10_000]) })).await;
+    let ServerFrame::Refused(refused) = client.next().await else { panic!("refused") };
+    assert_eq!(status_of(refused.status.as_ref()), Some(StatusCode::TooLarge));
+    client.is_alive().await;
+}

@@ -61,12 +61,13 @@ impl Router {
         let cluster = Arc::new(Cluster::new(config, environment.clone(), senders.clone()));
         let (fence, requests) = FenceService::new();
         environment.spawn(fence::run(cluster.clone(), store.clone(), requests));
+        let (raises, raise_requests) = mpsc::unbounded_channel();
         for (index, (sender, receiver)) in senders.into_iter().zip(receivers).enumerate() {
             let worker = Worker::new(
                 index,
                 cluster.clone(),
                 store.clone(),
-                registry.clone(),
+                raises.clone(),
                 fence.clone(),
                 lease.clone(),
                 sender,
@@ -75,7 +76,9 @@ impl Router {
         }
         let (stop, stopping) = watch::channel(false);
         let (released, is_released) = watch::channel(false);
-        let ownership = Ownership::new(cluster.clone(), store, registry.clone(), lease, stopping, released);
+        let ownership =
+            Ownership::new(cluster.clone(), store, registry.clone(), lease.clone(), raise_requests, stopping, released);
+        environment.spawn(ownership::follow_view(cluster.clone(), registry.clone(), lease));
         environment.spawn(ownership.run());
         environment.spawn(peer_link::maintain(cluster.clone(), peers, registry.view()));
         Ok(Self { cluster, stop, released: is_released })

@@ -12,7 +12,7 @@ use im_registry::{
     AnyRegistry, CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Lease, Registry as _, RegistryError, Role, View,
 };
 use im_storage::{Directory as _, MessageLog as _, Store, StoreError, Table};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     cluster::{Cluster, Ended},
@@ -24,6 +24,34 @@ const RETRY: Duration = Duration::from_millis(250);
 /// Rows of one scan for busy conversations.
 const BUSY_ROWS: usize = 512;
 
+/// A worker asks for a greater epoch, because a batch of this conversation was given up.
+pub struct RaiseRequest {
+    pub claim: Claim,
+    pub conversation: ConversationId,
+}
+
+/// Takes over each new view, and ends the router when its lease is dead. Never waits for anything else.
+pub async fn follow_view(cluster: Arc<Cluster>, registry: AnyRegistry, lease: Lease) {
+    let mut view = registry.view();
+    let mut lost = lease.lost();
+    loop {
+        let now = view.borrow_and_update().clone();
+        cluster.set_view(&now);
+        tokio::select! {
+            biased;
+            _ = lost.wait_for(|lost| *lost) => {
+                cluster.end(Ended::LeaseLost);
+                return;
+            }
+            changed = view.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
 /// The part of a router that owns its claims.
 pub struct Ownership {
     cluster: Arc<Cluster>,
@@ -33,6 +61,7 @@ pub struct Ownership {
     held: BTreeMap<ShardId, Claim>,
     /// Instances whose fence rows this router has confirmed: one fence covers all their shards.
     fenced: BTreeSet<InstanceId>,
+    raises: mpsc::UnboundedReceiver<RaiseRequest>,
     stop: watch::Receiver<bool>,
     /// Turns true once everything is given up.
     released: watch::Sender<bool>,
@@ -44,19 +73,19 @@ impl Ownership {
         store: Store,
         registry: AnyRegistry,
         lease: Lease,
+        raises: mpsc::UnboundedReceiver<RaiseRequest>,
         stop: watch::Receiver<bool>,
         released: watch::Sender<bool>,
     ) -> Self {
-        Self { cluster, store, registry, lease, held: BTreeMap::new(), fenced: BTreeSet::new(), stop, released }
+        Self { cluster, store, registry, lease, held: BTreeMap::new(), fenced: BTreeSet::new(), raises, stop, released }
     }
 
-    /// Runs until the router stops or its lease is lost.
+    /// Runs until the router stops or has ended.
     pub async fn run(mut self) {
         let mut view = self.registry.view();
-        let mut lost = self.lease.lost();
+        let mut ended = self.cluster.ended();
         loop {
             let now = view.borrow_and_update().clone();
-            self.cluster.set_view(&now);
             if *self.stop.borrow() {
                 self.release_all().await;
                 self.released.send_replace(true);
@@ -65,11 +94,9 @@ impl Ownership {
             self.reconcile(&now).await;
             tokio::select! {
                 biased;
-                _ = lost.wait_for(|lost| *lost) => {
-                    self.cluster.end(Ended::LeaseLost);
-                    return;
-                }
+                () = async { let _ = ended.wait_for(Option::is_some).await; } => return,
                 _ = self.stop.changed() => {}
+                Some(request) = self.raises.recv() => self.raise(request).await,
                 changed = view.changed() => {
                     if changed.is_err() {
                         return;
@@ -77,6 +104,52 @@ impl Ownership {
                 }
                 () = tokio::time::sleep(RETRY) => {}
             }
+        }
+    }
+
+    /// Puts a claim again under a greater epoch. If the answer of an earlier try was lost, claiming again tells the present epoch.
+    async fn raise(&mut self, request: RaiseRequest) {
+        let RaiseRequest { claim, conversation } = request;
+        let shard = claim.shard;
+        let current = self.held.get(&shard).cloned();
+        let raised = match current {
+            // Raised for another conversation meanwhile: that epoch is greater than the one of the batch.
+            Some(current) if current.epoch > claim.epoch => Some(current),
+            Some(current) => self.raise_claim(&current).await,
+            None => None,
+        };
+        match &raised {
+            Some(claim) => {
+                self.held.insert(shard, claim.clone());
+            }
+            None => {
+                self.held.remove(&shard);
+            }
+        }
+        self.tell(shard, move |worker| worker.epoch_raised(conversation, raised));
+    }
+
+    async fn raise_claim(&self, claim: &Claim) -> Option<Claim> {
+        let mut pause = Duration::from_millis(50);
+        loop {
+            match self.registry.raise_epoch(claim).await {
+                Ok(Some(raised)) => return Some(raised),
+                Ok(None) => match self.registry.claim(&self.lease, &[claim.shard]).await {
+                    // Still ours: an earlier raise had taken effect.
+                    Ok(outcomes) => {
+                        return outcomes.into_iter().find_map(|outcome| match outcome {
+                            ClaimOutcome::Claimed(found) if found.epoch > claim.epoch => Some(found),
+                            _ => None,
+                        });
+                    }
+                    Err(RegistryError::LeaseLost(_)) => return None,
+                    Err(_) => {}
+                },
+                Err(RegistryError::LeaseLost(_)) => return None,
+                Err(_) => {}
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
         }
     }
 
@@ -92,7 +165,8 @@ impl Ownership {
         for shard in self.cluster.config.shards.shards() {
             let mine = rendezvous_owner(shard, routers.iter().copied()) == Some(&me);
             match (self.held.contains_key(&shard), mine) {
-                (false, true) if !view.claims.contains_key(&shard) => wanted.push(shard),
+                // A claim of ours that we do not hold: the answer to the claim was lost.
+                (false, true) if view.owner(shard).is_none_or(|owner| *owner == me) => wanted.push(shard),
                 (true, false) => unwanted.push(shard),
                 _ => {}
             }
@@ -172,8 +246,7 @@ impl Ownership {
                     return false;
                 }
             }
-            if *self.lease.lost().borrow() {
-                self.cluster.end(Ended::LeaseLost);
+            if self.cluster.ended().borrow().is_some() {
                 return false;
             }
         }
@@ -188,7 +261,7 @@ impl Ownership {
         let cut = loop {
             match self.registry.cut_predecessors(&claims).await {
                 Ok(cut) => break cut,
-                Err(_) if *self.lease.lost().borrow() => return self.cluster.end(Ended::LeaseLost),
+                Err(_) if self.cluster.ended().borrow().is_some() => return,
                 Err(error) => {
                     tracing::debug!(%error, "the predecessor lists could not be cut; trying again");
                     tokio::time::sleep(pause).await;

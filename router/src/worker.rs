@@ -27,7 +27,7 @@ use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
 use foldhash::quality::FixedState;
 use im_proto::{ConversationId, InstanceId, v1};
-use im_registry::{AnyRegistry, Lease};
+use im_registry::Lease;
 use im_storage::{AppendDone, AppendRequest, MessageLog as _, Store};
 use tokio::{
     sync::mpsc,
@@ -46,6 +46,7 @@ use crate::{
     conversation::Conversation,
     fence::FenceService,
     message::{ReplyTo, ShardMessage},
+    ownership::RaiseRequest,
 };
 
 /// Inputs of one turn.
@@ -61,7 +62,7 @@ pub struct Context {
     pub index: usize,
     pub cluster: Arc<Cluster>,
     pub store: Store,
-    pub registry: AnyRegistry,
+    raises: mpsc::UnboundedSender<RaiseRequest>,
     pub fence: FenceService,
     pub lease: Lease,
     inbox: mpsc::UnboundedSender<Input>,
@@ -97,7 +98,7 @@ impl Worker {
         index: usize,
         cluster: Arc<Cluster>,
         store: Store,
-        registry: AnyRegistry,
+        raises: mpsc::UnboundedSender<RaiseRequest>,
         fence: FenceService,
         lease: Lease,
         inbox: mpsc::UnboundedSender<Input>,
@@ -112,7 +113,7 @@ impl Worker {
                 index,
                 cluster,
                 store,
-                registry,
+                raises,
                 fence,
                 lease,
                 inbox,

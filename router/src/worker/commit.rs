@@ -4,7 +4,6 @@
 use std::{sync::Arc, time::Duration};
 
 use im_proto::{ConversationId, Timestamp, limits, v1};
-use im_registry::Registry as _;
 use im_storage::{AppendRequest, Batch, BucketId, Row, StateWrite, StoreError, Table};
 
 use super::{
@@ -16,6 +15,7 @@ use crate::{
     cluster::Ended,
     conversation::{Assigned, Busy, Completion, Conversation, Cursor, InFlight},
     message::{AnswerValue, unavailable},
+    ownership::RaiseRequest,
 };
 
 /// First pause before a batch is handed to the store again.
@@ -88,20 +88,10 @@ impl Worker {
         self.context.drop_speculative(&mut conversation);
         let shard = conversation.shard;
         let Some(claim) = self.context.shards.claim(shard).cloned() else { return };
-        let slot = Slot::Raising { old_epoch: conversation.epoch, waiting: std::collections::VecDeque::new() };
+        let slot = Slot::Raising { waiting: std::collections::VecDeque::new() };
         self.conversations.insert(id, slot);
-        let registry = self.context.registry.clone();
-        let task = async move {
-            let mut pause = Duration::from_millis(50);
-            loop {
-                match registry.raise_epoch(&claim).await {
-                    Ok(raised) => return raised,
-                    Err(_) => tokio::time::sleep(pause).await,
-                }
-                pause = (pause * 2).min(Duration::from_secs(1));
-            }
-        };
-        self.context.then(task, move |worker, raised| worker.epoch_raised(id, raised));
+        // If the router has ended nobody answers, and nobody waits.
+        let _ = self.context.raises.send(RaiseRequest { claim, conversation: id });
     }
 
     /// A clean fence read began after everything up to this ticket was confirmed.

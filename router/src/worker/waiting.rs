@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
-use im_proto::{ConversationId, Epoch, UserId, v1};
+use im_proto::{ConversationId, UserId, v1};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -50,7 +50,6 @@ pub enum Slot {
     Open(Box<Conversation>),
     /// Its last batch was given up; it waits for a greater epoch, then it is opened again.
     Raising {
-        old_epoch: Epoch,
         waiting: VecDeque<Request>,
     },
 }

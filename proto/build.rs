@@ -1,8 +1,11 @@
-//! Generates the message types from `defs/` and the method table from the `method` option of each rpc.
+//! Generates from `defs/` the message types, the method table (from the `method` option of each rpc) and the shape of bodies that
+//! `body::validate` follows.
 
 use std::{env, error::Error, fmt::Write as _, fs, path::PathBuf};
 
-use prost_reflect::{DescriptorPool, DynamicMessage, MethodDescriptor, Value};
+use prost_reflect::{
+    DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, MethodDescriptor, Value,
+};
 
 const FILES: [&str; 5] = [
     "defs/im/v1/options.proto",
@@ -29,6 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let pool = compiler.descriptor_pool();
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("method_table.rs"), method_table(&pool)?)?;
+    fs::write(out.join("body_shapes.rs"), body_shapes(&pool)?)?;
     fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;
     Ok(())
 }
@@ -101,4 +105,59 @@ fn number(message: &DynamicMessage, field: &str) -> Result<u32, Box<dyn Error>> 
 
 fn number_or(message: &DynamicMessage, field: &str, default: u32) -> u32 {
     message.get_field_by_name(field).and_then(|value| value.as_u32()).unwrap_or(default)
+}
+
+/// One `static` a message that a body can hold, for `src/body/shape.rs`.
+fn body_shapes(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
+    let encoded_body = pool.get_extension_by_name("im.v1.encoded_body").ok_or("options.proto has no `encoded_body`")?;
+    let mut found = vec![pool.get_message_by_name("im.v1.Body").ok_or("no message Body")?];
+    let mut out = String::new();
+    let mut done = 0;
+    while let Some(message) = found.get(done).cloned() {
+        done += 1;
+        if message.oneofs().count() > 1 {
+            return Err(
+                format!("the check of bodies knows one oneof a message, {} has more", message.full_name()).into()
+            );
+        }
+        writeln!(out, "pub(super) static {}: Shape = Shape {{", shape_name(&message))?;
+        writeln!(out, "    message: \"{}\",\n    fields: &[", message.name())?;
+        for field in message.fields() {
+            let kind = shape_kind(&field, field.options().get_extension(&encoded_body).as_bool() == Some(true))?;
+            if let Kind::Message(inner) = field.kind()
+                && !found.contains(&inner)
+            {
+                found.push(inner);
+            }
+            writeln!(
+                out,
+                "        Field {{ number: {}, repeated: {}, one_of: {}, kind: {kind} }},",
+                field.number(),
+                field.is_list(),
+                field.containing_oneof().is_some(),
+            )?;
+        }
+        out.push_str("    ],\n};\n");
+    }
+    Ok(out)
+}
+
+fn shape_name(message: &MessageDescriptor) -> String {
+    message.name().to_uppercase()
+}
+
+fn shape_kind(field: &FieldDescriptor, encoded_body: bool) -> Result<String, Box<dyn Error>> {
+    let bytes_or_text = matches!(field.kind(), Kind::String | Kind::Bytes | Kind::Message(_));
+    let four_bytes = matches!(field.kind(), Kind::Float | Kind::Fixed32 | Kind::Sfixed32);
+    if four_bytes || field.number() > 63 || field.is_map() || (field.is_list() && !bytes_or_text) {
+        return Err(format!("the check of bodies cannot follow {}", field.full_name()).into());
+    }
+    Ok(match field.kind() {
+        Kind::Message(inner) => format!("Kind::Message(&{})", shape_name(&inner)),
+        Kind::Bytes if encoded_body => "Kind::Body".to_owned(),
+        Kind::Bytes => "Kind::Bytes".to_owned(),
+        Kind::String => "Kind::Text".to_owned(),
+        Kind::Double | Kind::Fixed64 | Kind::Sfixed64 => "Kind::Fixed64".to_owned(),
+        _ => "Kind::Varint".to_owned(),
+    })
 }

@@ -1,11 +1,14 @@
 //! Framing: a 4-byte big-endian unsigned length, then that many bytes of one protobuf message.
 //!
 //! Sans-IO: decoding takes what was read so far, encoding appends to a buffer. A length is checked before anything is allocated.
+//!
+//! All fields of a frame are members of its oneof. A frame without a member that this version knows is reported by the number of
+//! its first field; unknown fields beside a known member are ignored, as everywhere in a message.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
 
-use crate::v1;
+use crate::{status::StatusCode, v1};
 
 /// Bytes of the length prefix.
 pub const PREFIX_BYTES: usize = 4;
@@ -19,6 +22,16 @@ pub enum FrameError {
     TooLarge { announced: u32, limit: usize },
     #[error("the frame is no valid protobuf message: {0}")]
     Malformed(#[from] prost::DecodeError),
+}
+
+impl FrameError {
+    /// The status of the `Close` with which the connection ends.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            FrameError::TooLarge { .. } => StatusCode::TooLarge,
+            FrameError::Empty | FrameError::Malformed(_) => StatusCode::Malformed,
+        }
+    }
 }
 
 /// Takes the next whole frame (without its prefix) out of `input`, or `None` if more bytes are needed.
@@ -58,7 +71,7 @@ pub fn frame_to_bytes<M: Message>(message: &M) -> Bytes {
 }
 
 /// A client's frame, or the field number of a member that this version does not know.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Decoded<F> {
     Frame(F),
     Unknown(u32),
@@ -82,7 +95,7 @@ pub fn decode_server_frame(payload: Bytes) -> Result<Decoded<v1::server_frame::F
     })
 }
 
-/// The field number of the first field, 0 if there is none.
+/// The field number of the first field, 0 if there is none. In a frame without a known member it is the unknown one.
 fn first_field(mut payload: &[u8]) -> u32 {
     prost::encoding::decode_key(&mut payload).map_or(0, |(field, _)| field)
 }
@@ -98,3 +111,6 @@ impl From<v1::client_frame::Frame> for v1::ClientFrame {
         Self { frame: Some(frame) }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,10 +1,18 @@
 //! Tokens: EdDSA JWT only, with `kid`, issuer and the cluster id as audience. User, device and platform come from the token alone.
+//!
+//! How long a token may live is the server's setting. `iat` is the token's word, so it may not lie in the future: else a token
+//! could count its lifetime from there.
+//!
+//! Not here: revocation. Whoever has the device row compares [`Verified::issued_at`] with it.
+
+use std::time::Duration;
 
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    id::{DeviceId, Platform, UserId},
+    id::{DeviceId, IdError, Platform, UserId},
+    limits,
     status::StatusCode,
     timestamp::Timestamp,
 };
@@ -41,6 +49,8 @@ pub enum TokenError {
     Expired,
     #[error("the token lives longer than this server allows")]
     LifetimeTooLong,
+    #[error("the token was issued in the future or expired before that; is a clock wrong?")]
+    IssuedInTheFuture,
 }
 
 impl TokenError {
@@ -59,6 +69,7 @@ pub struct Verified {
     pub user: UserId,
     pub device: DeviceId,
     pub platform: Platform,
+    pub issued_at: Timestamp,
     pub expires_at: Timestamp,
 }
 
@@ -103,51 +114,55 @@ pub struct VerifyKey {
 impl VerifyKey {
     /// From the 32 bytes of the public key.
     pub fn from_public(public: &[u8]) -> Result<Self, TokenError> {
-        if public.len() != 32 {
+        if public.len() != PUBLIC_KEY_BYTES {
             return Err(TokenError::Malformed("an Ed25519 public key is 32 bytes".to_owned()));
         }
         Ok(Self { key_id: key_id(public), public: public.to_vec() })
     }
 }
 
+/// Length of an Ed25519 public key.
+pub const PUBLIC_KEY_BYTES: usize = 32;
+
 fn key_id(public: &[u8]) -> String {
     blake3::hash(public).to_hex()[..16].to_owned()
 }
 
+/// How far the clock of an issuer may be ahead of a server's.
+pub const CLOCK_DIFFERENCE_MAX: Duration = Duration::from_secs(60);
+
 /// Verifies tokens of one cluster.
 pub struct Verifier {
     keys: Vec<(String, DecodingKey)>,
-    issuer: String,
-    audience: String,
-    lifetime_max: std::time::Duration,
+    validation: Validation,
+    lifetime_max: Duration,
 }
 
 impl Verifier {
     /// Accepts tokens of `issuer` for the cluster `audience`, signed by one of `keys`, that live at most `lifetime_max`.
-    pub fn new(keys: &[VerifyKey], issuer: &str, audience: &str, lifetime_max: std::time::Duration) -> Self {
-        let keys = keys.iter().map(|key| (key.key_id.clone(), DecodingKey::from_ed_der(&key.public))).collect();
-        Self { keys, issuer: issuer.to_owned(), audience: audience.to_owned(), lifetime_max }
+    pub fn new(keys: &[VerifyKey], issuer: &str, audience: &str, lifetime_max: Duration) -> Self {
+        // A key of another length would panic in the library.
+        let keys = keys.iter().filter(|key| key.public.len() == PUBLIC_KEY_BYTES);
+        let keys = keys.map(|key| (key.key_id.clone(), DecodingKey::from_ed_der(&key.public))).collect();
+        let mut validation = Validation::new(Algorithm::EdDSA);
+        validation.set_issuer(&[issuer]);
+        validation.set_audience(&[audience]);
+        // Time is ours to check, against the injected clock.
+        validation.validate_exp = false;
+        Self { keys, validation, lifetime_max }
     }
 
     /// Everything: form, key, signature, issuer, audience, lifetime, expiry.
     pub fn verify(&self, token: &str, now: Timestamp) -> Result<Verified, TokenError> {
-        let header = jsonwebtoken::decode_header(token).map_err(|error| TokenError::Malformed(error.to_string()))?;
-        if header.alg != Algorithm::EdDSA {
-            return Err(TokenError::Malformed("the algorithm is not EdDSA".to_owned()));
-        }
-        let key_id = header.kid.unwrap_or_default();
+        let key_id = header(token)?.kid.unwrap_or_default();
         let key = self.keys.iter().find(|(id, _)| *id == key_id).map(|(_, key)| key);
         let key = key.ok_or(TokenError::UnknownKey(key_id))?;
-        let mut validation = Validation::new(Algorithm::EdDSA);
-        validation.set_issuer(&[&self.issuer]);
-        validation.set_audience(&[&self.audience]);
-        // Time is ours to check, against the injected clock.
-        validation.validate_exp = false;
-        let claims = jsonwebtoken::decode::<Claims>(token, key, &validation)
+        let claims = jsonwebtoken::decode::<Claims>(token, key, &self.validation)
             .map_err(|error| TokenError::Refused(error.to_string()))?
             .claims;
         check_times(&claims, now)?;
-        if u64::try_from(claims.exp.saturating_sub(claims.iat)).unwrap_or(0) > self.lifetime_max.as_secs() {
+        let lifetime_seconds = u64::try_from(claims.exp.saturating_sub(claims.iat)).unwrap_or(0);
+        if lifetime_seconds > self.lifetime_max.as_secs() {
             return Err(TokenError::LifetimeTooLong);
         }
         verified(&claims)
@@ -156,10 +171,7 @@ impl Verifier {
 
 /// What a gateway can tell without keys: form and expiry. The signature is checked by the user's owner.
 pub fn inspect(token: &str, now: Timestamp) -> Result<Verified, TokenError> {
-    let header = jsonwebtoken::decode_header(token).map_err(|error| TokenError::Malformed(error.to_string()))?;
-    if header.alg != Algorithm::EdDSA {
-        return Err(TokenError::Malformed("the algorithm is not EdDSA".to_owned()));
-    }
+    header(token)?;
     let claims = jsonwebtoken::dangerous::insecure_decode::<Claims>(token)
         .map_err(|error| TokenError::Malformed(error.to_string()))?
         .claims;
@@ -167,19 +179,49 @@ pub fn inspect(token: &str, now: Timestamp) -> Result<Verified, TokenError> {
     verified(&claims)
 }
 
+/// The header, once the token's size and form are known to be right.
+fn header(token: &str) -> Result<Header, TokenError> {
+    if token.len() > limits::TOKEN_BYTES_MAX {
+        return Err(TokenError::Malformed(format!("it has more than {} bytes", limits::TOKEN_BYTES_MAX)));
+    }
+    let header = jsonwebtoken::decode_header(token).map_err(|error| TokenError::Malformed(error.to_string()))?;
+    if header.alg != Algorithm::EdDSA {
+        return Err(TokenError::Malformed("the algorithm is not EdDSA".to_owned()));
+    }
+    if header.crit.is_some() {
+        return Err(TokenError::Malformed("it demands extensions (crit) that are not supported".to_owned()));
+    }
+    if header.kid.as_ref().is_some_and(|key_id| key_id.len() > limits::ID_BYTES_MAX) {
+        return Err(TokenError::Malformed("its key id is too long".to_owned()));
+    }
+    Ok(header)
+}
+
 fn check_times(claims: &Claims, now: Timestamp) -> Result<(), TokenError> {
-    if claims.exp.saturating_mul(1000) <= now.as_millis() {
+    if expiry(claims) <= now {
         return Err(TokenError::Expired);
+    }
+    let issued_at = Timestamp::from_millis(claims.iat.saturating_mul(1000));
+    if issued_at > now.saturating_add(CLOCK_DIFFERENCE_MAX) || claims.exp <= claims.iat {
+        return Err(TokenError::IssuedInTheFuture);
     }
     Ok(())
 }
 
+fn expiry(claims: &Claims) -> Timestamp {
+    Timestamp::from_millis(claims.exp.saturating_mul(1000))
+}
+
 fn verified(claims: &Claims) -> Result<Verified, TokenError> {
-    let bad = |error: crate::id::IdError| TokenError::Malformed(error.to_string());
+    let bad = |error: IdError| TokenError::Malformed(error.to_string());
     Ok(Verified {
         user: UserId::parse(&claims.sub).map_err(bad)?,
         device: DeviceId::parse(&claims.device).map_err(bad)?,
         platform: Platform::parse(&claims.platform).map_err(bad)?,
-        expires_at: Timestamp::from_millis(claims.exp.saturating_mul(1000)),
+        issued_at: Timestamp::from_millis(claims.iat.saturating_mul(1000)),
+        expires_at: expiry(claims),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -72,6 +72,11 @@ impl Admission {
         Permit::acquire(&self.handshakes, self.handshakes_max).ok_or(Refusal::TooManyHandshakes)
     }
 
+    /// So many handshakes are under way that strangers should first prove their address.
+    pub fn is_under_pressure(&self) -> bool {
+        self.handshakes.load(Ordering::Acquire) > self.handshakes_max / 2
+    }
+
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Acquire)
     }

@@ -1,0 +1,137 @@
+//! QUIC: one bidirectional stream, opened by the client, carries the frames.
+//!
+//! From 0-RTT data nothing is read: it is not enabled. Retry is asked for when many handshakes are under way, so that forged
+//! addresses cost nothing.
+
+use std::{
+    io,
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use quinn::{
+    Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+    crypto::rustls::QuicServerConfig,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::time::timeout;
+
+use super::{certificate::Certificate, tcp::until_drain};
+use crate::{Gateway, ListenError, PeerInfo, Transport};
+
+/// Of the whole connection and of its one stream: what one client may make this process hold.
+const RECEIVE_WINDOW_BYTES: u32 = 256 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+const SEND_WINDOW_BYTES: u64 = 256 * 1024;
+/// Beyond the two and a half heartbeats after which the gateway itself gives up.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+/// Handshakes that wait for the listener, and the bytes that they may bring.
+const INCOMING_MAX: usize = 4096;
+const INCOMING_BYTES_MAX: u64 = 8 * 1024 * 1024;
+/// One socket serves all clients; the kernel may grant less.
+const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+
+/// A bound listener.
+pub struct Listener {
+    endpoint: Endpoint,
+    address: SocketAddr,
+}
+
+/// Binds an address; port 0 takes any free one. Needs a tokio runtime.
+pub fn bind(address: SocketAddr, certificate: Certificate) -> Result<Listener, ListenError> {
+    let failed = |source| ListenError::Bind { address, source };
+    let crypto = QuicServerConfig::try_from(certificate.server_config()?)
+        .map_err(|error| ListenError::Quic(error.to_string()))?;
+    let mut config = ServerConfig::with_crypto(Arc::new(crypto));
+    config
+        .transport_config(Arc::new(transport()?))
+        .max_incoming(INCOMING_MAX)
+        .incoming_buffer_size_total(INCOMING_BYTES_MAX);
+    let socket = socket(address).map_err(failed)?;
+    let endpoint = Endpoint::new(EndpointConfig::default(), Some(config), socket, Arc::new(TokioRuntime));
+    let endpoint = endpoint.map_err(failed)?;
+    let address = endpoint.local_addr().map_err(failed)?;
+    Ok(Listener { endpoint, address })
+}
+
+fn transport() -> Result<TransportConfig, ListenError> {
+    let idle = IDLE_TIMEOUT.try_into().map_err(|_| ListenError::Quic("the idle timeout is too long".to_owned()))?;
+    let mut transport = TransportConfig::default();
+    transport
+        .receive_window(VarInt::from_u32(RECEIVE_WINDOW_BYTES))
+        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
+        .send_window(SEND_WINDOW_BYTES)
+        .max_concurrent_bidi_streams(VarInt::from_u32(1))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .datagram_receive_buffer_size(None)
+        .datagram_send_buffer_size(0)
+        .max_idle_timeout(Some(idle));
+    Ok(transport)
+}
+
+fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
+    socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+impl Listener {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Accepts until the gateway drains or stops. Connections go on as tasks of the environment.
+    pub async fn run(self, gateway: Gateway) {
+        let accepting = async {
+            while let Some(incoming) = self.endpoint.accept().await {
+                accept(&gateway, incoming);
+            }
+        };
+        until_drain(&gateway, accepting).await;
+        // Connections that are being drained keep the socket; new ones are refused by it.
+        self.endpoint.set_server_config(None);
+    }
+}
+
+fn accept(gateway: &Gateway, incoming: Incoming) {
+    let shared = &gateway.shared;
+    let Ok(permit) = shared.admission.handshake() else {
+        shared.metrics.refused_handshakes.increment(1);
+        return incoming.refuse();
+    };
+    if shared.admission.is_under_pressure() && !incoming.remote_address_validated() {
+        // Cannot fail for an address that is not validated.
+        return incoming.retry().unwrap_or_else(|error| error.into_incoming().refuse());
+    }
+    let serving = gateway.clone();
+    shared.environment.spawn(async move {
+        let (deadline, remote_address) = (serving.shared.config.handshake_deadline, incoming.remote_address());
+        match Box::pin(timeout(deadline, open(incoming))).await {
+            Ok(Ok((connection, stream))) => {
+                drop(permit);
+                let peer = PeerInfo { transport: Transport::Quic, remote_address };
+                serving.serve_stream(stream, peer).await;
+                connection.close(VarInt::from_u32(0), b"");
+            }
+            failed => {
+                let error = failed.map(|opened| opened.err());
+                tracing::debug!(%remote_address, ?error, "no QUIC stream was opened");
+                serving.shared.metrics.transport_failures.increment(1);
+            }
+        }
+    });
+}
+
+type Stream = tokio::io::Join<quinn::RecvStream, quinn::SendStream>;
+
+/// The handshake and the client's stream.
+async fn open(incoming: Incoming) -> Result<(quinn::Connection, Stream), quinn::ConnectionError> {
+    let connection = incoming.accept()?.await?;
+    let (send, receive) = connection.accept_bi().await?;
+    Ok((connection, tokio::io::join(receive, send)))
+}

@@ -1,0 +1,57 @@
+//! TCP with TLS 1.3.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::TlsAcceptor;
+
+use super::{ALPN, certificate::Certificate, tcp};
+use crate::{Gateway, ListenError, PeerInfo, Transport};
+
+/// A bound listener.
+pub struct Listener {
+    tcp: tcp::Listener,
+    acceptor: TlsAcceptor,
+}
+
+/// Binds an address; port 0 takes any free one.
+pub fn bind(address: SocketAddr, certificate: Certificate) -> Result<Listener, ListenError> {
+    let acceptor = TlsAcceptor::from(Arc::new(certificate.server_config()?));
+    Ok(Listener { tcp: tcp::bind(address)?, acceptor })
+}
+
+impl Listener {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.tcp.address()
+    }
+
+    /// Accepts until the gateway drains or stops. Connections go on as tasks of the environment.
+    pub async fn run(self, gateway: Gateway) {
+        let accepting = self.tcp.accept_each(&gateway, |stream, remote_address| {
+            let serving = serve(gateway.clone(), self.acceptor.clone(), stream, remote_address);
+            gateway.shared.environment.spawn(serving);
+        });
+        tcp::until_drain(&gateway, accepting).await;
+    }
+}
+
+/// The handshake is a task of its own, boxed, so that a served connection does not carry its state for life.
+async fn serve(gateway: Gateway, acceptor: TlsAcceptor, stream: TcpStream, remote_address: SocketAddr) {
+    let shared = gateway.shared.clone();
+    let Ok(permit) = shared.admission.handshake() else {
+        // There is no cheap way to say why before the handshake.
+        return shared.metrics.refused_handshakes.increment(1);
+    };
+    let handshake = Box::pin(timeout(shared.config.handshake_deadline, acceptor.accept(stream)));
+    let stream = match handshake.await {
+        Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(ALPN) => stream,
+        refused => {
+            tracing::debug!(%remote_address, error = ?refused.map(|stream| stream.map(|_| "no ALPN")), "TLS failed");
+            return shared.metrics.transport_failures.increment(1);
+        }
+    };
+    drop(permit);
+    let connection = gateway.serve_stream(stream, PeerInfo { transport: Transport::Tls, remote_address });
+    shared.environment.spawn(connection);
+}

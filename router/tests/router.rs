@@ -1,0 +1,6 @@
+//! A router as its gateways see it, on an in-memory store. Time is paused; the tests say what must come, not when.
+
+mod support;
+
+mod conversations;
+mod ownership;

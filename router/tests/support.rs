@@ -1,0 +1,302 @@
+//! A router with in-memory store and registry, and a scripted gateway on the other end of its link.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use im_proto::{
+    BootId, ConversationId, InstanceId, ShardCount, Timestamp, UserId, body,
+    environment::{Clock, Environment, Random, Spawn, Task},
+    key::{ClusterSecret, RouterSecret},
+    link::channel::{Connecting, Connector, GatewayEnd, LinkError, LinkItem, PeerEnd, pair},
+    method::Method,
+    token::{Claims, SigningKey},
+    v1::{self, gateway_message::Message as Up, router_message::Message as Down},
+};
+use im_registry::{AnyRegistry, InProcessRegistry, Instance, Registry as _, Role};
+use im_router::{Router, RouterConfig};
+use im_storage::Store;
+use prost::Message as _;
+
+pub const CLUSTER: ClusterSecret = ClusterSecret::new([7; 32]);
+
+/// Wall clock that follows the runtime's paused time.
+struct TestClock(tokio::time::Instant);
+
+impl Clock for TestClock {
+    fn now(&self) -> Timestamp {
+        Timestamp::from_millis(1_700_000_000_000).saturating_add(self.0.elapsed())
+    }
+
+    fn since_boot(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+struct TestRandom(AtomicU64);
+
+impl Random for TestRandom {
+    fn next_u64(&self) -> u64 {
+        self.0.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed).wrapping_mul(0xBF58_476D_1CE4_E5B9)
+    }
+}
+
+struct TestSpawn;
+
+impl Spawn for TestSpawn {
+    fn spawn(&self, task: Task) {
+        tokio::spawn(task);
+    }
+}
+
+/// No other router is dialled.
+struct NoPeers;
+
+impl Connector<PeerEnd> for NoPeers {
+    fn connect(&self, to: &InstanceId, _address: &str) -> Connecting<PeerEnd> {
+        let to = to.clone();
+        Box::pin(async move { Err(LinkError { to, reason: "this test has no peer links".to_owned() }) })
+    }
+}
+
+pub fn environment() -> Environment {
+    Environment {
+        clock: Arc::new(TestClock(tokio::time::Instant::now())),
+        random: Arc::new(TestRandom(AtomicU64::new(1))),
+        tasks: Arc::new(TestSpawn),
+    }
+}
+
+pub fn user(name: &str) -> UserId {
+    UserId::parse(name).unwrap()
+}
+
+pub struct World {
+    pub environment: Environment,
+    pub registry: InProcessRegistry,
+    pub store: Store,
+    pub key: SigningKey,
+    shards: u32,
+}
+
+impl World {
+    pub fn new(store: Store) -> Self {
+        let der = ring::signature::Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap();
+        Self {
+            environment: environment(),
+            registry: InProcessRegistry::new(1, 10),
+            store,
+            key: SigningKey::from_pkcs8(der.as_ref()).unwrap(),
+            shards: 4,
+        }
+    }
+
+    pub fn config(&self, name: &str) -> RouterConfig {
+        let instance = InstanceId::parse(name).unwrap();
+        let mut config = RouterConfig::new(instance, BootId(1), CLUSTER.clone(), RouterSecret::new([9; 32]));
+        config.shards = ShardCount::new(self.shards).unwrap();
+        config.verify_keys = vec![self.key.verify_key()];
+        config.workers = 2;
+        config
+    }
+
+    pub async fn router(&self, config: RouterConfig) -> Router {
+        let registry = AnyRegistry::from(self.registry.handle(config.instance.as_str(), self.environment.clone()));
+        self.router_on(config, registry).await
+    }
+
+    pub async fn router_on(&self, config: RouterConfig, registry: AnyRegistry) -> Router {
+        let instance = Instance {
+            id: config.instance.clone(),
+            boot: config.boot,
+            role: Role::Router,
+            endpoints: Vec::new(),
+            zone: String::new(),
+            version: "test".to_owned(),
+            draining: false,
+        };
+        Router::start(config, self.environment.clone(), self.store.clone(), registry, instance, Arc::new(NoPeers))
+            .await
+            .unwrap()
+    }
+
+    /// A registered gateway with a link to a router.
+    pub async fn gateway(&self, name: &str, router: &Router) -> TestGateway {
+        let id = InstanceId::parse(name).unwrap();
+        let registry = AnyRegistry::from(self.registry.handle(name, self.environment.clone()));
+        let instance = Instance {
+            id: id.clone(),
+            boot: BootId(5),
+            role: Role::Gateway,
+            endpoints: Vec::new(),
+            zone: String::new(),
+            version: "test".to_owned(),
+            draining: false,
+        };
+        let lease = registry.register(instance, Duration::from_secs(10)).await.unwrap();
+        let (near, far) = pair(64);
+        router.accept_gateway(far);
+        let mut gateway =
+            TestGateway { end: near, next: 1, inbox: VecDeque::new(), _registry: registry, _lease: lease };
+        let hello = v1::LinkHello {
+            instance_id: name.to_owned(),
+            boot_id: 5,
+            cluster_id: "im".to_owned(),
+            ..v1::LinkHello::default()
+        };
+        gateway.end.sender.send(LinkItem::Hello(hello)).await.unwrap();
+        assert!(matches!(gateway.end.receiver.recv().await, Some(LinkItem::Hello(_))));
+        gateway
+    }
+
+    pub fn token(&self, user: &str, device: &str, platform: &str) -> String {
+        let now = self.environment.clock.now().as_millis() / 1000;
+        self.key
+            .sign(&Claims {
+                sub: user.to_owned(),
+                device: device.to_owned(),
+                platform: platform.to_owned(),
+                iss: "im".to_owned(),
+                aud: "im".to_owned(),
+                iat: now,
+                exp: now + 3600,
+            })
+            .unwrap()
+    }
+}
+
+pub struct TestGateway {
+    end: GatewayEnd,
+    next: u64,
+    pub inbox: VecDeque<Down>,
+    _registry: AnyRegistry,
+    _lease: im_registry::Lease,
+}
+
+impl TestGateway {
+    pub async fn push(&mut self, messages: Vec<Up>) {
+        let messages: Vec<_> =
+            messages.into_iter().map(|message| v1::GatewayMessage { message: Some(message) }).collect();
+        let batch = v1::GatewayBatch { first_number: self.next, acknowledged_through: 0, messages };
+        self.next += batch.messages.len() as u64;
+        self.end.sender.send(LinkItem::Batch(Arc::new(batch))).await.unwrap();
+    }
+
+    /// The next message that a predicate picks; others stay in the inbox.
+    pub async fn expect<T>(&mut self, what: &str, pick: impl Fn(&Down) -> Option<T>) -> T {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(index) = self.inbox.iter().position(|message| pick(message).is_some()) {
+                let message = self.inbox.remove(index).unwrap();
+                return pick(&message).unwrap();
+            }
+            let item = tokio::time::timeout_at(deadline, self.end.receiver.recv()).await;
+            match item.unwrap_or_else(|_| panic!("no {what} came; inbox: {:?}", self.inbox)) {
+                Some(LinkItem::Batch(batch)) => {
+                    self.inbox.extend(batch.messages.iter().filter_map(|message| message.message.clone()));
+                }
+                other => panic!("the link broke while waiting for {what}: {other:?}"),
+            }
+        }
+    }
+
+    pub async fn open(&mut self, world: &World, session: u64, user: &str, device: &str) -> v1::SessionOpened {
+        let open = v1::SessionOpen {
+            session_id: session,
+            token: world.token(user, device, "terminal"),
+            ..v1::SessionOpen::default()
+        };
+        self.push(vec![Up::Open(open)]).await;
+        self.expect("session opened", |message| match message {
+            Down::Opened(opened) if opened.session_id == session => Some(opened.clone()),
+            _ => None,
+        })
+        .await
+    }
+
+    pub async fn send(&mut self, session: u64, id: ConversationId, send: v1::Send) {
+        let send = v1::SessionSend { session_id: session, conversation_id: id.to_bytes(), send: Some(send) };
+        self.push(vec![Up::Send(send)]).await;
+    }
+
+    pub async fn ack(&mut self, client_message_id: &'static str) -> v1::SendAck {
+        self.expect("ack", |message| match message {
+            Down::SendResult(v1::SendResult { ack: Some(ack), .. }) if ack.client_message_id == client_message_id => {
+                Some(ack.clone())
+            }
+            _ => None,
+        })
+        .await
+    }
+
+    /// The next frames pushed to a session, decoded.
+    pub async fn pushed(&mut self, session: u64) -> Vec<v1::Message> {
+        let frames = self
+            .expect("push", |message| match message {
+                Down::Deliver(deliver) if deliver.session_ids.contains(&session) => Some(deliver.frame.clone()),
+                _ => None,
+            })
+            .await;
+        decode(frames)
+    }
+
+    pub async fn call<A: prost::Message + Default>(
+        &mut self,
+        session: u64,
+        method: Method,
+        request: &impl prost::Message,
+    ) -> Result<A, v1::Status> {
+        let request_id = u32::try_from(self.next).unwrap();
+        let call = v1::Call { request_id, method: method.number(), request: request.encode_to_vec().into() };
+        self.push(vec![Up::Call(v1::SessionCall { session_id: session, call: Some(call) })]).await;
+        let reply = self
+            .expect("reply", |message| match message {
+                Down::CallReply(reply) if reply.request_id == request_id => Some(reply.clone()),
+                _ => None,
+            })
+            .await;
+        match reply.status {
+            Some(status) => Err(status),
+            None => Ok(A::decode(reply.reply).unwrap()),
+        }
+    }
+}
+
+/// Whole frames, one behind the other.
+pub fn decode(frames: Bytes) -> Vec<v1::Message> {
+    let mut input = bytes::BytesMut::from(&frames[..]);
+    let mut out = Vec::new();
+    while let Some(payload) = im_proto::frame::split_frame(&mut input, 1 << 20).unwrap() {
+        match v1::ServerFrame::decode(payload).unwrap().frame {
+            Some(v1::server_frame::Frame::Message(message)) => out.push(message),
+            other => panic!("not a message: {other:?}"),
+        }
+    }
+    out
+}
+
+pub fn message(
+    peer: &str,
+    client_message_id: &'static str,
+    text: &str,
+    after: &'static str,
+    known_seq: u64,
+) -> v1::Send {
+    v1::Send {
+        target: Some(v1::send::Target::PeerUserId(peer.to_owned())),
+        client_message_id: Bytes::from_static(client_message_id.as_bytes()),
+        body: body::text(text),
+        after: Bytes::from_static(after.as_bytes()),
+        known_seq,
+    }
+}
+
+pub fn to(conversation: ConversationId) -> Option<v1::Target> {
+    Some(v1::Target { target: Some(v1::target::Target::ConversationId(conversation.to_bytes())) })
+}

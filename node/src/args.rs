@@ -26,6 +26,13 @@ pub enum Command {
     /// Start everything in one process; stop it with Ctrl-C.
     #[command(after_help = "Example:\n  imd up --data ./data --tcp 127.0.0.1:7100")]
     Up(UpArguments),
+    /// A guided run on free ports: three users, three transports, a server that is killed and started again.
+    #[command(after_help = "Example:\n  imd demo")]
+    Demo {
+        /// Keep what the server stores in this directory, which must not exist [default: a temporary one, removed at the end]
+        #[arg(long, value_name = "DIR")]
+        data: Option<PathBuf>,
+    },
     /// Make a token for a user.
     #[command(after_help = "Example:\n  imd token --user alice --data ./data")]
     Token(TokenArguments),

@@ -4,6 +4,7 @@
 //! showing what is in force all walk that list. A setting that is not in the list is refused, and all problems are reported at once.
 
 mod quantity;
+mod roles;
 mod setting;
 mod tree;
 
@@ -15,7 +16,7 @@ use std::{
 
 pub use quantity::parse_duration;
 pub use setting::Setting;
-pub use tree::{Config, LogConfig, LogFormat, Plaintext};
+pub use tree::{Config, LogConfig, LogFormat};
 
 /// `im`, the client, and the option `--config` use these; all other variables that begin with `IM_` name a setting.
 const OTHER_VARIABLES: [&str; 5] = ["IM_SERVER", "IM_TOKEN", "IM_TOKEN_FILE", "IM_CA", "IM_CONFIG"];

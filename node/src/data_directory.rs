@@ -3,6 +3,7 @@
 //! Invariants: one server at a time (a file lock, which the system drops with the process); every file appears whole or not at
 //! all; secrets are readable by their owner only; a secret that messages on disk depend on is never replaced by a new one; the start
 //! number grows with every start and is on disk before it is used, so that no epoch is ever used twice.
+//! Opening a directory that is complete changes nothing in it; only [`DataDirectory::next_start`] does.
 //!
 //! It does not read messages, and it does not know the store that lives in `store/`.
 
@@ -63,7 +64,6 @@ pub struct DataDirectory {
     pub cluster_secret: ClusterSecret,
     pub router_secret: RouterSecret,
     pub verify_keys: Vec<VerifyKey>,
-    pub start: Start,
 }
 
 /// One start of a server on its data directory.
@@ -114,7 +114,7 @@ impl DataLock {
         Ok(Self { root, _lock: lock })
     }
 
-    /// Creates what is missing and raises the start number.
+    /// Creates what is missing.
     pub fn open(self, shards: u32) -> Result<DataDirectory, DataError> {
         let Self { root, _lock } = self;
         let used = root.join("store").exists() || root.join("epoch").exists();
@@ -127,8 +127,10 @@ impl DataLock {
         let router_secret = RouterSecret::new(keys::secret(&root.join("router.secret"), false)?);
         let verify_keys = keys::verify_keys(&root)?;
         certificate::create_if_missing(&root)?;
-        let start = Start::next(&root.join("epoch"), used)?;
-        Ok(DataDirectory { root, _lock, cluster, cluster_secret, router_secret, verify_keys, start })
+        if root.join("store").exists() && !root.join("epoch").exists() {
+            return Err(DataError::Missing(root.join("epoch")));
+        }
+        Ok(DataDirectory { root, _lock, cluster, cluster_secret, router_secret, verify_keys })
     }
 }
 
@@ -158,6 +160,11 @@ impl DataDirectory {
         self.root.join("tls").join("key.pem")
     }
 
+    /// Raises the start number; on disk when this returns.
+    pub fn next_start(&self) -> Result<Start, DataError> {
+        Start::next(&self.root.join("epoch"))
+    }
+
     /// Tells scripts that every listener accepts.
     pub fn write_ready(&self, ready: &Ready) -> Result<(), DataError> {
         file::write_json(&self.root.join("ready.json"), ready, file::Access::Everybody)
@@ -171,9 +178,8 @@ impl DataDirectory {
 
 impl Start {
     /// Raises the counter in a file; on disk when this returns.
-    fn next(path: &Path, used: bool) -> Result<Self, DataError> {
+    fn next(path: &Path) -> Result<Self, DataError> {
         let number = match file::read_if_there(path)? {
-            None if used && path.with_file_name("store").exists() => return Err(DataError::Missing(path.to_owned())),
             None => 1,
             Some(text) => {
                 text.trim().parse::<u64>().ok().and_then(|last| last.checked_add(1)).ok_or_else(|| {
@@ -243,7 +249,8 @@ mod tests {
         let user = UserId::parse("alice").unwrap();
         let look = || {
             let data = open(root.path()).unwrap();
-            let epoch = Epoch::new(data.start.generation(), data.start.first_revision());
+            let start = data.next_start().unwrap();
+            let epoch = Epoch::new(start.generation(), start.first_revision());
             (data.cluster_secret.self_id(&user), data.verify_keys.clone(), data.cluster.clone(), epoch)
         };
         let first = look();
@@ -278,7 +285,7 @@ mod tests {
     fn what_messages_depend_on_is_never_made_anew() {
         for name in ["cluster.secret", "cluster.json", "epoch"] {
             let root = tempfile::tempdir().unwrap();
-            drop(open(root.path()).unwrap());
+            open(root.path()).unwrap().next_start().unwrap();
             fs::create_dir(root.path().join("store")).unwrap();
             fs::remove_file(root.path().join(name)).unwrap();
             assert!(matches!(open(root.path()), Err(DataError::Missing(path)) if path.ends_with(name)), "{name}");

@@ -5,10 +5,14 @@
 mod args;
 mod config;
 mod data_directory;
+mod demo;
 mod environment;
+mod failure;
 mod http;
+mod signals;
 mod telemetry;
 mod token;
+mod up;
 
 use std::{io::Write as _, process::ExitCode};
 
@@ -16,36 +20,26 @@ use args::{Arguments, Command, ConfigCommand, UpArguments};
 use clap::Parser as _;
 use config::{ConfigError, Loaded};
 use environment::Tasks;
-
-/// What ends a command before it is done. Both are printed as they are.
-enum Failure {
-    /// It was tried and failed: exit 1.
-    Operation(String),
-    /// Wrong usage, configuration or environment: exit 2.
-    Usage(String),
-}
+use failure::Failure;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let (code, text) = match failure {
-                Failure::Operation(text) => (1, text),
-                Failure::Usage(text) => (2, text),
-            };
             // Nobody may be left to read it.
-            let _ = writeln!(std::io::stderr(), "imd: {text}");
-            ExitCode::from(code)
+            let _ = writeln!(std::io::stderr(), "imd: {failure}");
+            ExitCode::from(failure.code())
         }
     }
 }
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command.unwrap_or(Command::Up(arguments.up)) {
-        Command::Up(options) => print(&format!("{:?}\n", load(&options)?.config)),
+        Command::Up(options) => up::run(load(&options)?),
+        Command::Demo { data } => demo::run(data),
         Command::Token(options) => {
-            let token = token::make(&options, &Tasks::default().environment()).map_err(usage)?;
+            let token = token::make(&options, &Tasks::default().environment()).map_err(Failure::usage)?;
             print(&format!("{token}\n"))
         }
         Command::Config(ConfigCommand::Check { files }) => check(&files),
@@ -59,7 +53,7 @@ fn load(options: &UpArguments) -> Result<Loaded, Failure> {
     let environment = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
-    config::load(&options.overrides(), &environment).map_err(|error| Failure::Usage(error.to_string()))
+    config::load(&options.overrides(), &environment).map_err(Failure::usage)
 }
 
 fn check(files: &[std::path::PathBuf]) -> Result<(), Failure> {
@@ -81,10 +75,6 @@ fn version(json: bool) -> String {
     } else {
         format!("imd {version} (protocol {low} to {high})\n")
     }
-}
-
-fn usage(error: anyhow::Error) -> Failure {
-    Failure::Usage(format!("{error:#}"))
 }
 
 /// A closed pipe ends the program quietly.

@@ -1,6 +1,9 @@
 //! `imd token`: makes a token with the signing key of a data directory, or of a file.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use im_proto::{DeviceId, Platform, UserId, environment::Environment, token::Claims};
@@ -10,26 +13,47 @@ use crate::{
     data_directory::{Cluster, read_signing_key},
 };
 
-/// A signed token.
+/// Who a token is for.
+#[derive(Clone, Debug)]
+pub struct Holder {
+    pub user: UserId,
+    pub device: DeviceId,
+    pub platform: Platform,
+}
+
+/// The token that the command line asks for.
 pub fn make(arguments: &TokenArguments, environment: &Environment) -> anyhow::Result<String> {
     let (key, cluster) = files(arguments)?;
-    let cluster = Cluster::read(&cluster)?;
-    let user = UserId::parse(&arguments.user).with_context(|| format!("--user {:?}", arguments.user))?;
-    let device = DeviceId::parse(&arguments.device).with_context(|| format!("--device {:?}", arguments.device))?;
-    let platform =
-        Platform::parse(&arguments.platform).with_context(|| format!("--platform {:?}", arguments.platform))?;
+    let holder = Holder {
+        user: UserId::parse(&arguments.user).with_context(|| format!("--user {:?}", arguments.user))?,
+        device: DeviceId::parse(&arguments.device).with_context(|| format!("--device {:?}", arguments.device))?,
+        platform: Platform::parse(&arguments.platform)
+            .with_context(|| format!("--platform {:?}", arguments.platform))?,
+    };
+    sign(&key, &cluster, &holder, arguments.expires, environment)
+}
+
+/// A signed token that lasts from now on.
+pub fn sign(
+    key: &Path,
+    cluster: &Path,
+    holder: &Holder,
+    lifetime: Duration,
+    environment: &Environment,
+) -> anyhow::Result<String> {
+    let cluster = Cluster::read(cluster)?;
     let issued = environment.clock.now().as_millis() / 1000;
-    let lifetime = i64::try_from(arguments.expires.as_secs()).context("--expires is too far away")?;
+    let lifetime = i64::try_from(lifetime.as_secs()).context("the lifetime is too long")?;
     let claims = Claims {
-        sub: user.to_string(),
-        device: device.to_string(),
-        platform: platform.to_string(),
+        sub: holder.user.to_string(),
+        device: holder.device.to_string(),
+        platform: holder.platform.to_string(),
         iss: cluster.issuer,
         aud: cluster.cluster_id,
         iat: issued,
         exp: issued.saturating_add(lifetime),
     };
-    Ok(read_signing_key(&key)?.sign(&claims)?)
+    Ok(read_signing_key(key)?.sign(&claims)?)
 }
 
 /// The signing key, and the `cluster.json` that names issuer and audience: beside the key, or in the folder above.

@@ -31,6 +31,8 @@ pub enum Slot<'a> {
     Duration(&'a mut Duration, RangeInclusive<Duration>),
     Bytes(&'a mut usize, RangeInclusive<usize>),
     Count(&'a mut usize, RangeInclusive<usize>),
+    /// A number of events in a second.
+    Rate(&'a mut u32, RangeInclusive<u32>),
     Choice(&'a mut dyn Choice),
     /// A text, with what it must be and the check of that.
     Text(&'a mut String, &'static str, fn(&str) -> bool),
@@ -46,6 +48,7 @@ impl fmt::Display for Slot<'_> {
             Slot::Duration(duration, _) => f.write_str(&format_duration(**duration)),
             Slot::Bytes(bytes, _) => f.write_str(&format_size(**bytes as u64)),
             Slot::Count(count, _) => write!(f, "{count}"),
+            Slot::Rate(rate, _) => write!(f, "{rate}"),
             Slot::Choice(choice) => f.write_str(choice.word()),
             Slot::Text(text, ..) => f.write_str(text),
         }
@@ -61,7 +64,7 @@ impl Setting<'_> {
     /// The value as it stands in a TOML file.
     pub fn toml_value(&self) -> String {
         match &self.slot {
-            Slot::Count(count, _) => count.to_string(),
+            Slot::Count(..) | Slot::Rate(..) => self.slot.to_string(),
             slot => toml::Value::String(slot.to_string()).to_string(),
         }
     }
@@ -84,6 +87,7 @@ impl Setting<'_> {
                 format_size(*range.end() as u64)
             ),
             Slot::Count(_, range) => format!("a whole number from {} to {}", range.start(), range.end()),
+            Slot::Rate(_, range) => format!("a whole number from {} to {}", range.start(), range.end()),
             Slot::Choice(choice) => format!("one of {}", choice.words().join(", ")),
             Slot::Text(_, expected, _) => (*expected).to_owned(),
         }
@@ -101,6 +105,7 @@ impl Setting<'_> {
                 put(*bytes, parsed.filter(|size| range.contains(size)))
             }
             Slot::Count(count, range) => put(*count, text.parse().ok().filter(|count| range.contains(count))),
+            Slot::Rate(rate, range) => put(*rate, text.parse().ok().filter(|rate| range.contains(rate))),
             Slot::Choice(choice) => choice.choose(text),
             Slot::Text(value, _, check) => put(*value, Some(text.to_owned()).filter(|text| check(text))),
         }

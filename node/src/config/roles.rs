@@ -1,0 +1,240 @@
+//! What of the roles' own configurations can be configured. The defaults of the gateway are the gateway's own.
+
+use std::time::Duration;
+
+use im_gateway::GatewayConfig;
+use im_proto::limits;
+
+use super::{
+    setting::{Setting, Slot},
+    tree::{DAY, HOUR, MINUTE, SECOND, setting},
+};
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+
+/// What of a router's configuration can be configured; keys and names are not.
+#[derive(Clone, Debug)]
+pub struct RouterTuning {
+    pub workers: usize,
+    pub conversation_queue_max: usize,
+    pub opening_queue_max: usize,
+    pub opens_max: usize,
+    pub dedupe_entries: usize,
+    pub quiet_after: Duration,
+    pub evict_after: Duration,
+    pub append_patience: Duration,
+    pub resync_spread: Duration,
+    pub link_queue_bytes_max: usize,
+    pub sessions_per_user_max: usize,
+}
+
+impl Default for RouterTuning {
+    fn default() -> Self {
+        Self {
+            workers: 0,
+            conversation_queue_max: 4096,
+            opening_queue_max: 4096,
+            opens_max: 64,
+            dedupe_entries: limits::DEDUPE_ENTRIES,
+            quiet_after: Duration::from_secs(60),
+            evict_after: Duration::from_secs(300),
+            append_patience: Duration::from_secs(15),
+            resync_spread: Duration::from_millis(500),
+            link_queue_bytes_max: 64 * 1024 * 1024,
+            sessions_per_user_max: 64,
+        }
+    }
+}
+
+/// What can be told a gateway.
+pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 21] {
+    [
+        setting(
+            "gateway.connections_max",
+            "Connections at once; more are told to go away. 100,000 idle ones take about 250 MB of gateway and router memory.",
+            Slot::Count(&mut config.connections_max, 1..=10_000_000),
+        ),
+        setting(
+            "gateway.handshakes_max",
+            "Connections that are not welcomed yet, TLS handshakes included.\n\
+             10,000: each may hold 64 KiB, 640 MB at worst.",
+            Slot::Count(&mut config.handshakes_max, 1..=1_000_000),
+        ),
+        setting(
+            "gateway.handshake_deadline",
+            "From the first byte of a connection to its welcome.\n\
+             10 s: four round trips of a phone with 1 s each, and as much again.",
+            Slot::Duration(&mut config.handshake_deadline, SECOND..=5 * MINUTE),
+        ),
+        setting(
+            "gateway.heartbeat_interval",
+            "A silent client is asked after this, and given up after two and a half times this.\n\
+             30 s: below the 60 s after which many home routers forget a connection; 100,000 clients make 3,300 heartbeats a second.",
+            Slot::Duration(&mut config.heartbeat_interval, SECOND..=30 * MINUTE),
+        ),
+        setting(
+            "gateway.frame_bytes_max_before_hello",
+            "A frame of a client that is not authenticated yet. 64 KiB: sixteen times the largest token seen.",
+            Slot::Bytes(&mut config.frame_bytes_max_before_hello, 4 * KIB..=MIB),
+        ),
+        setting(
+            "gateway.frame_bytes_max",
+            "A frame of an authenticated client. 1 MiB: a call with 1,000 members of 64 bytes, or a body of 64 KiB, many times over.",
+            Slot::Bytes(&mut config.frame_bytes_max, 128 * KIB..=16 * MIB),
+        ),
+        setting(
+            "gateway.pending_sends_max",
+            "Sends of a session that have no answer yet; more are answered overloaded.\n\
+             256: at 1 ms a commit, 256,000 messages a second of one session.",
+            Slot::Count(&mut config.pending_sends_max, 1..=limits::PENDING_SENDS_MAX),
+        ),
+        setting(
+            "gateway.calls_in_flight_max",
+            "Calls of a connection that have no answer yet. 16: a client that catches up reads that many conversations at a time.",
+            Slot::Count(&mut config.calls_in_flight_max, 1..=limits::CALLS_IN_FLIGHT_MAX),
+        ),
+        setting(
+            "gateway.sends_per_second_max",
+            "Sends of a session in one second; more are answered rate limited. 0: no limit, the window of pending sends is one.",
+            Slot::Rate(&mut config.sends_per_second_max, 0..=10_000_000),
+        ),
+        setting(
+            "gateway.frames_per_second_max",
+            "Frames of a connection in one second, beyond which it is not read until the second is over; 0 is no limit.\n\
+             200,000: far above any client, and below what fills a core.",
+            Slot::Rate(&mut config.frames_per_second_max, 0..=10_000_000),
+        ),
+        setting(
+            "gateway.outbox_bytes_max",
+            "Bytes that wait for one connection before live pushes to it are dropped and it is told to sync.\n\
+             1 MiB: 10,000 short messages. At twice this much the connection is closed.",
+            Slot::Bytes(&mut config.outbox_bytes_max, 64 * KIB..=64 * MIB),
+        ),
+        setting(
+            "gateway.reply_bytes_max",
+            "Bytes of replies that wait for one connection, beyond which calls are answered overloaded.\n\
+             4 MiB: four history pages of 1,000 entries of 1 KiB.",
+            Slot::Bytes(&mut config.reply_bytes_max, 64 * KIB..=256 * MIB),
+        ),
+        setting(
+            "gateway.resync_spread_one",
+            "Over how long clients spread their sync after something that concerns one of them.\n\
+             1 s: nobody notices, and a burst of them becomes a stream.",
+            Slot::Duration(&mut config.resync_spread_one, MILLISECOND..=MINUTE),
+        ),
+        setting(
+            "gateway.resync_spread_all",
+            "The same after something that concerns all sessions of a link. 10 s: 100,000 syncs become 10,000 a second.",
+            Slot::Duration(&mut config.resync_spread_all, MILLISECOND..=10 * MINUTE),
+        ),
+        setting(
+            "gateway.close_linger",
+            "How long a connection that was told to close may take to read that. 2 s: one retransmission on a bad line.",
+            Slot::Duration(&mut config.close_linger, MILLISECOND..=MINUTE),
+        ),
+        setting(
+            "gateway.link_replay_bytes_max",
+            "Unacknowledged batches that each link keeps to send them again. 16 MiB: a second of 100,000 short sends.",
+            Slot::Bytes(&mut config.link_replay_bytes_max, MIB..=1024 * MIB),
+        ),
+        setting(
+            "gateway.link_queue_messages_max",
+            "Messages that wait for a link beyond which ephemeral ones are dropped. 65,536: half a second of a busy gateway.",
+            Slot::Count(&mut config.link_queue_messages_max, 1024..=1 << 24),
+        ),
+        setting(
+            "gateway.link_dial_timeout",
+            "The longest time for reaching a router. 5 s: half a lease, so that a dead router is not waited for twice.",
+            Slot::Duration(&mut config.link_dial_timeout, 100 * MILLISECOND..=MINUTE),
+        ),
+        setting(
+            "gateway.send_retry_delay",
+            "How long a send that a router gave back waits, unless the owner changes sooner. 100 ms: some ten tries in a failover.",
+            Slot::Duration(&mut config.send_retry_delay, MILLISECOND..=10 * SECOND),
+        ),
+        setting(
+            "gateway.load_interval",
+            "How often routers are told how full this gateway is. 1 s: placement is exact to a second's worth of connects.",
+            Slot::Duration(&mut config.load_interval, 100 * MILLISECOND..=MINUTE),
+        ),
+        setting(
+            "gateway.drain_grace",
+            "After the window of a drain, how long connections may wait for answers to what they sent.\n\
+             5 s: many commits, less than what supervisors wait before they kill.",
+            Slot::Duration(&mut config.drain_grace, 100 * MILLISECOND..=5 * MINUTE),
+        ),
+    ]
+}
+
+/// What can be told a router.
+pub fn router(tuning: &mut RouterTuning) -> [Setting<'_>; 11] {
+    [
+        setting(
+            "router.workers",
+            "Tasks that own shards. 0: one a core, because a worker never waits for anything but its inbox.",
+            Slot::Count(&mut tuning.workers, 0..=256),
+        ),
+        setting(
+            "router.conversation_queue_max",
+            "Messages that wait in one conversation; beyond it senders are told to come back later.\n\
+             4096: 32 full batches of 128, about a second of a store that takes 30 ms a batch.",
+            Slot::Count(&mut tuning.conversation_queue_max, limits::BATCH_ROWS_MAX..=1 << 20),
+        ),
+        setting(
+            "router.opening_queue_max",
+            "Requests that wait for one conversation to be read from the store.\n\
+             4096: as many as may wait once it is open.",
+            Slot::Count(&mut tuning.opening_queue_max, 16..=1 << 20),
+        ),
+        setting(
+            "router.opens_max",
+            "Conversations that a worker reads from the store at a time.\n\
+             64: at 1 ms a read 64,000 a second, and a read never waits behind more than 64 others.",
+            Slot::Count(&mut tuning.opens_max, 1..=4096),
+        ),
+        setting(
+            "router.dedupe_entries",
+            "Newest entries of an open conversation whose ids are kept in memory, to find repeated sends without the store.\n\
+             1024: four sessions with the full 256 unacknowledged sends each. 24 B each, 24 KiB a conversation.",
+            Slot::Count(&mut tuning.dedupe_entries, 256..=65_536),
+        ),
+        setting(
+            "router.quiet_after",
+            "Without an entry for this long a conversation writes its head row, so that later reads need no search.\n\
+             60 s: longer than a pause between two messages, so that one write serves a whole talk.",
+            Slot::Duration(&mut tuning.quiet_after, SECOND..=HOUR),
+        ),
+        setting(
+            "router.evict_after",
+            "A quiet conversation leaves memory after this long.\n\
+             5 m: people come back to a talk within minutes; opening it again costs one read.",
+            Slot::Duration(&mut tuning.evict_after, SECOND..=DAY),
+        ),
+        setting(
+            "router.append_patience",
+            "A batch that the store has not confirmed for this long is given up and its senders are told to try again.\n\
+             15 s: longer than any stall of a disk that recovers, shorter than a person's patience with a spinner.",
+            Slot::Duration(&mut tuning.append_patience, SECOND..=5 * MINUTE),
+        ),
+        setting(
+            "router.resync_spread",
+            "After lost live pushes clients wait a random part of this before they sync.\n\
+             500 ms: 10,000 clients make 20,000 syncs a second, and nobody notices half a second.",
+            Slot::Duration(&mut tuning.resync_spread, MILLISECOND..=MINUTE),
+        ),
+        setting(
+            "router.link_queue_bytes_max",
+            "Bytes that wait for a gateway before live pushes to it are dropped and its sessions told to sync.\n\
+             64 MiB: half a second of 1 Gbit/s.",
+            Slot::Bytes(&mut tuning.link_queue_bytes_max, MIB..=1024 * MIB),
+        ),
+        setting(
+            "router.sessions_per_user_max",
+            "Sessions of one user at a time; the oldest has to go.\n\
+             64: a person has a handful, a bot one a process; every message to the user costs one copy each.",
+            Slot::Count(&mut tuning.sessions_per_user_max, 1..=4096),
+        ),
+    ]
+}

@@ -1,0 +1,199 @@
+//! Gateway and router of one process, joined by an in-process link over the registry in memory.
+
+use std::{sync::Arc, time::Duration};
+
+use im_gateway::{Gateway, GatewayConfig};
+use im_proto::{BootId, InstanceId, ShardCount, environment::Environment};
+use im_registry::{AnyRegistry, Endpoint, InProcessRegistry, Instance, Lease, Registry as _, Role};
+use im_router::{Ended, Router, RouterConfig};
+use im_storage::{Embedded, MessageLog as _, Store};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Server, server::TcpIncoming};
+
+use super::{
+    connector::{NoPeers, ToRouter},
+    listen::Addresses,
+};
+use crate::{
+    config::Config,
+    data_directory::{DataDirectory, Start},
+    failure::Failure,
+};
+
+/// All shards are claimed within milliseconds; whoever waits longer than this waits for a fault.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
+/// The registration ends with the process in any case.
+const GATEWAY_LEASE: Duration = Duration::from_secs(10);
+
+/// The running roles.
+pub struct Roles {
+    pub gateway: Gateway,
+    router: Router,
+    registry: AnyRegistry,
+    gateway_lease: Lease,
+    stop_api: CancellationToken,
+}
+
+impl Roles {
+    /// Starts both and returns when every shard is owned.
+    pub async fn start(
+        config: &Config,
+        data: &DataDirectory,
+        start: Start,
+        addresses: &Addresses,
+        store: Embedded,
+        environment: &Environment,
+    ) -> Result<Self, Failure> {
+        let shards = ShardCount::new(data.cluster.shards).ok_or_else(|| Failure::usage("1 to 65536 shards"))?;
+        let boot = BootId(environment.random.next_u64().max(1));
+        store.raise_generation(start.generation()).await.map_err(Failure::operation)?;
+        let core = InProcessRegistry::new(start.generation(), start.first_revision());
+
+        let registry = AnyRegistry::from(core.handle("router", environment.clone()));
+        let router = instance(Role::Router, start, boot, addresses.of_router())?;
+        let router_config = router_config(config, data, start, router.id.clone(), boot, shards);
+        let store = Store::from(store);
+        let peers = Arc::new(NoPeers);
+        let router = Router::start(router_config, environment.clone(), store, registry, router, peers)
+            .await
+            .map_err(Failure::operation)?;
+
+        let registry = AnyRegistry::from(core.handle("gateway", environment.clone()));
+        let gateway = instance(Role::Gateway, start, boot, addresses.of_gateway(&config.advertise))?;
+        let gateway_id = gateway.id.clone();
+        let gateway_lease = registry.register(gateway, GATEWAY_LEASE).await.map_err(Failure::operation)?;
+        let gateway = Gateway::start(
+            GatewayConfig { cluster_id: data.cluster.cluster_id.clone(), ..config.gateway.clone() },
+            environment.clone(),
+            gateway_id,
+            boot,
+            data.cluster_secret.clone(),
+            shards,
+            registry.view(),
+            Arc::new(ToRouter(router.clone())),
+        );
+        let roles = Self { gateway, router, registry, gateway_lease, stop_api: CancellationToken::new() };
+        roles.wait_for_shards(shards).await?;
+        Ok(roles)
+    }
+
+    async fn wait_for_shards(&self, shards: ShardCount) -> Result<(), Failure> {
+        let mut view = self.registry.view();
+        let mut ended = self.router.ended();
+        tokio::select! {
+            biased;
+            Ok(ended) = ended.wait_for(Option::is_some) => Err(router_ended(ended.as_ref())),
+            claimed = timeout(CLAIM_PATIENCE, view.wait_for(|view| view.claims.len() == shards.get() as usize)) => {
+                claimed.map(|_| ()).map_err(|_| Failure::operation("the router did not get its shards; its log says why"))
+            }
+        }
+    }
+
+    /// Serves the gRPC api.
+    pub async fn serve_api(&self, listener: TcpListener, environment: &Environment) -> Result<(), Failure> {
+        let routes = self.router.api_routes().await.map_err(Failure::operation)?;
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let serving = Server::builder()
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(incoming, self.stop_api.clone().cancelled_owned());
+        environment.spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "the api is no longer served");
+            }
+        });
+        Ok(())
+    }
+
+    /// Why the router ended by itself, once it has.
+    pub fn ended(&self) -> watch::Receiver<Option<Ended>> {
+        self.router.ended()
+    }
+
+    /// Clients are told and get what was committed for them; then the shards are given up. Cuts what is not done in time.
+    pub async fn stop(&self, config: &Config) {
+        let deadline = Instant::now() + config.drain_window + config.drain_timeout;
+        if timeout_at(deadline, self.gateway.drain(config.drain_window)).await.is_err() {
+            tracing::warn!("connections were cut: the drain took too long");
+        }
+        self.stop_api.cancel();
+        let patience = deadline.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        if !self.router.stop(patience).await {
+            tracing::warn!("the router did not give up its shards in time; the next start takes them all the same");
+        }
+        self.gateway.stop();
+        if let Err(error) = self.registry.revoke(&self.gateway_lease).await {
+            tracing::debug!(%error, "the gateway's registration ends with the process");
+        }
+    }
+}
+
+/// The store takes no more writes.
+pub fn store_stopped(reason: &str) -> Failure {
+    Failure::Operation(format!(
+        "the store has stopped taking writes: {reason}; what was acknowledged is safe. Make room or repair the disk, then start again"
+    ))
+}
+
+/// The router has ended by itself.
+pub fn router_ended(ended: Option<&Ended>) -> Failure {
+    match ended {
+        Some(Ended::StoreStopped(reason)) => store_stopped(reason),
+        Some(Ended::Fenced) => {
+            Failure::operation("another server took over this data; stop that one before this one starts again")
+        }
+        Some(Ended::LeaseLost) | None => {
+            Failure::operation("the router lost its lease, as after a long pause of the machine; start again")
+        }
+    }
+}
+
+/// A new instance id for each start: it never comes back.
+fn instance(role: Role, start: Start, boot: BootId, endpoints: Vec<Endpoint>) -> Result<Instance, Failure> {
+    let name = if role == Role::Router { "router" } else { "gateway" };
+    Ok(Instance {
+        id: InstanceId::parse(&format!("{name}-{}", start.number)).map_err(Failure::operation)?,
+        boot,
+        role,
+        endpoints,
+        zone: String::new(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        draining: false,
+    })
+}
+
+fn router_config(
+    config: &Config,
+    data: &DataDirectory,
+    start: Start,
+    instance: InstanceId,
+    boot: BootId,
+    shards: ShardCount,
+) -> RouterConfig {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let tuning = &config.router;
+    RouterConfig {
+        cluster_id: data.cluster.cluster_id.clone(),
+        issuer: data.cluster.issuer.clone(),
+        shards,
+        generation: start.generation(),
+        verify_keys: data.verify_keys.clone(),
+        token_lifetime_max: config.token.lifetime_max,
+        workers: if tuning.workers == 0 { cores() } else { tuning.workers },
+        conversation_queue_max: tuning.conversation_queue_max,
+        opening_queue_max: tuning.opening_queue_max,
+        opens_max: tuning.opens_max,
+        dedupe_entries: tuning.dedupe_entries,
+        quiet_after: tuning.quiet_after,
+        evict_after: tuning.evict_after,
+        append_patience: tuning.append_patience,
+        resync_spread: tuning.resync_spread,
+        link_queue_bytes_max: tuning.link_queue_bytes_max,
+        sessions_per_user_max: tuning.sessions_per_user_max,
+        ..RouterConfig::new(instance, boot, data.cluster_secret.clone(), data.router_secret.clone())
+    }
+}

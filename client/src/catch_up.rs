@@ -1,0 +1,139 @@
+//! Reading history: to close gaps of followed conversations, and to look for one's own sends when the server cannot tell.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use im_proto::{ConversationId, StatusCode, Timestamp, limits, method::Method, v1};
+use prost::Message as _;
+use tokio::time::Instant;
+
+use crate::{
+    calls::{Purpose, Request},
+    config::Target,
+    conversation::HistoryPage,
+    core::Core,
+    error::Status,
+    pending::{LaneId, Outcome, SearchWanted},
+};
+
+/// Entries of one page. A page of usual messages is some ten kilobytes, so that pages of several conversations interleave well.
+const PAGE_ENTRIES: usize = 500;
+
+/// A search through the log for the sends of a lane.
+pub(crate) struct Search {
+    lane: LaneId,
+    target: Target,
+    next: u64,
+    /// By the number of the send.
+    found: BTreeMap<u64, (u64, Timestamp)>,
+}
+
+/// A target on the wire. One's own log must have been resolved to its id.
+pub(crate) fn wire_target(target: &Target) -> v1::Target {
+    let target = match target {
+        Target::Conversation(id) => Some(v1::target::Target::ConversationId(id.to_bytes())),
+        Target::Peer(user) => Some(v1::target::Target::PeerUserId(user.as_str().to_owned())),
+        Target::Me => None,
+    };
+    v1::Target { target }
+}
+
+impl Core {
+    /// Asks for what is missing, as far as the application has room for it.
+    pub(crate) fn start_fetches(&mut self) {
+        while let Some(wanted) = self.conversations.next_fetch(&mut self.events) {
+            let limit = self.events.room().min(PAGE_ENTRIES);
+            let target = Target::Conversation(wanted.conversation);
+            self.request_history(&target, wanted.from, limit, Purpose::CatchUp(wanted.conversation));
+        }
+    }
+
+    fn request_history(&mut self, target: &Target, from: u64, limit: usize, purpose: Purpose) {
+        let request = v1::HistoryRequest {
+            target: Some(wire_target(target)),
+            from: i64::try_from(from).unwrap_or(i64::MAX),
+            to: 0,
+            limit: u32::try_from(limit).unwrap_or(limits::HISTORY_ENTRIES_MAX),
+            newest: false,
+        };
+        let request = Bytes::from(request.encode_to_vec());
+        self.calls.push(Request { method: Method::MessageHistory, request, purpose });
+    }
+
+    fn history_page(&self, reply: Result<Bytes, Status>) -> Result<HistoryPage, Status> {
+        let reply = v1::HistoryReply::decode(reply?).map_err(|_| Status::from_code(StatusCode::Internal))?;
+        Ok(HistoryPage::from_wire(reply, self.me()))
+    }
+
+    /// The answer to a fetch.
+    pub(crate) fn caught_up(&mut self, id: ConversationId, reply: Result<Bytes, Status>, now: Instant) {
+        match self.history_page(reply) {
+            Ok(page) => self.conversations.fetched(id, page, &mut self.events, now),
+            Err(status) => self.conversations.fetch_failed(id, status, &mut self.events, now),
+        }
+        self.apply_own_log(now);
+    }
+
+    /// Starts the next search, one at a time.
+    pub(crate) fn start_search(&mut self) {
+        if self.search.is_none()
+            && let Some(SearchWanted { lane, target, from }) = self.sends.next_search()
+        {
+            self.search = Some(Search { lane, target, next: from, found: BTreeMap::new() });
+            self.request_search_page();
+        }
+    }
+
+    fn request_search_page(&mut self) {
+        let Some(search) = &self.search else { return };
+        let (target, next, lane) = (search.target.clone(), search.next, search.lane);
+        self.request_history(&target, next, limits::HISTORY_ENTRIES_MAX as usize, Purpose::Search(lane));
+    }
+
+    /// A page of a search.
+    pub(crate) fn search_replied(&mut self, lane: LaneId, reply: Result<Bytes, Status>, now: Instant) {
+        let page = self.history_page(reply);
+        let Some(mut search) = self.search.take().filter(|search| search.lane == lane) else { return };
+        let page = match page {
+            Ok(page) => page,
+            Err(status) => return self.sends.search_failed(lane, status, now),
+        };
+        let before = search.next;
+        search.next = search.next.max(page.first_seq);
+        for entry in &page.entries {
+            if entry.seq != search.next {
+                break;
+            }
+            search.next += 1;
+            if let Some(number) = self.sends.recognise(entry) {
+                search.found.insert(number, (entry.seq, entry.sent_at));
+            }
+        }
+        if search.next <= page.head {
+            if search.next == before {
+                return self.sends.search_failed(lane, Status::from_code(StatusCode::Unavailable), now);
+            }
+            self.search = Some(search);
+            return self.request_search_page();
+        }
+        let id = match (page.conversation, search.target) {
+            (Some(id), _) | (None, Target::Conversation(id)) => id,
+            (None, _) => return self.sends.search_failed(lane, Status::from_code(StatusCode::Unavailable), now),
+        };
+        let outcomes = self.sends.searched(lane, id, &search.found, page.head, now);
+        outcomes.into_iter().for_each(|outcome| self.stored(outcome, now));
+    }
+
+    /// A send is durable: its entry joins the event stream.
+    pub(crate) fn stored(&mut self, outcome: Outcome, now: Instant) {
+        let Outcome::Stored(stored) = outcome else { return };
+        if let Target::Peer(user) = &stored.target {
+            self.sends.alias(&stored.target, stored.conversation, now);
+            self.conversations.learn_peer(user, stored.conversation);
+        }
+        if let Some(me) = self.me().cloned() {
+            self.conversations.arrived(stored.into_entry(me), &mut self.events);
+            self.apply_own_log(now);
+        }
+    }
+}

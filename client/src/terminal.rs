@@ -1,0 +1,74 @@
+//! The commands of `im`: one module each for what they share (arguments, connection, output) and for the longer ones.
+//!
+//! Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 the operation failed, 2 wrong usage or
+//! environment. It keeps nothing on disk.
+
+mod args;
+mod connect;
+mod data_directory;
+mod failure;
+mod history;
+mod interrupt;
+mod output;
+mod pipe;
+mod short;
+mod tail;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::client::Client;
+use args::{Arguments, Command};
+use failure::Failure;
+use interrupt::Interrupt;
+use output::Output;
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help that nobody reads to its end is no failure.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    // The client runs on the worker; this thread may wait for a slow reader of standard output meanwhile.
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return Failure::Failed(format!("cannot start the runtime: {error}")).report(),
+    };
+    let outcome = runtime.block_on(run(arguments));
+    // A reader of standard input may still wait for it.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let Arguments { connection, format, command } = arguments;
+    let config = connect::config(&connection)?;
+    let interrupt = Interrupt::listen(&config.environment);
+    let timeout = connection.timeout();
+    let mut output = Output::new(format);
+    let client = tokio::select! {
+        biased;
+        client = Client::connect(config) => client?,
+        () = interrupt.requested() => return Err(Failure::interrupted()),
+    };
+    let outcome = match command {
+        Command::Pipe { target } => pipe::run(&client, target, &interrupt).await,
+        Command::Tail { target, from, count } => tail::run(&client, target, from, count, &mut output, &interrupt).await,
+        command => tokio::select! {
+            biased;
+            outcome = short::run(&client, command, timeout, &mut output) => outcome,
+            () = interrupt.requested() => Err(Failure::interrupted()),
+        },
+    };
+    let outcome = outcome.and_then(|()| output.flush());
+    client.close().await;
+    outcome
+}

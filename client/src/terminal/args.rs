@@ -1,0 +1,259 @@
+//! The command line of `im`.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::NonEmptyStringValueParser};
+use im_proto::{ConversationId, DeviceId, UserId, id::IdError};
+
+use crate::config::{Endpoint, Target, Transport};
+
+const EXAMPLES: &str = "\
+Examples, with a server started by `imd up`:
+  im --as alice send @bob Hello, Bob
+  im --as bob tail @alice --from 1
+  im --as alice pipe @bob < book.txt
+  im --as alice group create friends @bob @carol
+
+A TARGET is @user (the direct conversation with that user), me (your own log), or a conversation id.
+Exit codes: 0 done, 1 the operation failed, 2 wrong usage or environment.";
+
+/// A terminal client for instant messages.
+#[derive(Debug, Parser)]
+#[command(name = "im", version, after_help = EXAMPLES)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    pub(super) connection: Connection,
+
+    /// How results are printed: plain text, or one JSON object a line.
+    #[arg(long, global = true, value_enum, default_value_t = Format::Plain)]
+    pub(super) format: Format,
+
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// How to reach the server, and as whom.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Connection")]
+pub(super) struct Connection {
+    /// tcp://host:port, tls://host:port or quic://host:port; several, by comma or by repeating it, for fail-over [env: IM_SERVER].
+    #[arg(long, global = true, value_name = "URL", value_delimiter = ',')]
+    pub(super) server: Vec<Endpoint>,
+
+    /// The token [env: IM_TOKEN].
+    #[arg(long, global = true, value_parser = NonEmptyStringValueParser::new())]
+    pub(super) token: Option<String>,
+
+    /// A file that holds the token; it is read again for each connection.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) token_file: Option<PathBuf>,
+
+    /// Trust only the certificates that this PEM file signs, not those of the system [env: IM_CA].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) ca: Option<PathBuf>,
+
+    /// For development: take address, CA and a fresh token for this user from the data directory of a local server.
+    #[arg(long = "as", global = true, value_name = "USER[/DEVICE]")]
+    pub(super) user: Option<UserAndDevice>,
+
+    /// The data directory for --as.
+    #[arg(long, global = true, value_name = "DIR", default_value = "./data")]
+    pub(super) data: PathBuf,
+
+    /// The transport for --as: tcp, tls or quic.
+    #[arg(long, global = true, default_value = "tcp")]
+    pub(super) transport: Transport,
+
+    /// How long to wait for the first connection and for an answer.
+    #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
+    timeout: Duration,
+}
+
+impl Connection {
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+}
+
+/// `USER` or `USER/DEVICE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct UserAndDevice {
+    pub(super) user: UserId,
+    pub(super) device: Option<DeviceId>,
+}
+
+impl std::str::FromStr for UserAndDevice {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let (user, device) = match text.split_once('/') {
+            Some((user, device)) => (user, Some(device.parse()?)),
+            None => (text, None),
+        };
+        Ok(Self { user: parse_user(user)?, device })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// The text of a message and a newline.
+    Plain,
+    /// One object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Send a text and print its seq once it is durable.
+    #[command(after_help = "Example: im --as alice send @bob Hello, Bob")]
+    Send {
+        /// @user, me, or a conversation id.
+        target: Target,
+        /// Words, joined by spaces.
+        #[arg(required = true)]
+        text: Vec<String>,
+    },
+    /// Send each line of standard input as one message, in order; survives restarts of the server.
+    #[command(after_help = "Example: im --as alice pipe @bob < book.txt")]
+    Pipe {
+        /// @user, me, or a conversation id.
+        target: Target,
+    },
+    /// Print messages as they come, each once and in order; survives restarts of the server.
+    #[command(after_help = "Example: im --as bob tail @alice --from 1 --count 10")]
+    Tail {
+        /// @user, me, or a conversation id.
+        target: Target,
+        /// Begin with this seq instead of what comes from now on.
+        #[arg(long, value_name = "SEQ", value_parser = clap::value_parser!(u64).range(1..))]
+        from: Option<u64>,
+        /// End after so many messages.
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+    },
+    /// Print stored messages. Without --from, --limit N prints the newest N.
+    #[command(after_help = "Example: im --as bob history @alice --from 1 --to 100")]
+    History {
+        /// @user, me, or a conversation id.
+        target: Target,
+        /// The first seq wanted.
+        #[arg(long, value_name = "SEQ", value_parser = clap::value_parser!(u64).range(1..))]
+        from: Option<u64>,
+        /// The last seq wanted.
+        #[arg(long, value_name = "SEQ", value_parser = clap::value_parser!(u64).range(1..))]
+        to: Option<u64>,
+        /// At most so many.
+        #[arg(long, value_name = "N")]
+        limit: Option<u64>,
+    },
+    /// Print your conversations: id, kind, name, head, unread, separated by tabs.
+    #[command(after_help = "Example: im --as alice list --format json")]
+    List,
+    /// Create groups and change who is in them.
+    #[command(subcommand)]
+    Group(Group),
+    /// Print the endpoints that the cluster offers to you.
+    #[command(after_help = "Example: im --as alice locate")]
+    Locate,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Group {
+    /// Create a group with you and others, and print its id.
+    #[command(after_help = "Example: im --as alice group create friends @bob @carol")]
+    Create {
+        /// The name, for people.
+        name: String,
+        /// @user …
+        #[arg(value_parser = parse_user)]
+        members: Vec<UserId>,
+    },
+    /// Bring others into a group, and print the seq of that entry; 0 if all were in already.
+    #[command(after_help = "Example: im --as alice group invite 00112233445566778899aabbccddeeff @dave")]
+    Invite {
+        /// The conversation id of the group.
+        id: ConversationId,
+        /// @user …
+        #[arg(required = true, value_parser = parse_user)]
+        members: Vec<UserId>,
+    },
+    /// Leave a group, and print the seq of that entry.
+    #[command(after_help = "Example: im --as bob group leave 00112233445566778899aabbccddeeff")]
+    Leave {
+        /// The conversation id of the group.
+        id: ConversationId,
+    },
+    /// Print who is in a group: user and role, separated by a tab.
+    #[command(after_help = "Example: im --as alice group members 00112233445566778899aabbccddeeff")]
+    Members {
+        /// The conversation id of the group.
+        id: ConversationId,
+    },
+}
+
+/// `@user`, the @ optional.
+fn parse_user(text: &str) -> Result<UserId, IdError> {
+    UserId::parse(text.strip_prefix('@').unwrap_or(text))
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.trim_end_matches('s').parse().map_err(|_| "not a number of seconds".to_owned())?;
+    let duration = Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?;
+    let range = Duration::from_millis(1)..=Duration::from_secs(24 * 3600);
+    if range.contains(&duration) { Ok(duration) } else { Err("not between 0.001 and 86400 seconds".to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn connection_options_stand_before_or_after_the_command() {
+        for line in ["im --as alice/phone send @bob hi there", "im send @bob hi there --as alice/phone"] {
+            let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
+            let user = arguments.connection.user.unwrap();
+            assert_eq!((user.user.as_str(), user.device.unwrap().as_str()), ("alice", "phone"));
+            let Command::Send { target, text } = arguments.command else { panic!("not a send") };
+            assert_eq!((target, text.join(" ")), (Target::peer("bob").unwrap(), "hi there".to_owned()));
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_exit_code_2_and_help_is_0() {
+        let code = |line: &str| Arguments::try_parse_from(line.split(' ')).unwrap_err().exit_code();
+        for line in [
+            "im",
+            "im send @bob",
+            "im send bob hi",
+            "im tail @bob --from 0",
+            "im --server nowhere send @bob hi",
+            "im --server tcp://host:0 send @bob hi",
+            "im --timeout -1 list",
+            "im --transport carrier-pigeon list",
+            "im group invite 00 @bob",
+        ] {
+            assert_eq!(code(line), 2, "{line}");
+        }
+        assert_eq!(code("im --help"), 0);
+        assert_eq!(code("im tail --help"), 0);
+    }
+
+    #[test]
+    fn several_servers_by_comma_or_repeated() {
+        let line = "im --server tcp://a:1,tls://b:2 list --server quic://c:3";
+        let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
+        // The later place wins as a whole; one place takes many.
+        assert!(!arguments.connection.server.is_empty());
+        let line = "im --server tcp://a:1,tls://b:2 --server quic://c:3 list";
+        let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
+        let servers: Vec<String> = arguments.connection.server.iter().map(ToString::to_string).collect();
+        assert_eq!(servers, ["tcp://a:1", "tls://b:2", "quic://c:3"]);
+    }
+}

@@ -1,0 +1,154 @@
+//! The commands that ask once and end: `send`, `list`, `group …`, `locate`, and `history`, which asks page by page.
+
+use std::time::Duration;
+
+use im_proto::{body, v1};
+use serde::Serialize;
+
+use crate::{client::Client, config::Target};
+
+use super::{
+    args::{Command, Format, Group},
+    failure::Failure,
+    history,
+    output::{Output, rfc3339},
+};
+
+/// Runs any command but `pipe` and `tail`.
+pub(super) async fn run(
+    client: &Client,
+    command: Command,
+    timeout: Duration,
+    output: &mut Output,
+) -> Result<(), Failure> {
+    match command {
+        Command::Send { target, text } => send(client, target, &text.join(" "), timeout, output).await,
+        Command::History { target, from, to, limit } => history::run(client, target, from, to, limit, output).await,
+        Command::List => list(client, output).await,
+        Command::Group(group) => run_group(client, group, output).await,
+        Command::Locate => locate(client, output).await,
+        Command::Pipe { .. } | Command::Tail { .. } => Err(Failure::Usage("no short command".to_owned())),
+    }
+}
+
+#[derive(Serialize)]
+struct SentJson {
+    conversation: String,
+    seq: u64,
+    sent_at: String,
+}
+
+async fn send(
+    client: &Client,
+    target: Target,
+    text: &str,
+    timeout: Duration,
+    output: &mut Output,
+) -> Result<(), Failure> {
+    let sent = tokio::time::timeout(timeout, client.send(target, body::text(text))).await.map_err(|_| {
+        let seconds = timeout.as_secs_f32();
+        Failure::Failed(format!("not acknowledged within {seconds} s; look into the history before you send it again"))
+    })??;
+    match output.format() {
+        Format::Plain => output.line(&sent.seq.to_string()),
+        Format::Json => output.json(&SentJson {
+            conversation: sent.conversation.to_string(),
+            seq: sent.seq,
+            sent_at: rfc3339(sent.sent_at),
+        }),
+    }
+}
+
+#[derive(Serialize)]
+struct ConversationJson<'a> {
+    conversation: &'a str,
+    kind: &'static str,
+    name: &'a str,
+    head: u64,
+    unread: u64,
+}
+
+async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
+    for row in client.conversations().await?.iter().filter(|row| !row.left) {
+        let Ok(id) = im_proto::ConversationId::from_slice(&row.conversation_id) else { continue };
+        let id = id.to_string();
+        let (kind, name) = match row.kind() {
+            v1::ConversationKind::Direct => ("direct", format!("@{}", row.peer_user_id)),
+            v1::ConversationKind::Group => ("group", row.name.clone()),
+            v1::ConversationKind::Channel => ("channel", row.name.clone()),
+            v1::ConversationKind::Self_ => ("self", "me".to_owned()),
+            v1::ConversationKind::Unspecified => ("unknown", row.name.clone()),
+        };
+        let (head, unread) = (row.head, row.unread);
+        match output.format() {
+            Format::Plain => {
+                let name = name.replace(['\t', '\n', '\r'], " ");
+                output.line(&format!("{id}\t{kind}\t{name}\t{head}\t{unread}"))?;
+            }
+            Format::Json => output.json(&ConversationJson { conversation: &id, kind, name: &name, head, unread })?,
+        }
+    }
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct GroupJson {
+    conversation: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct MemberJson<'a> {
+    user: &'a str,
+    role: &'static str,
+    joined_seq: u64,
+}
+
+async fn run_group(client: &Client, group: Group, output: &mut Output) -> Result<(), Failure> {
+    let (conversation, seq) = match group {
+        Group::Create { name, members } => (client.create_group(&name, &members).await?, None),
+        Group::Invite { id, members } => (id, Some(client.invite(id, &members).await?)),
+        Group::Leave { id } => (id, Some(client.leave(id).await?)),
+        Group::Members { id } => return members(client, id, output).await,
+    };
+    match output.format() {
+        Format::Plain => output.line(&seq.map_or(conversation.to_string(), |seq| seq.to_string())),
+        Format::Json => output.json(&GroupJson { conversation: conversation.to_string(), seq }),
+    }
+}
+
+async fn members(client: &Client, id: im_proto::ConversationId, output: &mut Output) -> Result<(), Failure> {
+    for member in client.members(id).await? {
+        let role = match member.role() {
+            v1::Role::Owner => "owner",
+            v1::Role::Admin => "admin",
+            v1::Role::Member | v1::Role::Unspecified => "member",
+        };
+        match output.format() {
+            Format::Plain => output.line(&format!("{}\t{role}", member.user_id))?,
+            Format::Json => {
+                output.json(&MemberJson { user: &member.user_id, role, joined_seq: member.joined_seq })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct EndpointJson<'a> {
+    transport: &'a str,
+    address: &'a str,
+    gateway: &'a str,
+}
+
+async fn locate(client: &Client, output: &mut Output) -> Result<(), Failure> {
+    for endpoint in client.locate().await?.endpoints {
+        let v1::Endpoint { transport, address, gateway_id } = &endpoint;
+        match output.format() {
+            Format::Plain => output.line(&format!("{transport}://{address}"))?,
+            Format::Json => output.json(&EndpointJson { transport, address, gateway: gateway_id })?,
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,1 @@
+//! The SDK against a scripted server in memory: one module for each part of its promise.

@@ -26,6 +26,10 @@ limits! {
     CUSTOM_TYPE_BYTES_MAX: usize = 128;
     /// A token in its compact form.
     TOKEN_BYTES_MAX: usize = 4 * 1024;
+    /// The echo of a ping.
+    PING_ECHO_BYTES_MAX: usize = 256;
+    /// The name and the version that a client gives in its `Hello`, each.
+    CLIENT_TEXT_BYTES_MAX: usize = 128;
     /// A frame from a client that is not authenticated yet, without its length prefix.
     FRAME_BYTES_MAX_BEFORE_HELLO: usize = 64 * 1024;
     /// A frame of an authenticated connection, without its length prefix.
@@ -46,6 +50,8 @@ limits! {
     HISTORY_ENTRIES_MAX: u32 = 1_000;
     /// Conversations of one page of a sync.
     SYNC_CONVERSATIONS_MAX: u32 = 500;
+    /// Conversations that a client names in one sync.
+    SYNC_HAVE_MAX: usize = 10_000;
     /// Entries that an owner scans for a repeat of a message before it answers `sync first`.
     DEDUPE_SCAN_ENTRIES_MAX: u64 = 65_536;
     /// Newest entries that an owner remembers for idempotency.

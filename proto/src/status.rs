@@ -13,12 +13,23 @@ pub enum Retry {
     After,
 }
 
+impl Retry {
+    /// The word for SPEC.md and logs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Retry::Never => "never",
+            Retry::Later => "later",
+            Retry::After => "after",
+        }
+    }
+}
+
 macro_rules! statuses {
-    ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal, $retry:ident, $closes:literal;)*) => {
+    ($($(#[doc = $doc:literal])* $name:ident = $number:literal, $text:literal, $retry:ident, $closes:literal;)*) => {
         /// A status of the protocol. A retired number stays in the table.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum StatusCode {
-            $($(#[$doc])* $name,)*
+            $($(#[doc = $doc])* $name,)*
         }
 
         impl StatusCode {
@@ -33,6 +44,11 @@ macro_rules! statuses {
             /// The stable text in `Status.text`.
             pub const fn text(self) -> &'static str {
                 match self { $(StatusCode::$name => $text,)* }
+            }
+
+            /// What it means, for SPEC.md.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(StatusCode::$name => concat!($($doc),*),)* }
             }
 
             /// Whether and when a retry helps.

@@ -9,6 +9,8 @@ pub struct Schema {
     messages: BTreeMap<String, DescriptorProto>,
     /// Names and numbers of each enum's values.
     enums: BTreeMap<String, Vec<(String, i32)>>,
+    /// Request and reply of each method, by `Service.Method`.
+    methods: BTreeMap<String, (String, String)>,
     /// Messages of each file, in the order of the source.
     files: BTreeMap<String, Vec<String>>,
 }
@@ -16,13 +18,25 @@ pub struct Schema {
 impl Schema {
     pub fn load() -> Self {
         let set = FileDescriptorSet::decode(im_proto::FILE_DESCRIPTOR_SET).expect("descriptors");
-        let mut schema = Self { messages: BTreeMap::new(), enums: BTreeMap::new(), files: BTreeMap::new() };
+        let mut schema = Self {
+            messages: BTreeMap::new(),
+            enums: BTreeMap::new(),
+            methods: BTreeMap::new(),
+            files: BTreeMap::new(),
+        };
         for file in set.file.into_iter().filter(|file| file.package() == "im.v1") {
             let names = file.message_type.iter().map(|message| message.name().to_owned()).collect();
             schema.files.insert(file.name().rsplit('/').next().expect("a name").to_owned(), names);
             for message in file.message_type {
                 assert!(message.nested_type.is_empty() && message.enum_type.is_empty(), "nested: {}", message.name());
                 schema.messages.insert(message.name().to_owned(), message);
+            }
+            for service in &file.service {
+                for method in &service.method {
+                    let short = |name: &str| name.rsplit('.').next().expect("a name").to_owned();
+                    let name = format!("{}.{}", service.name(), method.name());
+                    schema.methods.insert(name, (short(method.input_type()), short(method.output_type())));
+                }
             }
             for list in file.enum_type {
                 let values = list.value.iter().map(|value| (value.name().to_owned(), value.number())).collect();
@@ -34,6 +48,10 @@ impl Schema {
 
     pub fn message(&self, name: &str) -> &DescriptorProto {
         self.messages.get(name).unwrap_or_else(|| panic!("no message {name}"))
+    }
+
+    pub fn method(&self, name: &str) -> &(String, String) {
+        &self.methods[name]
     }
 
     pub fn message_names(&self) -> impl Iterator<Item = &str> {

@@ -240,6 +240,11 @@ impl History {
         self.logs[index(conversation.0)].head_read = Some(head);
     }
 
+    /// Different messages acknowledged, and deliveries as new, so far.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.verdict.acknowledged, self.verdict.delivered)
+    }
+
     /// Takes in what another thread recorded. Its clients stay its own; conversations of the same id become one.
     pub fn absorb(&mut self, other: History) {
         let first_client = next_number(self.clients.len());

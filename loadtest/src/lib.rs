@@ -1,3 +1,95 @@
 //! The load harness: scenarios that drive servers started as processes, and the checker that judges what the clients saw.
+//!
+//! [`checker`] stands alone: the deterministic simulation uses it too. Everything else is the `loadtest` command. The harness
+//! links no server: what it measures is a process of its own, so that CPU and memory of server and generator are told apart, and
+//! a crash of the server is a real one.
 
 pub mod checker;
+
+mod ceiling;
+mod control;
+mod crowd;
+mod driver;
+mod load;
+mod measure;
+mod options;
+mod report;
+mod scenario;
+mod server;
+mod stream;
+mod wire;
+
+use std::{io::Write as _, process::ExitCode};
+
+use anyhow::Context as _;
+
+pub use self::options::Options;
+use self::{
+    options::{Common, Scenario},
+    report::Report,
+};
+
+/// Runs what was asked for; the process's exit code.
+pub fn main(options: Options) -> ExitCode {
+    match run(options) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "loadtest: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(options: Options) -> anyhow::Result<u8> {
+    if let Scenario::CeilingServer { ack, message, log } = options.scenario {
+        ceiling::serve(ceiling::RouterOptions { ack_bytes: ack, message_bytes: message, log })?;
+        return Ok(0);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(async {
+        tokio::select! {
+            biased;
+            // Dropping the scenario kills the server that it started.
+            _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+            code = run_scenario(options.scenario) => code,
+        }
+    })
+}
+
+async fn run_scenario(scenario: Scenario) -> anyhow::Result<u8> {
+    let common = scenario.common().cloned().context("this scenario has no report")?;
+    let mut runs = Vec::new();
+    for _ in 0..common.repeat {
+        runs.push(run_once(&scenario).await?);
+    }
+    let mut report = report::median(runs).context("nothing was run")?;
+    let code = report.conclude();
+    let text = serde_json::to_string_pretty(&report)?;
+    if let Some(path) = &common.json {
+        std::fs::write(path, &text).with_context(|| format!("write {}", path.display()))?;
+    }
+    // A closed pipe is no failure: whoever reads has seen enough.
+    let _ = writeln!(std::io::stdout(), "{text}");
+    Ok(code)
+}
+
+async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
+    match scenario {
+        Scenario::Ceiling { common, durable, workload } => scenario::ceiling::run(common, *durable, *workload).await,
+        Scenario::Chat(common) => scenario::chat::run(common).await,
+        Scenario::Fanout(common) => scenario::fanout::run(common).await,
+        Scenario::Idle(common) => scenario::idle::run(common).await,
+        Scenario::Crash { common, kills } => scenario::crash::run(common, *kills).await,
+        Scenario::CeilingServer { .. } => anyhow::bail!("the bare router has no report"),
+    }
+}
+
+impl Scenario {
+    fn common(&self) -> Option<&Common> {
+        match self {
+            Scenario::Chat(common) | Scenario::Fanout(common) | Scenario::Idle(common) => Some(common),
+            Scenario::Ceiling { common, .. } | Scenario::Crash { common, .. } => Some(common),
+            Scenario::CeilingServer { .. } => None,
+        }
+    }
+}

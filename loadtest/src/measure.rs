@@ -1,0 +1,184 @@
+//! What processes, disks and the machine did meanwhile, from `/proc` and `/sys`.
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde::Serialize;
+use tokio::time::Instant;
+
+/// Clock ticks a second in `/proc`; fixed by the kernel's interface on Linux.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Counters at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading {
+    at: Instant,
+    server_ticks: u64,
+    generator_ticks: u64,
+    machine_busy_ticks: u64,
+    flushes: u64,
+}
+
+/// What happened between two readings.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Usage {
+    pub seconds: f64,
+    pub server_cores: f64,
+    pub generator_cores: f64,
+    /// Everything else on the machine: a run is quiet below 0.15.
+    pub other_cores: f64,
+    pub disk_flushes: u64,
+}
+
+impl Reading {
+    /// Now; `server` is the server's process, if the harness knows it.
+    pub fn take(server: Option<u32>) -> Self {
+        Self {
+            at: Instant::now(),
+            server_ticks: server.map_or(0, |pid| process_ticks(&format!("/proc/{pid}/stat"))),
+            generator_ticks: process_ticks("/proc/self/stat"),
+            machine_busy_ticks: machine_busy_ticks(),
+            flushes: disk_flushes(),
+        }
+    }
+
+    /// What happened since `earlier`.
+    pub fn since(&self, earlier: &Reading) -> Usage {
+        let seconds = self.at.duration_since(earlier.at).as_secs_f64().max(1e-9);
+        let cores = |now: u64, then: u64| now.saturating_sub(then) as f64 / TICKS_PER_SECOND / seconds;
+        let server_cores = cores(self.server_ticks, earlier.server_ticks);
+        let generator_cores = cores(self.generator_ticks, earlier.generator_ticks);
+        let busy = cores(self.machine_busy_ticks, earlier.machine_busy_ticks);
+        Usage {
+            seconds,
+            server_cores,
+            generator_cores,
+            other_cores: (busy - server_cores - generator_cores).max(0.0),
+            disk_flushes: self.flushes.saturating_sub(earlier.flushes),
+        }
+    }
+}
+
+/// User and system time of a process or thread.
+fn process_ticks(stat: &str) -> u64 {
+    let text = fs::read_to_string(stat).unwrap_or_default();
+    // The command name, in parentheses, may hold spaces.
+    let fields: Vec<&str> = text.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    [11, 12].iter().filter_map(|&field| fields.get(field)?.parse::<u64>().ok()).sum()
+}
+
+/// Time that any core of the machine was not idle.
+fn machine_busy_ticks() -> u64 {
+    let text = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let numbers: Vec<u64> =
+        text.lines().next().unwrap_or_default().split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect();
+    // user nice system [idle iowait] irq softirq steal
+    numbers.iter().take(8).enumerate().filter(|(field, _)| ![3, 4].contains(field)).map(|(_, ticks)| ticks).sum()
+}
+
+/// Cache flushes completed by all disks.
+fn disk_flushes() -> u64 {
+    let Ok(devices) = fs::read_dir("/sys/block") else { return 0 };
+    let flushes = devices.flatten().filter_map(|device| {
+        let text = fs::read_to_string(device.path().join("stat")).ok()?;
+        text.split_whitespace().nth(15)?.parse::<u64>().ok()
+    });
+    flushes.sum()
+}
+
+/// Time since 1970.
+#[expect(clippy::disallowed_methods, reason = "real servers check real tokens: the harness has no clock to inject")]
+pub fn unix_time() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// Resident memory of a process in bytes.
+pub fn rss_bytes(pid: u32) -> u64 {
+    status_kib(&format!("/proc/{pid}/status"), "VmRSS:") * 1024
+}
+
+/// Memory of the kernel's own objects in bytes: sockets live there.
+pub fn slab_bytes() -> u64 {
+    status_kib("/proc/meminfo", "Slab:") * 1024
+}
+
+fn status_kib(path: &str, key: &str) -> u64 {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+}
+
+/// The machine of a report.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Machine {
+    pub cpu: String,
+    pub cores: usize,
+    pub memory_bytes: u64,
+    pub kernel: String,
+    /// Of the directory with the server's data, or of the temporary directory.
+    pub filesystem: String,
+    pub descriptors_max: u64,
+}
+
+impl Machine {
+    /// This machine, with the file system of a directory.
+    pub fn describe(directory: &Path) -> Self {
+        let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Self {
+            cpu: cpu.map(|(_, name)| name.trim().to_owned()).unwrap_or_default(),
+            cores: cores(),
+            memory_bytes: status_kib("/proc/meminfo", "MemTotal:") * 1024,
+            kernel: kernel.trim().to_owned(),
+            filesystem: filesystem(directory),
+            descriptors_max: rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// Cores that this process may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The type of the file system that holds a directory: the mount with the longest prefix.
+fn filesystem(directory: &Path) -> String {
+    let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let candidates = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let (point, kind) = (fields.next()?, fields.next()?);
+        directory.starts_with(point).then(|| (point.len(), kind.to_owned()))
+    });
+    candidates.max().map(|(_, kind)| kind).unwrap_or_default()
+}
+
+/// Lets the calling thread run on one core only. Where that is not allowed it runs on any.
+pub fn pin_to_core(core: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(core);
+    let _ = rustix::thread::sched_setaffinity(None, &set);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_uses_time_and_memory() {
+        let before = Reading::take(None);
+        let started = Instant::now();
+        let mut number = 1u64;
+        while process_ticks("/proc/self/stat") < before.generator_ticks + 2 && started.elapsed().as_secs() < 20 {
+            number = std::hint::black_box(number.wrapping_mul(3));
+        }
+        let usage = Reading::take(None).since(&before);
+        assert!(usage.generator_cores > 0.0, "{usage:?}");
+        assert!(rss_bytes(std::process::id()) > 1024 * 1024);
+        let machine = Machine::describe(Path::new("/tmp"));
+        assert!(machine.cores > 0 && machine.memory_bytes > 0 && !machine.filesystem.is_empty(), "{machine:?}");
+    }
+}

@@ -1,0 +1,170 @@
+//! What can be asked of `loadtest`.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{ceiling::Workload, stream::Transport};
+
+/// Load tests with a judgement: starts a server (or uses a running one), drives it, and checks every promise of the protocol.
+#[derive(Debug, Parser)]
+#[command(name = "loadtest", version, after_help = EXAMPLES)]
+pub struct Options {
+    #[command(subcommand)]
+    pub scenario: Scenario,
+}
+
+const EXAMPLES: &str = "Examples:
+  loadtest chat --pairs 100 --window 16 --seconds 10
+  loadtest fanout --members 1000 --json fanout.json
+  loadtest crash --kills 50
+  loadtest ceiling --durable
+
+Exit codes: 0 done, 1 it could not run, 2 wrong usage, 3 a promise did not hold or the generator was the limit.";
+
+#[derive(Debug, Subcommand)]
+pub enum Scenario {
+    /// What this machine can do at most: a bare router in memory, with --durable behind a bare log with one flush a batch.
+    Ceiling {
+        #[command(flatten)]
+        common: Common,
+        /// Every message is on disk before it is acknowledged and delivered.
+        #[arg(long)]
+        durable: bool,
+        /// Only this one of echo, pairs and fanout.
+        #[arg(long, value_enum)]
+        workload: Option<Workload>,
+    },
+    /// One-to-one: pairs of users, one sends, one receives.
+    Chat(Common),
+    /// One sends to a group whose members are all online. --window 1: each message alone; more: several share a write.
+    Fanout(Common),
+    /// Authenticated connections that do nothing but answer heartbeats: memory a connection.
+    Idle(Common),
+    /// Continuous load while the server is killed and started again.
+    Crash {
+        #[command(flatten)]
+        common: Common,
+        /// How often the server is killed.
+        #[arg(long, default_value_t = 50)]
+        kills: u32,
+    },
+    /// The bare router itself; `ceiling` starts it.
+    #[command(hide = true)]
+    CeilingServer {
+        #[arg(long)]
+        ack: usize,
+        #[arg(long)]
+        message: usize,
+        #[arg(long)]
+        log: Option<PathBuf>,
+    },
+}
+
+/// Options of every scenario.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// Start an own `imd up` in a temporary directory. The default without --server.
+    #[arg(long, conflicts_with = "server")]
+    pub spawn: bool,
+    /// A running server: tcp://host:port, tls://… or quic://…; several of one cluster.
+    #[arg(long, value_name = "URL", num_args = 1.., requires = "key")]
+    pub server: Vec<String>,
+    /// The signing key of that server (PKCS#8 DER): the harness issues its users' tokens itself.
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// That server's cluster.json; else the one in the data directory of the key.
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
+    /// The certificate authority of that server, for TLS and QUIC.
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// The process id of that server on this machine, to measure its CPU and memory.
+    #[arg(long, value_name = "PID")]
+    pub server_pid: Option<u32>,
+    /// The server binary to start; else $IMD, else the one beside this program, else target/release/imd.
+    #[arg(long, value_name = "FILE")]
+    pub imd: Option<PathBuf>,
+    /// Start the server on this data directory and keep it, instead of on a temporary one.
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// The configuration file for the server to start.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// How clients connect to a server that is started here.
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    pub transport: Transport,
+    /// Connections; for chat two a pair.
+    #[arg(long)]
+    pub connections: Option<usize>,
+    /// Pairs of users.
+    #[arg(long)]
+    pub pairs: Option<usize>,
+    /// Members of the group besides the sender.
+    #[arg(long, default_value_t = 1000)]
+    pub members: usize,
+    /// Closed loop: messages of a sender that are not yet acknowledged and delivered to all.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=256))]
+    pub window: u64,
+    /// Open loop: messages a second, all senders together, scheduled ahead; latency counts from the scheduled moment.
+    #[arg(long)]
+    pub rate: Option<f64>,
+    /// Bytes of text in a message.
+    #[arg(long, default_value_t = 100)]
+    pub body: usize,
+    /// Seconds of load before measuring.
+    #[arg(long, default_value_t = 2.0)]
+    pub warmup: f64,
+    /// Seconds of measuring.
+    #[arg(long, default_value_t = 10.0)]
+    pub seconds: f64,
+    /// Seconds of measuring the ceiling before the run, in memory and durable each; 0: no ceiling, no ratio.
+    #[arg(long, default_value_t = 3.0)]
+    pub ceiling: f64,
+    /// Run this many times; the median run is reported, with the spread.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub repeat: u32,
+    /// Threads of the generator.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub generator_threads: u16,
+    /// Pin the generator's threads to the first cores.
+    #[arg(long)]
+    pub pin: bool,
+    /// Do not read the histories back after the load.
+    #[arg(long)]
+    pub no_read_back: bool,
+    /// Decides what the harness decides by chance: when to kill.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Write the report to this file too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl Common {
+    pub fn warmup(&self) -> Duration {
+        Duration::from_secs_f64(self.warmup.max(0.0))
+    }
+
+    pub fn time(&self) -> Duration {
+        Duration::from_secs_f64(self.seconds.max(0.1))
+    }
+
+    pub fn threads(&self) -> usize {
+        usize::from(self.generator_threads)
+    }
+
+    /// Pairs of users, from whichever option says it.
+    pub fn pair_count(&self, default: usize) -> usize {
+        self.pairs.or(self.connections.map(|connections| connections / 2)).unwrap_or(default).max(1)
+    }
+
+    /// What the report says of the options.
+    pub fn parameters(&self) -> serde_json::Value {
+        serde_json::json!({
+            "pairs": self.pairs, "members": self.members, "window": self.window, "rate": self.rate,
+            "body_bytes": self.body, "warmup": self.warmup, "seconds": self.seconds, "repeat": self.repeat,
+            "generator_threads": self.generator_threads, "pin": self.pin, "seed": self.seed,
+        })
+    }
+}

@@ -1,0 +1,324 @@
+//! The JSON report of a run, and the rules by which it passes.
+
+use std::collections::BTreeMap;
+
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+use crate::{
+    checker::Verdict,
+    measure::{Machine, Usage},
+    stream::Transport,
+};
+
+/// A minute: latencies beyond it count as a minute.
+const LATENCY_MAX_US: u64 = 60_000_000;
+/// A generator thread busier than this may have been the limit.
+const GENERATOR_BUSY: f64 = 0.95;
+/// Others on the machine used more than this: the run says little about speed.
+const QUIET_CORES: f64 = 0.15;
+
+/// Latencies of a run.
+pub struct Latencies(Histogram<u64>);
+
+/// Percentiles in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Percentiles {
+    pub p50: u64,
+    pub p90: u64,
+    pub p99: u64,
+    pub p999: u64,
+    pub max: u64,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct ServerUsage {
+    pub cpu_cores: f64,
+    pub rss_bytes: u64,
+    pub rss_bytes_per_connection: f64,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct GeneratorUsage {
+    pub cpu_cores: f64,
+    pub threads: usize,
+}
+
+/// One run.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    pub scenario: String,
+    pub transport: Transport,
+    pub connections: usize,
+    pub offered_per_s: f64,
+    pub acked_per_s: f64,
+    pub delivered_per_s: f64,
+    pub ack_us: Percentiles,
+    pub delivery_us: Percentiles,
+    pub lost: u64,
+    pub duplicated: u64,
+    pub reordered: u64,
+    pub holes: u64,
+    pub corrupted: u64,
+    pub errors: u64,
+    /// The errors, by status text or cause.
+    pub error_causes: BTreeMap<String, u64>,
+    pub server: ServerUsage,
+    pub generator: GeneratorUsage,
+    /// Everything else on the machine, in cores.
+    pub other_cpu_cores: f64,
+    pub quiet: bool,
+    pub disk_flushes: u64,
+    pub ceiling_per_s: Option<f64>,
+    pub ratio: Option<f64>,
+    pub verdict: String,
+    pub reasons: Vec<String>,
+    pub seconds: f64,
+    pub machine: Machine,
+    pub version: String,
+    pub server_version: String,
+    pub parameters: serde_json::Value,
+    /// What only this scenario has.
+    pub details: serde_json::Value,
+    pub history: Option<Verdict>,
+    /// With `--repeat`: what each run reached; the report is the median run by deliveries.
+    pub runs: Vec<RunSummary>,
+    pub spread: Option<Spread>,
+    #[serde(skip)]
+    pub generator_was_the_limit: bool,
+}
+
+/// One of several runs.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct RunSummary {
+    pub acked_per_s: f64,
+    pub delivered_per_s: f64,
+    pub ack_p99_us: u64,
+    pub delivery_p99_us: u64,
+    pub server_cpu_cores: f64,
+    pub generator_cpu_cores: f64,
+    pub ratio: Option<f64>,
+    pub rss_bytes_per_connection: f64,
+    pub quiet: bool,
+}
+
+/// The smallest and the largest of the runs.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Spread {
+    pub acked_per_s: [f64; 2],
+    pub delivered_per_s: [f64; 2],
+    pub ratio: Option<[f64; 2]>,
+}
+
+impl Default for Latencies {
+    fn default() -> Self {
+        Self(
+            Histogram::new_with_bounds(1, LATENCY_MAX_US, 3)
+                .unwrap_or_else(|_| unreachable!("the bounds are constants")),
+        )
+    }
+}
+
+impl Latencies {
+    /// One latency in microseconds.
+    pub fn record(&mut self, micros: u64) {
+        self.0.saturating_record(micros.max(1));
+    }
+
+    /// Another thread's.
+    pub fn add(&mut self, other: &Latencies) {
+        // Both have the same bounds, so this cannot fail.
+        let _ = self.0.add(&other.0);
+    }
+
+    pub fn percentiles(&self) -> Percentiles {
+        Percentiles {
+            p50: self.0.value_at_quantile(0.5),
+            p90: self.0.value_at_quantile(0.9),
+            p99: self.0.value_at_quantile(0.99),
+            p999: self.0.value_at_quantile(0.999),
+            max: self.0.max(),
+        }
+    }
+}
+
+impl Report {
+    /// Takes in what the machine did during the measured time.
+    pub fn usage(&mut self, usage: &Usage, generator_threads: usize) {
+        self.seconds = round(usage.seconds);
+        self.server.cpu_cores = round(usage.server_cores);
+        self.generator = GeneratorUsage { cpu_cores: round(usage.generator_cores), threads: generator_threads };
+        self.other_cpu_cores = round(usage.other_cores);
+        self.quiet = usage.other_cores < QUIET_CORES;
+        self.disk_flushes = usage.disk_flushes;
+        let busy = usage.generator_cores / generator_threads.max(1) as f64;
+        if busy > GENERATOR_BUSY && usage.server_cores < usage.generator_cores {
+            self.generator_was_the_limit = true;
+            self.reasons.push(format!(
+                "the generator was the limit: {:.0} % of its {generator_threads} thread(s), while the server used {:.2} cores",
+                busy * 100.0,
+                usage.server_cores
+            ));
+        }
+        if !self.quiet {
+            self.reasons.push(format!("the machine was not quiet: others used {:.2} cores", usage.other_cores));
+        }
+    }
+
+    /// Takes in the checker's judgement.
+    pub fn judged(&mut self, verdict: Verdict) {
+        (self.lost, self.duplicated, self.reordered) = (verdict.lost, verdict.duplicated, verdict.reordered);
+        (self.holes, self.corrupted) = (verdict.holes, verdict.corrupted);
+        if !verdict.is_clean() {
+            self.reasons.extend(verdict.findings.iter().take(5).map(ToString::to_string));
+        }
+        self.history = Some(verdict);
+    }
+
+    /// The denominator that was measured in the same run.
+    pub fn ceiling(&mut self, per_s: f64) {
+        self.ceiling_per_s = Some(round(per_s));
+        if per_s > 0.0 {
+            self.ratio = Some(round(self.delivered_per_s / per_s));
+        }
+    }
+
+    /// Whether a promise of the protocol was broken.
+    pub fn promise_broken(&self) -> bool {
+        [self.lost, self.duplicated, self.reordered, self.holes, self.corrupted].iter().any(|&count| count != 0)
+    }
+
+    /// Sets the verdict. 0 or 3: the exit code.
+    pub fn conclude(&mut self) -> u8 {
+        let (verdict, code) = if self.promise_broken() {
+            ("a promise did not hold", 3)
+        } else if self.generator_was_the_limit {
+            ("the generator was the limit", 3)
+        } else if self.errors > 0 {
+            ("every promise held; there were errors", 0)
+        } else {
+            ("every promise held", 0)
+        };
+        self.verdict = verdict.to_owned();
+        code
+    }
+
+    fn summary(&self) -> RunSummary {
+        RunSummary {
+            acked_per_s: self.acked_per_s,
+            delivered_per_s: self.delivered_per_s,
+            ack_p99_us: self.ack_us.p99,
+            delivery_p99_us: self.delivery_us.p99,
+            server_cpu_cores: self.server.cpu_cores,
+            generator_cpu_cores: self.generator.cpu_cores,
+            ratio: self.ratio,
+            rss_bytes_per_connection: self.server.rss_bytes_per_connection,
+            quiet: self.quiet,
+        }
+    }
+}
+
+/// The median run of several, with all of them summed up in it. Broken promises of any run count.
+pub fn median(mut runs: Vec<Report>) -> Option<Report> {
+    let summaries: Vec<RunSummary> = runs.iter().map(Report::summary).collect();
+    let key = |report: &Report| {
+        // Runs that deliver nothing (idle) are compared by memory.
+        if report.delivered_per_s > 0.0 { report.delivered_per_s } else { report.server.rss_bytes_per_connection }
+    };
+    runs.sort_by(|one, other| key(one).total_cmp(&key(other)));
+    let count = runs.len();
+    if count <= 1 {
+        return runs.pop();
+    }
+    let broken: Vec<Report> = runs.iter().filter(|run| run.promise_broken()).cloned().collect();
+    let limited = runs.iter().filter(|run| run.generator_was_the_limit).count();
+    let mut report = if broken.is_empty() { runs.swap_remove((count - 1) / 2) } else { broken[0].clone() };
+    report.generator_was_the_limit = 2 * limited > count;
+    let spread = |of: fn(&RunSummary) -> f64| {
+        let values = summaries.iter().map(of);
+        values.fold([f64::INFINITY, f64::NEG_INFINITY], |[low, high], value| [low.min(value), high.max(value)])
+    };
+    report.spread = Some(Spread {
+        acked_per_s: spread(|run| run.acked_per_s),
+        delivered_per_s: spread(|run| run.delivered_per_s),
+        ratio: report.ratio.map(|_| spread(|run| run.ratio.unwrap_or(0.0))),
+    });
+    report.runs = summaries;
+    Some(report)
+}
+
+/// Three digits behind the point: more is noise.
+pub fn round(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(delivered_per_s: f64) -> Report {
+        Report { delivered_per_s, acked_per_s: delivered_per_s, ..Report::default() }
+    }
+
+    #[test]
+    fn the_median_run_is_reported_with_the_spread_of_all() {
+        let report = median(vec![run(30.0), run(10.0), run(20.0)]).unwrap();
+        assert_eq!(report.delivered_per_s, 20.0);
+        assert_eq!(report.spread.unwrap().delivered_per_s, [10.0, 30.0]);
+        assert_eq!(report.runs.len(), 3);
+    }
+
+    #[test]
+    fn one_broken_run_of_three_is_the_one_reported() {
+        let broken = Report { lost: 1, ..run(10.0) };
+        let mut report = median(vec![run(30.0), broken, run(20.0)]).unwrap();
+        assert_eq!(report.conclude(), 3);
+    }
+
+    #[test]
+    fn a_busy_generator_beside_an_idle_server_is_the_limit() {
+        let mut report = run(1.0);
+        let usage = Usage { seconds: 1.0, server_cores: 0.5, generator_cores: 0.97, other_cores: 0.0, disk_flushes: 0 };
+        report.usage(&usage, 1);
+        assert_eq!(report.conclude(), 3);
+        assert!(report.reasons[0].contains("generator"));
+        let mut report = run(1.0);
+        report.usage(&Usage { server_cores: 1.0, ..usage }, 1);
+        assert_eq!(report.conclude(), 0);
+    }
+
+    #[test]
+    fn the_report_has_the_promised_keys() {
+        let report = serde_json::to_value(run(1.0)).unwrap();
+        for key in [
+            "scenario",
+            "transport",
+            "connections",
+            "offered_per_s",
+            "acked_per_s",
+            "delivered_per_s",
+            "ack_us",
+            "delivery_us",
+            "lost",
+            "duplicated",
+            "reordered",
+            "errors",
+            "server",
+            "generator",
+            "disk_flushes",
+            "ceiling_per_s",
+            "ratio",
+            "verdict",
+            "reasons",
+            "seconds",
+            "machine",
+            "version",
+        ] {
+            assert!(report.get(key).is_some(), "{key}");
+        }
+        for key in ["p50", "p90", "p99", "p999", "max"] {
+            assert!(report["ack_us"].get(key).is_some(), "{key}");
+        }
+        assert!(report["server"].get("rss_bytes_per_connection").is_some());
+    }
+}

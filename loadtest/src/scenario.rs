@@ -1,0 +1,329 @@
+//! What all scenarios share: the server, the measured time, the reading back, the report.
+
+pub mod ceiling;
+pub mod chat;
+pub mod crash;
+pub mod fanout;
+pub mod idle;
+
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use im_proto::ConversationId;
+
+use crate::{
+    ceiling::{Ceiling, Measurement, Workload},
+    checker::{Entry, History},
+    control::Control,
+    crowd::{Progress, Statistics},
+    load::{Load, Outcome, total},
+    measure::{self, Machine, Reading, Usage},
+    options::Common,
+    report::{Report, round},
+    server::{Credentials, Endpoints, ServerProcess, SpawnOptions},
+    stream::{Connector, Transport},
+};
+
+/// Sessions of this many clients must be there within a minute, however slow the machine.
+const LIVE_WITHIN: Duration = Duration::from_secs(120);
+/// After the load everything on its way must arrive within this.
+const SETTLE_WITHIN: Duration = Duration::from_secs(30);
+/// Histories read back at once.
+const READERS: usize = 8;
+
+/// The server of a run.
+pub struct Target {
+    pub process: Option<ServerProcess>,
+    pub transport: Transport,
+    pub endpoints: Endpoints,
+    pub credentials: Credentials,
+    pid: Option<u32>,
+    /// In the names of all users, so that runs on one server do not meet.
+    run: String,
+}
+
+impl Target {
+    /// Starts a server, or takes the one that the options name.
+    pub async fn open(options: &Common) -> anyhow::Result<Self> {
+        let run = run_name();
+        if options.server.is_empty() {
+            let spawn = SpawnOptions {
+                binary: options.imd.clone(),
+                data: options.data.clone(),
+                config: options.config.clone(),
+            };
+            let mut process = ServerProcess::spawn(spawn).await?;
+            let endpoints = process.endpoints(options.transport).await?;
+            let (credentials, pid) = (process.credentials()?, process.pid());
+            return Ok(Self { process: Some(process), transport: options.transport, endpoints, credentials, pid, run });
+        }
+        let mut transport = None;
+        let mut addresses = Vec::new();
+        for url in &options.server {
+            let (scheme, address) = url.split_once("://").with_context(|| format!("{url} is no scheme://host:port"))?;
+            let scheme = match scheme {
+                "tcp" => Transport::Tcp,
+                "tls" => Transport::Tls,
+                "quic" => Transport::Quic,
+                _ => bail!("{url}: the scheme is tcp, tls or quic"),
+            };
+            if transport.is_some_and(|transport| transport != scheme) {
+                bail!("all servers of a run have the same scheme");
+            }
+            transport = Some(scheme);
+            addresses.push(address.to_owned());
+        }
+        let key = options.key.as_deref().context("--server needs --key FILE")?;
+        let cluster = options.cluster.clone().unwrap_or_else(|| Credentials::cluster_beside(key));
+        Ok(Self {
+            process: None,
+            transport: transport.unwrap_or_default(),
+            endpoints: Endpoints { addresses, ca: options.ca.clone(), version: String::new() },
+            credentials: Credentials::load(key, &cluster)?,
+            pid: options.server_pid,
+            run,
+        })
+    }
+
+    /// The name of one user of the run.
+    pub fn user(&self, index: usize) -> String {
+        format!("{}-{index}", self.run)
+    }
+
+    /// A token for a user's only device.
+    pub fn token(&self, user: &str) -> anyhow::Result<String> {
+        self.credentials.token(user, "load")
+    }
+
+    /// The server's process, if it runs on this machine.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map_or(self.pid, ServerProcess::pid)
+    }
+
+    /// A connection for one call after the other.
+    pub async fn control(&self, user: &str, device: &str) -> anyhow::Result<Control> {
+        let connector = Connector::new(self.transport, self.endpoints.ca.as_deref())?;
+        Control::connect(&connector, &self.endpoints.addresses[0], self.credentials.token(user, device)?).await
+    }
+
+    /// Reads every conversation back, for the checker to judge.
+    pub async fn read_back(
+        &self,
+        history: &mut History,
+        readers: &BTreeMap<ConversationId, String>,
+    ) -> anyhow::Result<()> {
+        let connector = Connector::new(self.transport, self.endpoints.ca.as_deref())?;
+        let all: Vec<(&ConversationId, &String)> = readers.iter().collect();
+        for some in all.chunks(READERS) {
+            // Cooperative on one thread: the checker takes entries as pages come, whatever their order.
+            let recorder = std::cell::RefCell::new(&mut *history);
+            let reads = some.iter().map(|(id, user)| self.read_one(&connector, &recorder, **id, user));
+            futures::future::try_join_all(reads).await?;
+        }
+        Ok(())
+    }
+
+    async fn read_one(
+        &self,
+        connector: &Connector,
+        recorder: &std::cell::RefCell<&mut History>,
+        id: ConversationId,
+        user: &str,
+    ) -> anyhow::Result<()> {
+        let token = self.credentials.token(user, "reader")?;
+        let mut control = Control::connect(connector, &self.endpoints.addresses[0], token).await?;
+        let conversation = recorder.borrow_mut().conversation(id);
+        let head = control
+            .read_history(id, |message| recorder.borrow_mut().stored(conversation, Entry::from(message)))
+            .await
+            .with_context(|| format!("read the history of {id}"))?;
+        recorder.borrow_mut().stored_through(conversation, head);
+        Ok(())
+    }
+
+    /// Ends a server that was started here.
+    pub async fn close(self, report: &mut Report) -> anyhow::Result<()> {
+        let Some(process) = self.process else { return Ok(()) };
+        if !process.stop().await? {
+            report.reasons.push("the server did not drain and exit with 0 on SIGTERM within 30 s".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Where the data lies, for the description of the machine.
+    pub fn directory(&self) -> PathBuf {
+        self.process.as_ref().map_or_else(std::env::temp_dir, |process| process.directory().to_owned())
+    }
+}
+
+fn run_name() -> String {
+    format!("l{:x}", (measure::unix_time().as_millis() as u64 ^ u64::from(std::process::id()) << 20) & 0xff_ffff_ffff)
+}
+
+/// Users `first..` of a run, each with its token, spread over threads so that what belongs together stays together.
+pub fn threads_of<T>(groups: Vec<Vec<T>>, threads: usize) -> Vec<Vec<T>> {
+    let mut spread: Vec<Vec<T>> = (0..threads.max(1)).map(|_| Vec::new()).collect();
+    for (number, group) in groups.into_iter().enumerate() {
+        spread[number % threads.max(1)].extend(group);
+    }
+    spread
+}
+
+/// Warm-up, measured time, and the end of sending.
+pub async fn measured(load: &Load, options: &Common, server: Option<u32>) -> Usage {
+    load.switches.sending.store(true, Ordering::Relaxed);
+    tokio::time::sleep(options.warmup()).await;
+    let before = Reading::take(server);
+    load.switches.measuring.store(true, Ordering::Relaxed);
+    tokio::time::sleep(options.time()).await;
+    load.switches.measuring.store(false, Ordering::Relaxed);
+    let usage = Reading::take(server).since(&before);
+    load.switches.sending.store(false, Ordering::Relaxed);
+    usage
+}
+
+/// Runs a load to its end: live, measured, settled; the report with everything but the judgement of the histories.
+pub async fn run_load(
+    load: Load,
+    target: &Target,
+    options: &Common,
+    scenario: &str,
+) -> anyhow::Result<(Report, Outcome)> {
+    let progress = ProgressLine::start(scenario, Arc::clone(&load.progress));
+    load.all_live(LIVE_WITHIN).await?;
+    let usage = measured(&load, options, target.pid()).await;
+    let rss = target.pid().map_or(0, measure::rss_bytes);
+    let settled = load.settled(SETTLE_WITHIN).await;
+    drop(progress);
+    let outcome = load.finish()?;
+    let mut report = new_report(scenario, target, options);
+    report.server.rss_bytes = rss;
+    report.usage(&usage, options.threads());
+    statistics(&mut report, &outcome.statistics, options, &usage);
+    if !settled {
+        report.reasons.push(format!("not everything arrived within {SETTLE_WITHIN:?} after the load"));
+        *report.error_causes.entry("not settled".to_owned()).or_default() += 1;
+        report.errors += 1;
+    }
+    Ok((report, outcome))
+}
+
+/// The report's head.
+pub fn new_report(scenario: &str, target: &Target, options: &Common) -> Report {
+    Report {
+        scenario: scenario.to_owned(),
+        transport: target.transport,
+        machine: Machine::describe(&target.directory()),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        server_version: target.endpoints.version.clone(),
+        parameters: options.parameters(),
+        ..Report::default()
+    }
+}
+
+/// Rates, latencies and errors.
+pub fn statistics(report: &mut Report, statistics: &Statistics, options: &Common, usage: &Usage) {
+    let per_s = |count: u64| round(count as f64 / usage.seconds.max(1e-9));
+    report.offered_per_s = options.rate.unwrap_or_else(|| per_s(statistics.begun));
+    report.acked_per_s = per_s(statistics.acknowledged);
+    report.delivered_per_s = per_s(statistics.delivered);
+    report.ack_us = statistics.ack.percentiles();
+    report.delivery_us = statistics.delivery.percentiles();
+    report.error_causes = statistics.errors.clone();
+    for (cause, count) in &statistics.disconnects {
+        *report.error_causes.entry(cause.clone()).or_default() += count;
+    }
+    report.errors = report.error_causes.values().sum();
+    report.details = serde_json::json!({
+        "retries": statistics.retries, "redelivered": statistics.redelivered,
+        "history_reads": statistics.gaps_repaired, "resyncs": statistics.resyncs, "reconnects": statistics.reconnects,
+    });
+}
+
+/// Reads back and judges.
+pub async fn judge(target: &Target, options: &Common, outcome: Outcome, report: &mut Report) -> anyhow::Result<()> {
+    let Outcome { mut history, readers, .. } = outcome;
+    if !options.no_read_back {
+        target.read_back(&mut history, &readers).await?;
+    }
+    report.judged(history.judge());
+    Ok(())
+}
+
+/// The two denominators of a workload, measured now; none if the options do not want them.
+pub async fn ceilings(options: &Common, workload: Workload, size: usize) -> anyhow::Result<Vec<Ceiling>> {
+    let mut ceilings = Vec::new();
+    if options.ceiling <= 0.0 {
+        return Ok(ceilings);
+    }
+    for durable in [false, true] {
+        let measurement = Measurement {
+            workload,
+            size,
+            window: options.window,
+            body_bytes: options.body,
+            durable,
+            directory: options.data.as_deref().and_then(|data| data.parent()).map(PathBuf::from),
+            warmup: Duration::from_secs(1),
+            time: Duration::from_secs_f64(options.ceiling),
+        };
+        ceilings.push(measurement.run().await?);
+    }
+    Ok(ceilings)
+}
+
+/// The bare router is the denominator; the durable one stands beside it.
+pub fn add_ceilings(report: &mut Report, ceilings: &[Ceiling]) {
+    let Some(memory) = ceilings.iter().find(|ceiling| !ceiling.durable) else { return };
+    report.ceiling(memory.delivered_per_s);
+    if let serde_json::Value::Object(details) = &mut report.details {
+        details.insert("ceilings".to_owned(), serde_json::json!(ceilings));
+        if let Some(durable) = ceilings.iter().find(|ceiling| ceiling.durable) {
+            let ratio = round(report.delivered_per_s / durable.delivered_per_s.max(1.0));
+            details.insert("ratio_of_durable_ceiling".to_owned(), serde_json::json!(ratio));
+        }
+    }
+}
+
+/// One line on standard error that follows a run, if that is a terminal.
+pub struct ProgressLine(Option<tokio::task::JoinSet<()>>);
+
+impl ProgressLine {
+    pub fn start(scenario: &str, progress: Arc<Progress>) -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self(None);
+        }
+        let scenario = scenario.to_owned();
+        let mut task = tokio::task::JoinSet::new();
+        task.spawn(async move {
+            let mut last = 0;
+            loop {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let delivered = total(&progress.delivered);
+                let _ = write!(
+                    std::io::stderr(),
+                    "\r{scenario}: {} connected, {} acknowledged, {delivered} delivered ({}/s)   ",
+                    total(&progress.live),
+                    total(&progress.acknowledged),
+                    delivered.saturating_sub(last)
+                );
+                last = delivered;
+            }
+        });
+        Self(Some(task))
+    }
+}
+
+impl Drop for ProgressLine {
+    fn drop(&mut self) {
+        if self.0.take().is_some() {
+            let _ = writeln!(std::io::stderr());
+        }
+    }
+}

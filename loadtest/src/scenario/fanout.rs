@@ -1,0 +1,73 @@
+//! One sends to a group whose members are all online. PF3.
+//!
+//! With `--window 1` every message goes out alone; with more, several messages share a write of each connection.
+
+use anyhow::Context as _;
+use im_proto::{ConversationId, limits, method::Method, v1};
+
+use super::{Target, add_ceilings, ceilings, chat::schedule, judge, run_load};
+use crate::{
+    ceiling::Workload,
+    crowd::{Flow, LanePlan, Plan, SendPlan, With},
+    load::{Load, LoadPlan},
+    options::Common,
+    report::Report,
+};
+
+/// One run.
+pub async fn run(options: &Common) -> anyhow::Result<Report> {
+    let members = options.members.max(1);
+    let ceilings = ceilings(options, Workload::Fanout, members).await?;
+    let target = Target::open(options).await?;
+    let users: Vec<String> = (0..=members).map(|index| target.user(index)).collect();
+    let group = create_group(&target, &users).await?;
+    let plan = plan(&target, options, &users, group)?;
+    let load = Load::start(plan, target.endpoints.clone())?;
+    let (mut report, outcome) = run_load(load, &target, options, "fanout").await?;
+    report.connections = members + 1;
+    judge(&target, options, outcome, &mut report).await?;
+    add_ceilings(&mut report, &ceilings);
+    target.close(&mut report).await?;
+    Ok(report)
+}
+
+/// A group of all users, created by the first.
+pub async fn create_group(target: &Target, users: &[String]) -> anyhow::Result<ConversationId> {
+    let (creator, members) = users.split_first().context("a group needs a creator")?;
+    let mut control = target.control(creator, "setup").await?;
+    let mut chunks = members.chunks(limits::MEMBERS_PER_CALL_MAX - 1);
+    let request = v1::GroupCreateRequest {
+        key: b"loadtest"[..].into(),
+        name: "loadtest".to_owned(),
+        members: chunks.next().unwrap_or_default().to_vec(),
+    };
+    let created: v1::GroupCreateReply = control.call(Method::GroupCreate, &request).await?;
+    for (number, chunk) in chunks.enumerate() {
+        let request = v1::GroupInviteRequest {
+            conversation_id: created.conversation_id.clone(),
+            members: chunk.to_vec(),
+            client_message_id: format!("invite-{number}").into(),
+        };
+        let _: v1::GroupInviteReply = control.call(Method::GroupInvite, &request).await?;
+    }
+    Ok(ConversationId::from_slice(&created.conversation_id)?)
+}
+
+fn plan(target: &Target, options: &Common, users: &[String], group: ConversationId) -> anyhow::Result<LoadPlan> {
+    let sends =
+        SendPlan { flow: 0, window: options.window, body_bytes: options.body, every: schedule(options.rate, 0, 1) };
+    let mut threads: Vec<Vec<Plan>> = (0..options.threads()).map(|_| Vec::new()).collect();
+    for (index, user) in users.iter().enumerate() {
+        let lane = LanePlan { with: With::Conversation(group), sends: (index == 0).then_some(sends) };
+        let plan = Plan { user: user.clone(), token: target.token(user)?, lanes: vec![lane] };
+        threads[index % options.threads()].push(plan);
+    }
+    Ok(LoadPlan {
+        transport: target.transport,
+        threads,
+        flows: vec![Flow::new(users.len() - 1)],
+        open_loop: options.rate.is_some(),
+        reconnect: true,
+        pin: options.pin,
+    })
+}

@@ -143,6 +143,9 @@ impl Model for Ownership {
             state.violation =
                 state.loss(self.rules.lack(LeaveOut::Timestamp)).map(|loss| Violation::Lost { seq: loss.seq });
         }
+        if state.violation.is_none() && self.rules.forbid_reuse() {
+            state.violation = state.reused_pair().map(|seq| Violation::Reused { seq });
+        }
         Some(state)
     }
 
@@ -156,6 +159,9 @@ impl Model for Ownership {
             }),
             Property::always("the log has no hole", |_, state: &State| {
                 !matches!(state.violation, Some(Violation::Hole { .. }))
+            }),
+            Property::always("a pair of epoch and seq is used for one entry", |_, state: &State| {
+                !matches!(state.violation, Some(Violation::Reused { .. }))
             }),
             Property::always("no seq has two committed entries", |_, state: &State| {
                 !matches!(state.violation, Some(Violation::TwoEntries { .. }))

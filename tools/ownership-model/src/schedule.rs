@@ -119,8 +119,15 @@ fn claim(before: &State, claimant: Claimant, after: &State) -> String {
         Claimant::New if before.registry.claim != 0 => "claims the shard, the lease before it having run out,",
         Claimant::New => "claims the shard",
     };
+    let instance = match claimant {
+        Claimant::Again { claim } => before.owners[claim].instance,
+        Claimant::New | Claimant::Old => after.instances,
+    };
+    if owner.phase == Phase::Stopped {
+        return format!("router {instance} {manner}; it finds its own fence and stops");
+    }
     let fences = if owner.fences == 0 { "nobody".to_owned() } else { routers(owner.fences) };
-    format!("router {} {manner} under epoch {}; it has {fences} to fence", owner.instance, epoch(owner.epoch))
+    format!("router {instance} {manner} under epoch {}; it has {fences} to fence", epoch(owner.epoch))
 }
 
 fn cut(before: &State, owner: usize, after: &State) -> String {
@@ -165,7 +172,9 @@ fn opening(after: &State, owner: usize) -> String {
 fn append(before: &State, owner: usize, after: &State) -> String {
     let batch = rows(&after.owners[owner].rows);
     if after.owners[owner].phase == Phase::Stopped {
-        return format!("{} appends a batch, which no commit can follow", router(before, owner));
+        let mut issued = after.storage.writes.iter().filter(|write| !before.storage.writes.contains(write));
+        let batch = issued.next().map_or_else(|| batch, |write| rows(&write.rows));
+        return format!("{} appends {batch}, too late to commit it", router(before, owner));
     }
     format!("{} appends {batch}, formed at committed = {}", router(before, owner), before.owners[owner].head())
 }
@@ -199,6 +208,7 @@ fn verdict(last: &State, arrival_decides: bool) -> String {
         Some(Violation::TwoEntries { seq }) => {
             format!("TWO ENTRIES: seq {seq} was committed as {} before", letter(last.committed[usize::from(seq) - 1]))
         }
+        Some(Violation::Reused { seq }) => format!("REUSED: two rows of one epoch differ at seq {seq}"),
         Some(Violation::Lost { seq }) => {
             let was = letter(last.committed[usize::from(seq) - 1]);
             let Some(loss) = last.loss(arrival_decides) else { return format!("LOST: seq {seq} was {was}") };

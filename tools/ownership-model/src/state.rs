@@ -4,7 +4,7 @@ use std::hash::{Hash, Hasher};
 
 use crate::owner::{CLAIMS, Owner, Phase};
 use crate::rules::{Bounds, LeaveOut, Rules};
-use crate::storage::{EVERY_REPLICA, NO_ROWS, REPLICAS, Replicas, Rows, SEQS, Storage, packed};
+use crate::storage::{Cell, EVERY_REPLICA, NO_ROWS, REPLICAS, Replicas, Rows, SEQS, Storage, packed};
 
 /// Epochs of one generation: the model's `2^40`.
 pub const EPOCHS_IN_A_GENERATION: u8 = 5;
@@ -21,6 +21,8 @@ pub enum Violation {
     Hole { owner: u8 },
     /// Two messages were committed at one seq.
     TwoEntries { seq: u8 },
+    /// Two rows differ that carry one epoch and one seq, so that a replica may mix their columns.
+    Reused { seq: u8 },
 }
 
 /// A committed entry that a pair of replicas does not give back.
@@ -231,6 +233,17 @@ impl State {
             }
         }
         None
+    }
+
+    /// A seq at which two rows differ although they carry one epoch.
+    pub fn reused_pair(&self) -> Option<u8> {
+        let held = self.storage.replicas.iter();
+        let rows = || held.clone().chain(self.storage.writes.iter().map(|write| &write.rows));
+        (0..SEQS).find_map(|index| {
+            let cells = || rows().map(|rows| rows[index]).filter(|cell| !cell.is_empty());
+            let differ = |cell: Cell| cells().any(|other| other.epoch() == cell.epoch() && other != cell);
+            cells().any(differ).then_some(index as u8 + 1)
+        })
     }
 
     /// Brings the state into the one form that stands for all states that differ only in names or in what has no

@@ -107,6 +107,10 @@ impl Ownership {
         let is_read_next = fences == 0 && !is_cut_late || self.rules.lack(LeaveOut::ReadOrder);
         let phase = if is_read_next { Phase::Reading } else { Phase::Fencing };
         state.owners[number] = Owner { phase, instance, generation, epoch, fences, ..Owner::default() };
+        // A quorum held the generation before anybody could claim, so both halves of this fence read agree.
+        if !self.rules.lack(LeaveOut::OwnCheck) && state.is_fenced(number, self.rules) {
+            state.owners[number].end(Phase::Stopped);
+        }
     }
 
     fn cut(&self, state: &mut State, number: usize) {

@@ -13,7 +13,8 @@ use crate::error::{ClosedReason, Status};
 pub struct Entry {
     pub conversation: ConversationId,
     pub seq: u64,
-    pub sender: UserId,
+    /// `None` for what the server wrote itself, as in the user's own log.
+    pub sender: Option<UserId>,
     pub sent_at: Timestamp,
     /// Empty for what the server wrote itself.
     pub client_message_id: Bytes,
@@ -32,8 +33,9 @@ impl Entry {
         let kind = message.kind();
         let own = me.is_some_and(|me| me.as_str() == message.sender);
         let sender = match me {
-            Some(me) if own => me.clone(),
-            _ => UserId::parse(&message.sender).ok()?,
+            _ if message.sender.is_empty() => None,
+            Some(me) if own => Some(me.clone()),
+            _ => Some(UserId::parse(&message.sender).ok()?),
         };
         Some(Self {
             conversation: ConversationId::from_slice(&message.conversation_id).ok()?,

@@ -9,6 +9,8 @@
 //!
 //! It does no I/O and reads no clock.
 
+mod search;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
@@ -48,6 +50,8 @@ impl Answer {
         let _ = self.reply.send(outcome);
     }
 }
+
+pub(crate) use search::SearchWanted;
 
 pub(crate) type LaneId = u64;
 
@@ -109,7 +113,7 @@ impl Stored {
         Entry {
             conversation: self.conversation,
             seq: self.seq,
-            sender: me,
+            sender: Some(me),
             sent_at: self.sent_at,
             client_message_id: self.client_message_id,
             body: self.body,
@@ -118,13 +122,6 @@ impl Stored {
             gone_reason: 0,
         }
     }
-}
-
-/// A lane that wants the log searched for its sends.
-pub(crate) struct SearchWanted {
-    pub(crate) lane: LaneId,
-    pub(crate) target: Target,
-    pub(crate) from: u64,
 }
 
 pub(crate) struct Sends {
@@ -447,66 +444,6 @@ impl Sends {
         lane.tried = 0;
         lane.state = LaneState::Settling { delay: Duration::ZERO, search: false };
         self.settle(staying, now);
-    }
-
-    /// The next lane that wants the log searched.
-    pub(crate) fn next_search(&mut self) -> Option<SearchWanted> {
-        while let Some(lane_id) = self.searches.pop_front() {
-            let Some(lane) = self.lanes.get(&lane_id) else { continue };
-            let oldest = lane.order.front().and_then(|number| self.pending.get(number));
-            let known_seq = oldest.and_then(|send| send.known_seq).unwrap_or(0);
-            return Some(SearchWanted { lane: lane_id, target: lane.target.clone(), from: known_seq + 1 });
-        }
-        None
-    }
-
-    /// The number of one of this client's sends, for [`Self::searched`].
-    pub(crate) fn recognise(&self, entry: &Entry) -> Option<u64> {
-        if entry.own { self.number_of(&entry.client_message_id) } else { None }
-    }
-
-    /// The log was read up to `head`: what is in it is stored, the rest is sent again.
-    pub(crate) fn searched(
-        &mut self,
-        lane_id: LaneId,
-        conversation: ConversationId,
-        found: &BTreeMap<u64, (u64, Timestamp)>,
-        head: u64,
-        now: Instant,
-    ) -> Vec<Outcome> {
-        let mut outcomes = Vec::new();
-        let Some(lane) = self.lanes.get_mut(&lane_id) else { return outcomes };
-        if !matches!(lane.state, LaneState::Searching) {
-            return outcomes;
-        }
-        lane.state = LaneState::Open;
-        for number in lane.order.clone() {
-            if let Some((seq, sent_at)) = found.get(&number) {
-                outcomes.push(self.stored(number, conversation, *seq, *sent_at));
-            } else if let Some(send) = self.pending.get_mut(&number) {
-                send.known_seq = send.known_seq.map(|known_seq| known_seq.max(head));
-            }
-        }
-        self.settle(lane_id, now);
-        outcomes
-    }
-
-    /// The log could not be read: the send is tried again later, or refused if the server does not let this user read.
-    pub(crate) fn search_failed(&mut self, lane_id: LaneId, status: Status, now: Instant) {
-        let Some(lane) = self.lanes.get_mut(&lane_id) else { return };
-        if !matches!(lane.state, LaneState::Searching) {
-            return;
-        }
-        if status.is_transient() {
-            self.retry(lane_id, &status);
-        } else {
-            lane.state = LaneState::Open;
-            let oldest = lane.order.front().copied();
-            if let Some((_, send)) = oldest.and_then(|number| self.take(number)) {
-                send.answer.give(Err(SendError::Refused(status)));
-            }
-        }
-        self.settle(lane_id, now);
     }
 
     /// The client has ended: nobody will answer.

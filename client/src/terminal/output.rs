@@ -59,7 +59,7 @@ impl<W: Write> Output<W> {
             (Format::Json, text) => self.json(&EntryJson {
                 conversation: entry.conversation.to_string(),
                 seq: entry.seq,
-                sender: entry.sender.as_str(),
+                sender: entry.sender.as_ref().map_or("", |sender| sender.as_str()),
                 sent_at: rfc3339(entry.sent_at),
                 client_message_id: printable(&entry.client_message_id),
                 r#type: if entry.gone_reason == 0 { body::type_name(&decoded) } else { "gone" },
@@ -125,7 +125,7 @@ mod tests {
         Entry {
             conversation: ConversationId::from_bytes([0xab; 16]),
             seq: 7,
-            sender: UserId::parse("alice").unwrap(),
+            sender: UserId::parse("alice").ok(),
             sent_at: Timestamp::from_millis(1_700_000_000_123),
             client_message_id: Bytes::from_static(&[0, 1, 255]),
             body,

@@ -49,18 +49,18 @@ fn conversation(check: u8, number: u8) -> ConversationId {
 
 /// A row whose fields all depend on seq and salt; some are empty, some are large.
 pub fn row(seq: u64, salt: u64) -> Row {
-    let sender = (seq % 5 != 0).then(|| UserId::parse(&format!("user-{}", seq % 3)).expect("a user id"));
-    let body_bytes = if seq % 97 == 0 { 3_000 } else { usize::try_from(seq % 150).expect("small") };
+    let sender = (!seq.is_multiple_of(5)).then(|| UserId::parse(&format!("user-{}", seq % 3)).expect("a user id"));
+    let body_bytes = if seq.is_multiple_of(97) { 3_000 } else { usize::try_from(seq % 150).expect("small") };
     Row {
         seq,
         counted: seq / 2 + salt,
         sender,
         client_message_id: Bytes::from(format!("{salt}/{seq}")),
         sent_at: Timestamp::from_millis(1_700_000_000_000 + i64::try_from(seq * 7 % 50).expect("small")),
-        kind: if seq % 11 == 0 { EntryKind::Event } else { EntryKind::Message },
-        flags: u32::from(seq % 13 == 0),
+        kind: if seq.is_multiple_of(11) { EntryKind::Event } else { EntryKind::Message },
+        flags: u32::from(seq.is_multiple_of(13)),
         body: (0..body_bytes).map(|i| (i as u64 ^ seq ^ salt) as u8).collect(),
-        meta: if seq % 7 == 0 { Bytes::from_static(b"meta\0") } else { Bytes::new() },
+        meta: if seq.is_multiple_of(7) { Bytes::from_static(b"meta\0") } else { Bytes::new() },
     }
 }
 
@@ -78,7 +78,7 @@ pub fn stored(batch: &Batch) -> Vec<StoredRow> {
 
 /// Submits batches in one call and waits for all outcomes, in the order of the batches.
 pub async fn append(store: &Store, batches: Vec<Batch>) -> Vec<Result<(), StoreError>> {
-    let (outcomes, mut received) = mpsc::unbounded_channel();
+    let (outcomes, mut received) = mpsc::channel(1 << 12);
     let requests: Vec<_> =
         (0..).zip(batches).map(|(token, batch)| AppendRequest { token, batch: Arc::new(batch) }).collect();
     let mut ordered = vec![None; requests.len()];
@@ -86,7 +86,7 @@ pub async fn append(store: &Store, batches: Vec<Batch>) -> Vec<Result<(), StoreE
         requests,
         Arc::new(move |answers| {
             // The check that waits may have failed already.
-            let _ = outcomes.send(answers);
+            let _ = outcomes.try_send(answers);
         }),
     );
     while ordered.iter().any(Option::is_none) {

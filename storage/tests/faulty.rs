@@ -11,9 +11,9 @@ const CONVERSATION: ConversationId = ConversationId::from_bytes([1; 16]);
 async fn outcome_and_rows(plan: FaultPlan, seed: u64) -> (Option<Result<(), StoreError>>, usize) {
     let memory = Store::from(Memory::new());
     let store = Store::from(Faulty::new(memory.clone(), seed, plan, crate::tasks()));
-    let (outcomes, mut received) = mpsc::unbounded_channel();
+    let (outcomes, mut received) = mpsc::channel(1 << 12);
     let request = AppendRequest { token: 7, batch: Arc::new(batch(CONVERSATION, 1, 1..=3)) };
-    store.submit(vec![request], Arc::new(move |answers| outcomes.send(answers).expect("the test waits")));
+    store.submit(vec![request], Arc::new(move |answers| outcomes.try_send(answers).expect("the test waits")));
     let answer = timeout(Duration::from_secs(60), received.recv()).await.ok().flatten();
     let outcome = answer.map(|answers| match &answers[..] {
         [(7, outcome)] => outcome.clone(),

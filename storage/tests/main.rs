@@ -1,7 +1,11 @@
 //! Integration tests of the store, in one binary.
 
+mod child;
 mod conformance;
+mod damage;
+mod durability;
 mod faulty;
+mod files;
 mod sim;
 
 use std::sync::Arc;
@@ -12,8 +16,9 @@ use im_proto::environment::{Spawn, Task};
 struct TestTasks;
 
 impl Spawn for TestTasks {
+    #[allow(clippy::disallowed_methods, reason = "this is where tasks of the tests come from")]
     fn spawn(&self, task: Task) {
-        tokio::spawn(task);
+        drop(tokio::task::spawn(task));
     }
 }
 

@@ -153,9 +153,9 @@ pub(super) async fn keys_match_the_rows(store: &Store) {
 /// A tail read while batches are on their way shows each of them whole or not at all.
 pub(super) async fn readers_see_batches_whole(store: &Store) {
     let conversation = conversation(7, 0);
-    let (outcomes, mut received) = mpsc::unbounded_channel();
+    let (outcomes, mut received) = mpsc::channel(1 << 12);
     let done: AppendDone = Arc::new(move |answers| {
-        let _ = outcomes.send(answers.len());
+        let _ = outcomes.try_send(answers.len());
     });
     for first in (1..=201).step_by(10) {
         let batch = Arc::new(batch(conversation, 1, first..=first + 9));
@@ -218,14 +218,14 @@ impl<'a, I: Iterator<Item = &'a Result<(), StoreError>>> PositionsOfOk for I {
 }
 
 pub(super) async fn a_thousand_concurrent_submits_are_each_answered_once(store: &Store) {
-    let (outcomes, mut received) = mpsc::unbounded_channel();
+    let (outcomes, mut received) = mpsc::channel(1 << 12);
     // Four submitters, as a router has several workers.
     let submitters: Vec<AppendDone> = (0..4)
         .map(|_| {
             let outcomes = outcomes.clone();
             Arc::new(move |answers: Vec<(u64, Result<(), StoreError>)>| {
                 for (token, outcome) in answers {
-                    let _ = outcomes.send((token, outcome));
+                    let _ = outcomes.try_send((token, outcome));
                 }
             }) as AppendDone
         })

@@ -1,13 +1,10 @@
 //! The writer thread: takes what waits, commits it, tells everybody. Beside it a watchdog, for commits that never return.
 
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
-    time::Instant,
-};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use fjall::PersistMode;
 use parking_lot::{Condvar, Mutex, RwLock};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{
     EmbeddedOptions, FenceTable, WATCH_INTERVAL,

@@ -283,6 +283,7 @@ impl Client {
             Target::Peer(user) => Some(user.clone()),
             Target::Me | Target::Conversation(_) => None,
         };
+        let (done, followed) = oneshot::channel();
         let (command, conversation) = match (self.history(target, 1, 0, 1, true).await, peer) {
             (Ok(page), _) => {
                 let have = match from {
@@ -290,19 +291,20 @@ impl Client {
                     Position::Now => page.head,
                 };
                 let conversation = page.conversation;
-                (Command::Follow { conversation, have, head: page.head }, Some(conversation))
+                (Command::Follow { conversation, have, head: page.head, done }, Some(conversation))
             }
             (Err(error), Some(user)) if error.code() == Some(StatusCode::NotFound) => {
                 let from = match from {
                     Position::Seq(seq) => seq,
                     Position::Now => 1,
                 };
-                (Command::FollowPeerLater { user, from }, None)
+                (Command::FollowPeerLater { user, from, done }, None)
             }
             (Err(error), _) => return Err(error),
         };
-        let sent = self.inner.commands.send(command).await;
-        sent.map(|()| conversation).map_err(|_| CallError::Closed(self.closed_reason()))
+        let closed = || CallError::Closed(self.closed_reason());
+        self.inner.commands.send(command).await.map_err(|_| closed())?;
+        followed.await.map(|()| conversation).map_err(|_| closed())
     }
 
     /// Ends what [`Self::follow`] began. Entries that wait in the event queue still come.

@@ -37,8 +37,8 @@ const LINGER: Duration = Duration::from_secs(1);
 pub(crate) enum Command {
     Send { target: Target, body: Bytes, answer: Answer },
     Call(Request),
-    Follow { conversation: ConversationId, have: u64, head: u64 },
-    FollowPeerLater { user: UserId, from: u64 },
+    Follow { conversation: ConversationId, have: u64, head: u64, done: oneshot::Sender<()> },
+    FollowPeerLater { user: UserId, from: u64, done: oneshot::Sender<()> },
     Unfollow(ConversationId),
     Close(oneshot::Sender<()>),
 }
@@ -182,8 +182,14 @@ impl Core {
                 self.sends.push(self.conversations.canonical(target), body, answer);
             }
             Command::Call(request) => self.calls.push(request),
-            Command::Follow { conversation, have, head } => self.conversations.follow(conversation, have, head),
-            Command::FollowPeerLater { user, from } => self.conversations.follow_peer_later(user, from),
+            Command::Follow { conversation, have, head, done } => {
+                self.conversations.follow(conversation, have, head);
+                let _ = done.send(());
+            }
+            Command::FollowPeerLater { user, from, done } => {
+                self.conversations.follow_peer_later(user, from);
+                let _ = done.send(());
+            }
             Command::Unfollow(conversation) => self.conversations.unfollow(conversation),
             Command::Close(done) => return Some(done),
         }

@@ -1,1 +1,7 @@
-//! The SDK against a scripted server in memory: one module for each part of its promise.
+//! The SDK against servers in memory: a scripted one, frame by frame, for each rule, and a model of an owner with random faults
+//! for all of them together. Time is paused.
+
+mod receiving;
+mod sending;
+mod server;
+mod session;

@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
@@ -43,17 +43,22 @@ pub struct GatewayLink {
     pub instance: InstanceId,
     pub boot: u64,
     sessions: RwLock<HashMap<SessionId, Arc<Caller>>>,
-    queue: Mutex<Vec<v1::RouterMessage>>,
-    queued_bytes: AtomicUsize,
+    queue: Mutex<Queue>,
     queue_bytes_max: usize,
     wake: Notify,
-    /// Live pushes were dropped; all sessions of the gateway must resync.
-    overflowed: AtomicBool,
     numbering: Mutex<Numbering>,
     /// Only the newest connection pumps.
     connection: AtomicU64,
     pub load: AtomicU64,
     pub capacity: AtomicU64,
+}
+
+#[derive(Default)]
+struct Queue {
+    messages: Vec<v1::RouterMessage>,
+    bytes: usize,
+    /// Live pushes were dropped; all sessions of the gateway must resync.
+    overflowed: bool,
 }
 
 struct Numbering {
@@ -68,10 +73,8 @@ impl GatewayLink {
             boot,
             sessions: RwLock::default(),
             queue: Mutex::default(),
-            queued_bytes: AtomicUsize::new(0),
             queue_bytes_max,
             wake: Notify::new(),
-            overflowed: AtomicBool::new(false),
             numbering: Mutex::new(Numbering {
                 outgoing: Outgoing::new(REPLAY_BYTES_MAX),
                 incoming: Incoming::default(),
@@ -87,17 +90,18 @@ impl GatewayLink {
         if messages.is_empty() {
             return;
         }
-        let bytes: usize = messages.iter().map(message_bytes).sum();
-        if self.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.queue_bytes_max {
-            let kept: Vec<_> = messages
-                .into_iter()
-                .filter(|message| !matches!(message.message, Some(ToGateway::Deliver(_))))
-                .collect();
-            self.overflowed.store(true, Ordering::Release);
-            self.queue.lock().extend(kept);
-        } else {
-            self.queue.lock().extend(messages);
+        let mut queue = self.queue.lock();
+        for message in messages {
+            let bytes = message_bytes(&message);
+            let droppable = matches!(message.message, Some(ToGateway::Deliver(_)));
+            if droppable && queue.bytes + bytes > self.queue_bytes_max {
+                queue.overflowed = true;
+                continue;
+            }
+            queue.bytes += bytes;
+            queue.messages.push(message);
         }
+        drop(queue);
         self.wake.notify_one();
     }
 
@@ -129,22 +133,18 @@ impl GatewayLink {
     }
 
     fn take_queue(&self) -> Vec<v1::RouterMessage> {
-        let mut messages = {
+        let (mut messages, overflowed) = {
             let mut queue = self.queue.lock();
-            if queue.len() > BATCH_MESSAGES_MAX {
-                queue.drain(..BATCH_MESSAGES_MAX).collect()
+            let messages: Vec<_> = if queue.messages.len() > BATCH_MESSAGES_MAX {
+                queue.messages.drain(..BATCH_MESSAGES_MAX).collect()
             } else {
-                std::mem::take(&mut *queue)
-            }
+                std::mem::take(&mut queue.messages)
+            };
+            let bytes: usize = messages.iter().map(message_bytes).sum();
+            queue.bytes -= bytes.min(queue.bytes);
+            (messages, std::mem::take(&mut queue.overflowed))
         };
-        let bytes: usize = messages.iter().map(message_bytes).sum();
-        // Dropped pushes were counted too; what is left after the queue is empty is theirs.
-        let before =
-            self.queued_bytes.fetch_sub(bytes.min(self.queued_bytes.load(Ordering::Relaxed)), Ordering::Relaxed);
-        if self.queue.lock().is_empty() && before > 0 {
-            self.queued_bytes.store(0, Ordering::Relaxed);
-        }
-        if self.overflowed.swap(false, Ordering::AcqRel) {
+        if overflowed {
             messages.push(self.resync_all(v1::ResyncReason::SlowConsumer));
         }
         messages
@@ -221,9 +221,12 @@ fn admit(cluster: &Cluster, hello: &v1::LinkHello) -> Option<Arc<GatewayLink>> {
 async fn pump(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, connection: u64, mut end: RouterEnd) {
     // The gateway may have queued messages for us before a wake was stored.
     link.wake.notify_one();
+    let mut ended = cluster.ended();
     loop {
         tokio::select! {
             biased;
+            // A router that has ended answers nobody: its links break, so that gateways look for the next owner.
+            () = async { let _ = ended.wait_for(Option::is_some).await; } => return,
             item = end.receiver.recv() => match item {
                 Some(LinkItem::Batch(batch)) => {
                     if link.connection.load(Ordering::Acquire) != connection || !take_batch(cluster, link, &batch) {

@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     cluster::Cluster,
+    conversation::Cursor,
     fence::FenceService,
     message::Effect,
     state::{self, ConversationValue, Kind, ListRow, ListValue, Member, MemberValue, State},
@@ -45,6 +46,8 @@ pub struct Opened {
     pub rewritten: Vec<Row>,
     /// Effects of entries that the outbox mark does not cover.
     pub effects: Vec<Effect>,
+    /// One's own message moves one's cursor: the last ones above the applied mark.
+    pub cursors: BTreeMap<UserId, Cursor>,
     pub applied: u64,
     pub keys: Vec<RowKey>,
     /// All entries above this one are among `keys`.
@@ -77,6 +80,14 @@ pub struct Open {
     pub cancelled: Arc<AtomicBool>,
 }
 
+/// What came of applying entries again.
+#[derive(Default)]
+struct Replayed {
+    writes: Vec<StateWrite>,
+    effects: Vec<Effect>,
+    cursors: BTreeMap<UserId, Cursor>,
+}
+
 /// The end of a log as it was read.
 struct Tail {
     /// From `low` (the greatest committed mark below) to the head, ascending.
@@ -89,7 +100,15 @@ impl Open {
     /// Runs all steps. Unconfirmed reads and writes are repeated while the shard is held.
     pub async fn run(self) -> Result<Opened, OpenError> {
         let head_row = self.head_row().await?;
-        let tail = self.read_tail(&head_row).await?;
+        let tail = match self.read_tail(&head_row).await {
+            Err(OpenError::EpochAhead { found, own }) => {
+                // A fenced owner stops quietly, as in any failover. Else somebody has lost the registry's state.
+                self.check_fence().await?;
+                self.cluster.metrics.alarms.increment(1);
+                return Err(OpenError::EpochAhead { found, own });
+            }
+            tail => tail?,
+        };
         let Some(tail) = tail else {
             self.check_fence().await?;
             return Ok(empty());
@@ -189,7 +208,7 @@ impl Open {
         let mut state = self.load_state().await?;
         let rewritten: Vec<Row> = tail.rows.range(tail.committed + 1..).map(|(_, row)| row.row.clone()).collect();
         let from = (applied.min(outbox) + 1).min(tail.committed + 1).max(1);
-        let (writes, effects) = self.replay(&mut state, from, outbox, tail.head).await?;
+        let Replayed { writes, effects, cursors } = self.replay(&mut state, from, outbox, tail.head).await?;
         for chunk in writes.chunks(SCAN_ROWS) {
             self.retry(|| self.store.write(chunk.to_vec())).await?;
         }
@@ -204,6 +223,7 @@ impl Open {
             state,
             rewritten,
             effects,
+            cursors,
             applied: applied.min(outbox),
             keys,
             keys_floor,
@@ -239,14 +259,8 @@ impl Open {
         Ok(row.map_or(0, |row| row.timestamp))
     }
 
-    async fn replay(
-        &self,
-        state: &mut State,
-        from: u64,
-        outbox: u64,
-        head: u64,
-    ) -> Result<(Vec<StateWrite>, Vec<Effect>), OpenError> {
-        let (mut writes, mut effects) = (Vec::new(), Vec::new());
+    async fn replay(&self, state: &mut State, from: u64, outbox: u64, head: u64) -> Result<Replayed, OpenError> {
+        let mut out = Replayed::default();
         let mut next = from;
         while next <= head {
             let rows = self.retry(|| self.store.read_range(self.id, next, head, REPLAY_ROWS)).await?;
@@ -256,15 +270,19 @@ impl Open {
             for stored in &rows {
                 if stored.row.kind == v1::EntryKind::Event || stored.row.seq == 1 {
                     let done = state::apply(state, &self.id, &stored.row, &self.cluster.config.cluster_secret);
-                    writes.extend(done.writes);
+                    out.writes.extend(done.writes);
                     if stored.row.seq > outbox {
-                        effects.extend(done.effects);
+                        out.effects.extend(done.effects);
                     }
+                }
+                if let Some(sender) = &stored.row.sender {
+                    let cursor = Cursor { seq: stored.row.seq, counted: stored.row.counted };
+                    out.cursors.insert(sender.clone(), cursor);
                 }
                 next = stored.row.seq + 1;
             }
         }
-        Ok((writes, effects))
+        Ok(out)
     }
 
     async fn load_state(&self) -> Result<State, OpenError> {
@@ -375,6 +393,7 @@ fn empty() -> Opened {
         state: State::default(),
         rewritten: Vec::new(),
         effects: Vec::new(),
+        cursors: BTreeMap::new(),
         applied: 0,
         keys: Vec::new(),
         keys_floor: 0,

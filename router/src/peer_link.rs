@@ -250,9 +250,11 @@ fn resume(peer: &PeerLink, theirs: &v1::LinkHello, own_boot: u64) -> Option<Vec<
 }
 
 async fn pump(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, connection: u64, end: &mut PeerEnd) {
+    let mut ended = cluster.ended();
     loop {
         tokio::select! {
             biased;
+            () = async { let _ = ended.wait_for(Option::is_some).await; } => return,
             item = end.receiver.recv() => match item {
                 Some(LinkItem::Batch(batch)) => {
                     if !take_batch(cluster, peer, &batch) {

@@ -235,15 +235,15 @@ impl TestGateway {
         .await
     }
 
-    /// The next frames pushed to a session, decoded.
-    pub async fn pushed(&mut self, session: u64) -> Vec<v1::Message> {
-        let frames = self
+    /// The next frames pushed, decoded, and to which sessions.
+    pub async fn pushed(&mut self) -> (Vec<u64>, Vec<v1::Message>) {
+        let deliver = self
             .expect("push", |message| match message {
-                Down::Deliver(deliver) if deliver.session_ids.contains(&session) => Some(deliver.frame.clone()),
+                Down::Deliver(deliver) => Some(deliver.clone()),
                 _ => None,
             })
             .await;
-        decode(frames)
+        (deliver.session_ids, decode(deliver.frame))
     }
 
     pub async fn call<A: prost::Message + Default>(

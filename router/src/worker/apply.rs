@@ -27,6 +27,9 @@ impl Context {
         let cluster = self.cluster.clone();
         let task = async move {
             let mut pause = Duration::from_millis(20);
+            if writes.is_empty() {
+                return true;
+            }
             loop {
                 match store.write(writes.clone()).await {
                     Ok(()) => return true,

@@ -13,7 +13,7 @@ use super::{Context, waiting::Request};
 use crate::{
     caller::Caller,
     conversation::{Assigned, Completion, Conversation, ReplyKind},
-    message::{AnswerValue, Call, ReplyTo},
+    message::{AnswerValue, Call, ReplyTo, unavailable},
     state::Kind,
 };
 
@@ -128,7 +128,20 @@ impl Context {
             if more { page.last().map(|member| member.user_id.clone()).unwrap_or_default() } else { String::new() };
         let total = u32::try_from(state.members.len()).unwrap_or(u32::MAX);
         let reply = v1::GroupMembersReply { members: page, name: state.name.clone(), total, next };
-        self.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply.encode_to_vec().into())));
+        self.answer_read(reply_to, reply.encode_to_vec().into());
+    }
+
+    /// Answers what was read from memory; past the lease deadline only after a fence read that begins now.
+    fn answer_read(&mut self, reply_to: ReplyTo, reply: Bytes) {
+        let answer = Ok(AnswerValue::Reply(reply));
+        if !self.past_lease() {
+            return self.cluster.answer(reply_to, answer);
+        }
+        let (fence, cluster) = (self.fence.clone(), self.cluster.clone());
+        self.cluster.environment.spawn(async move {
+            let answer = if fence.clean().await { answer } else { Err(unavailable()) };
+            cluster.answer(reply_to, answer);
+        });
     }
 
     fn assign_event(

@@ -39,8 +39,8 @@ impl Worker {
         if self.context.index == 0 {
             self.context.cluster.sweep_awaited();
         }
-        let mut ids: Vec<ConversationId> = self.conversations.keys().copied().collect();
-        ids.sort_unstable();
+        // The order of the map is the same in every run: its hasher is fixed.
+        let ids: Vec<ConversationId> = self.conversations.keys().copied().collect();
         let mut evict = Vec::new();
         for id in ids {
             let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else { continue };
@@ -62,10 +62,9 @@ impl Worker {
 impl Context {
     fn look_after(&mut self, conversation: &mut Conversation) {
         self.send_effects(conversation);
-        self.flush_cursors(conversation);
         let mark = conversation.applied().min(conversation.outbox_done());
         if mark >= conversation.applied_written + APPLIED_EVERY {
-            self.write_applied(conversation);
+            self.write_marks(conversation, |_| {});
         }
         let quiet = conversation.last_entry.elapsed() >= self.cluster.config.quiet_after;
         if quiet
@@ -88,26 +87,22 @@ impl Context {
             && conversation.last_use.elapsed() >= self.cluster.config.evict_after
     }
 
-    fn flush_cursors(&mut self, conversation: &mut Conversation) {
-        if conversation.cursors_dirty.is_empty() {
-            return;
-        }
-        let dirty = std::mem::take(&mut conversation.cursors_dirty);
-        let writes = dirty.iter().filter_map(|user| cursor_write(conversation, user)).collect();
-        self.write_state(writes, |_| {});
-    }
-
-    fn write_applied(&mut self, conversation: &mut Conversation) {
+    /// Cursors first, confirmed, then the applied marks: an open moves the senders' own cursors again for all entries above the mark.
+    fn write_marks(&mut self, conversation: &mut Conversation, then: impl FnOnce(&mut Worker) + Send + 'static) {
         let (applied, outbox) = (conversation.applied(), conversation.outbox_done());
         conversation.applied_written = applied.min(outbox);
-        let mark = |key: &'static [u8], seq: u64| StateWrite {
+        let dirty = std::mem::take(&mut conversation.cursors_dirty);
+        let cursors: Vec<StateWrite> = dirty.iter().filter_map(|user| cursor_write(conversation, user)).collect();
+        let partition = conversation.id.to_bytes();
+        let mark = move |key: &'static [u8], seq: u64| StateWrite {
             table: Table::Applied,
-            partition: conversation.id.to_bytes(),
+            partition: partition.clone(),
             key: Bytes::from_static(key),
             value: Some(Bytes::copy_from_slice(&seq.to_be_bytes())),
             timestamp: seq,
         };
-        self.write_state(vec![mark(APPLIED, applied), mark(OUTBOX, outbox)], |_| {});
+        let marks = vec![mark(APPLIED, applied), mark(OUTBOX, outbox)];
+        self.write_state(cursors, move |worker| worker.context.write_state(marks, then));
     }
 
     /// Head row first, confirmed; then the busy row goes, with the head as timestamp.
@@ -117,7 +112,6 @@ impl Context {
             return;
         }
         conversation.busy = Busy::Ending;
-        self.write_applied(conversation);
         let value = HeadValue { head, counted: conversation.committed_counted, first_seq: conversation.first_seq };
         let head_row = StateWrite {
             table: Table::Heads,
@@ -134,19 +128,22 @@ impl Context {
             timestamp: head,
         };
         let (id, epoch) = (conversation.id, conversation.epoch);
-        self.write_state(vec![head_row], move |worker| {
-            worker.context.write_state(vec![busy_row], move |worker| {
-                if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
-                    && conversation.epoch == epoch
-                    && conversation.busy == Busy::Ending
-                {
-                    conversation.busy = Busy::Quiet;
-                    if conversation.in_flight.is_some() {
-                        // Entries came meanwhile: they begin a burst of their own.
-                        let since = conversation.committed + 1;
-                        worker.context.write_busy(conversation, since);
-                    }
+        let ended = move |worker: &mut Worker| {
+            if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
+                && conversation.epoch == epoch
+                && conversation.busy == Busy::Ending
+            {
+                conversation.busy = Busy::Quiet;
+                if conversation.in_flight.is_some() {
+                    // Entries came meanwhile: they begin a burst of their own.
+                    let since = conversation.committed + 1;
+                    worker.context.write_busy(conversation, since);
                 }
+            }
+        };
+        self.write_marks(conversation, move |worker| {
+            worker.context.write_state(vec![head_row], move |worker| {
+                worker.context.write_state(vec![busy_row], ended);
             });
         });
     }

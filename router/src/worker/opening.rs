@@ -100,6 +100,9 @@ impl Worker {
 
     fn install(&mut self, id: ConversationId, epoch: im_proto::Epoch, opened: Opened, waiting: VecDeque<Request>) {
         let mut conversation = Box::new(self.context.conversation(id, epoch, &opened));
+        for (user, cursor) in &opened.cursors {
+            conversation.move_cursor(user, *cursor);
+        }
         for effect in opened.effects {
             conversation.outbox.push(effect);
         }

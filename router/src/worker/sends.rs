@@ -12,7 +12,7 @@ use prost::Message as _;
 
 use super::{
     Context, Worker, commit,
-    waiting::{Request, SendAnswer, SendRequest},
+    waiting::{Request, SendAnswer, SendRequest, Slot},
 };
 use crate::{
     caller::Caller,
@@ -222,18 +222,15 @@ impl Context {
         let read = async move { store.read_range(id, seen.seq, seen.seq, 1).await };
         self.then(read, move |worker, outcome| {
             let row = outcome.ok().and_then(|rows| rows.into_iter().next()).map(|stored| stored.row);
-            let request = Request::Send { caller, send, answer };
-            let Some(super::waiting::Slot::Open(conversation)) = worker.conversations.get_mut(&id) else {
-                return worker.request(id, request);
+            let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id) else {
+                return worker.request(id, Request::Send { caller, send, answer });
             };
-            match (row, request) {
-                (Some(row), Request::Send { caller, send, answer }) => {
-                    let key = Dedupe::key(&caller.user, &send.client_message_id);
-                    conversation.dedupe.set_body_hash(key, Dedupe::body_hash(&row.body), row.sent_at);
-                    worker.request(id, Request::Send { caller, send, answer });
-                }
-                (_, request) => worker.context.give_back(id, request),
-            }
+            let Some(row) = row else { return worker.context.give_back(id, Request::Send { caller, send, answer }) };
+            let body_hash = Dedupe::body_hash(&row.body);
+            let key = Dedupe::key(&caller.user, &send.client_message_id);
+            conversation.dedupe.set_body_hash(key, body_hash, row.sent_at);
+            let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash: Some(body_hash) };
+            worker.context.repeated(conversation, caller, send, answer, seen);
         });
     }
 
@@ -273,7 +270,7 @@ impl Worker {
         scanned_to: u64,
         outcome: Result<Option<u64>, im_storage::StoreError>,
     ) {
-        let Some(super::waiting::Slot::Open(conversation)) = self.conversations.get_mut(&id) else {
+        let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else {
             return self.request(id, Request::Send { caller, send, answer });
         };
         match outcome {

@@ -52,8 +52,12 @@ impl Context {
         .map(|(id, row)| (*id, row.clone()))
         .collect();
         let (cluster, user, version) = (self.cluster.clone(), caller.user.clone(), conversation.committed);
+        let (fence, past_lease) = (self.fence.clone(), self.past_lease());
         self.cluster.environment.spawn(async move {
-            let answer = page(&cluster, user, version, &request, rows, limit).await;
+            let mut answer = page(&cluster, user, version, &request, rows, limit).await;
+            if past_lease && !fence.clean().await {
+                answer = Err(unavailable());
+            }
             cluster.answer(reply_to, answer);
         });
     }

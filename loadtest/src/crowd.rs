@@ -414,3 +414,6 @@ impl driver::Crowd for Participants {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

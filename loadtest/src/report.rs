@@ -196,6 +196,8 @@ impl Report {
             ("the generator was the limit", 3)
         } else if self.errors > 0 {
             ("every promise held; there were errors", 0)
+        } else if !self.verdict.is_empty() {
+            return 0;
         } else {
             ("every promise held", 0)
         };

@@ -123,7 +123,10 @@ impl Target {
         for some in all.chunks(READERS) {
             // Cooperative on one thread: the checker takes entries as pages come, whatever their order.
             let recorder = std::cell::RefCell::new(&mut *history);
-            let reads = some.iter().map(|(id, user)| self.read_one(&connector, &recorder, **id, user));
+            // A device of its own for each: one user may read several conversations at once.
+            let reads = some.iter().enumerate().map(|(reader, (id, user))| {
+                self.read_one(&connector, &recorder, **id, (user.as_str(), format!("reader-{reader}")))
+            });
             futures::future::try_join_all(reads).await?;
         }
         Ok(())
@@ -134,9 +137,9 @@ impl Target {
         connector: &Connector,
         recorder: &std::cell::RefCell<&mut History>,
         id: ConversationId,
-        user: &str,
+        (user, device): (&str, String),
     ) -> anyhow::Result<()> {
-        let token = self.credentials.token(user, "reader")?;
+        let token = self.credentials.token(user, &device)?;
         let mut control = Control::connect(connector, &self.endpoints.addresses[0], token).await?;
         let conversation = recorder.borrow_mut().conversation(id);
         let head = control

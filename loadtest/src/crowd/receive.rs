@@ -193,7 +193,8 @@ impl Participants {
         let lane = &mut participant.lanes[index];
         lane.have = message.seq;
         let id = MessageId::parse(message.client_message_id);
-        if message.sender == participant.user {
+        let event = message.kind == v1::EntryKind::Event as u64;
+        if message.sender == participant.user && !event {
             let Some((sending, id)) = lane.sending.as_mut().zip(id) else { return };
             let Some(position) = sending.position(id) else { return };
             sending.pending[position].seen_at = Some(message.seq);

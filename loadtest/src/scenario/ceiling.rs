@@ -65,5 +65,6 @@ fn report(options: &Common, ceilings: &[Ceiling], durable: bool, directory: &Pat
     report.ceiling(main.delivered_per_s);
     // The ceiling is one of machine and generator together: a full generator is part of it, not a fault of the run.
     report.generator_was_the_limit = false;
+    report.verdict = "the ceiling of this machine with this generator".to_owned();
     report
 }

@@ -1,0 +1,299 @@
+//! Participants against a server in memory: everything the protocol lets a server do, and nothing lost for it.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+use im_proto::{
+    StatusCode, frame,
+    method::Method,
+    v1::{self, client_frame, server_frame},
+};
+use proptest::prelude::*;
+use prost::Message as _;
+
+use super::*;
+use crate::{
+    checker::{Entry, Verdict},
+    driver::Crowd as _,
+};
+
+/// Members of the one group: all of them send.
+const MEMBERS: usize = 3;
+const GROUP: ConversationId = ConversationId::from_bytes([7; 16]);
+/// Microseconds between two steps of the test.
+const STEP: Micros = 20_000;
+
+/// A server with one group, which may lose pushes (and says so), refuse sends, and forget connections.
+#[derive(Default)]
+struct Server {
+    log: Vec<v1::Message>,
+    /// What each connection is about to receive; none: not connected.
+    out: Vec<Option<VecDeque<server_frame::Frame>>>,
+    /// The next sends are refused with these.
+    refuse: VecDeque<StatusCode>,
+    /// Pushes that are dropped and followed by a `Resync`.
+    drop_pushes: bool,
+}
+
+impl Server {
+    fn push(&mut self, member: usize, frame: server_frame::Frame) {
+        if let Some(Some(out)) = self.out.get_mut(member) {
+            out.push_back(frame);
+        }
+    }
+
+    fn receive(&mut self, member: usize, frame: client_frame::Frame) {
+        match frame {
+            client_frame::Frame::Hello(_) => {
+                self.push(member, server_frame::Frame::Welcome(v1::Welcome::default()));
+            }
+            client_frame::Frame::Send(send) => self.send(member, send),
+            client_frame::Frame::Call(call) => self.call(member, &call),
+            _ => {}
+        }
+    }
+
+    fn ack(&mut self, member: usize, id: Bytes, seq: u64, status: Option<v1::Status>) {
+        let ack = v1::SendAck { client_message_id: id, conversation_id: GROUP.to_bytes(), seq, sent_at_ms: 1, status };
+        self.push(member, server_frame::Frame::SendAck(ack));
+    }
+
+    fn position(&self, id: &Bytes) -> Option<u64> {
+        self.log.iter().find(|message| message.client_message_id == *id).map(|message| message.seq)
+    }
+
+    fn send(&mut self, member: usize, send: v1::Send) {
+        let id = send.client_message_id.clone();
+        if let Some(code) = self.refuse.pop_front() {
+            return self.ack(member, id, 0, Some(code.to_status()));
+        }
+        if let Some(seq) = self.position(&id) {
+            return self.ack(member, id, seq, None);
+        }
+        if !send.after.is_empty() && self.position(&send.after).is_none() {
+            return self.ack(member, id, 0, Some(StatusCode::OutOfOrder.to_status()));
+        }
+        let seq = self.log.len() as u64 + 1;
+        let message = v1::Message {
+            conversation_id: GROUP.to_bytes(),
+            seq,
+            sender: user(member),
+            sent_at_ms: 1,
+            client_message_id: id.clone(),
+            body: send.body,
+            kind: v1::EntryKind::Message.into(),
+            flags: 0,
+        };
+        self.log.push(message.clone());
+        self.ack(member, id, seq, None);
+        for other in (0..self.out.len()).filter(|&other| other != member) {
+            let frame = if self.drop_pushes {
+                server_frame::Frame::Resync(v1::Resync { reason: 1, spread_ms: 10 })
+            } else {
+                server_frame::Frame::Message(message.clone())
+            };
+            self.push(other, frame);
+        }
+    }
+
+    fn call(&mut self, member: usize, call: &v1::Call) {
+        let head = self.log.len() as u64;
+        let payload = if call.method == Method::ConversationSync.number() {
+            let row = v1::ConversationRow { conversation_id: GROUP.to_bytes(), head, ..v1::ConversationRow::default() };
+            v1::SyncReply { version: 1, conversations: vec![row], next: Bytes::new() }.encode_to_vec()
+        } else {
+            let request = v1::HistoryRequest::decode(call.request.clone()).unwrap();
+            let wanted = |message: &&v1::Message| {
+                let seq = i64::try_from(message.seq).unwrap();
+                request.from <= seq && seq <= request.to
+            };
+            // Pages of four, in two parts, so that both have to be put together.
+            let entries = self.log.iter().filter(wanted).take(4).cloned();
+            let entries = entries.map(|message| v1::HistoryEntry { message: Some(message), gone_reason: 0 }).collect();
+            v1::HistoryReply { conversation_id: GROUP.to_bytes(), entries, head, first_seq: 1 }.encode_to_vec()
+        };
+        let middle = payload.len() / 2;
+        for (part, last) in [(&payload[..middle], false), (&payload[middle..], true)] {
+            let payload = Bytes::copy_from_slice(part);
+            let reply = v1::Reply { request_id: call.request_id, status: None, payload, last };
+            self.push(member, server_frame::Frame::Reply(reply));
+        }
+    }
+}
+
+fn user(member: usize) -> String {
+    format!("user-{member}")
+}
+
+/// Participants, server, and the wire between them.
+struct World {
+    members: Participants,
+    server: Server,
+    now: Micros,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// Time passes, everybody reads and writes.
+    Step,
+    /// Only this one reads and writes: the others fall behind.
+    StepOne(usize),
+    /// A connection breaks: what was under way to the client is gone; opened again at once.
+    Break(usize),
+    /// A connection breaks after the server took what the client had to say, and before its acks came.
+    BreakAfterSend(usize),
+    Refuse(StatusCode),
+    DropPushes(bool),
+}
+
+impl World {
+    fn new() -> Self {
+        let flows = Arc::new((0..MEMBERS).map(|_| Flow::new(MEMBERS - 1)).collect::<Vec<_>>());
+        let plan = |member: usize| {
+            let flow = u32::try_from(member).unwrap();
+            let sends = SendPlan { flow, window: 4, body_bytes: 20, every: None };
+            let lanes = vec![LanePlan { with: With::Conversation(GROUP), sends: Some(sends) }];
+            Plan { user: user(member), token: String::new(), lanes }
+        };
+        let switches = Arc::<Switches>::default();
+        switches.sending.store(true, Ordering::Relaxed);
+        switches.measuring.store(true, Ordering::Relaxed);
+        let members = Participants::new((0..MEMBERS).map(plan).collect(), flows, switches, Arc::default());
+        let mut world = Self { members, server: Server::default(), now: 1 };
+        world.server.out = (0..MEMBERS).map(|_| None).collect();
+        (0..MEMBERS).for_each(|member| world.open(member));
+        world
+    }
+
+    fn open(&mut self, member: usize) {
+        self.server.out[member] = Some(VecDeque::new());
+        self.members.opened(member, self.now);
+    }
+
+    fn client_writes(&mut self, member: usize) {
+        let mut out = Vec::new();
+        self.members.fill(member, &mut out, self.now);
+        let mut input = bytes::BytesMut::from(&out[..]);
+        while let Some(payload) = frame::split_frame(&mut input, frame_limit()).unwrap() {
+            let frame::Decoded::Frame(frame) = frame::decode_client_frame(payload).unwrap() else { panic!("unknown") };
+            self.server.receive(member, frame);
+        }
+        assert!(input.is_empty());
+    }
+
+    fn client_reads(&mut self, member: usize) {
+        let Some(frames) = self.server.out[member].replace(VecDeque::new()) else { return };
+        for frame in frames {
+            let payload = v1::ServerFrame::from(frame).encode_to_vec();
+            self.members.frame(member, &payload, self.now);
+        }
+    }
+
+    fn step(&mut self, members: impl Iterator<Item = usize>) {
+        self.now += STEP;
+        let mut wake = Vec::new();
+        self.members.tick(self.now, &mut wake);
+        for member in members {
+            self.client_writes(member);
+            self.client_reads(member);
+        }
+    }
+
+    fn apply(&mut self, event: Event) {
+        match event {
+            Event::Step => self.step(0..MEMBERS),
+            Event::StepOne(member) => self.step(member..=member),
+            Event::Break(member) | Event::BreakAfterSend(member) => {
+                if matches!(event, Event::BreakAfterSend(_)) {
+                    self.client_writes(member);
+                }
+                self.members.closed(member, "broken");
+                self.open(member);
+            }
+            Event::Refuse(code) => self.server.refuse.push_back(code),
+            Event::DropPushes(drop) => self.server.drop_pushes = drop,
+        }
+    }
+
+    /// Stops sending, lets everything arrive, reads back, judges.
+    fn finish(mut self) -> (Verdict, Server) {
+        self.server.refuse.clear();
+        self.members.switches.sending.store(false, Ordering::Relaxed);
+        for _ in 0..200 {
+            self.step(0..MEMBERS);
+        }
+        assert_eq!(self.members.members.iter().map(Participant::unsettled).sum::<u64>(), 0, "not settled");
+        assert!(self.members.statistics.errors.is_empty(), "{:?}", self.members.statistics.errors);
+        let mut history = self.members.history;
+        let conversation = history.conversation(GROUP);
+        for message in &self.server.log {
+            history.stored(conversation, Entry::from(message));
+        }
+        history.stored_through(conversation, self.server.log.len() as u64);
+        (history.judge(), self.server)
+    }
+}
+
+fn frame_limit() -> usize {
+    im_proto::limits::FRAME_BYTES_MAX
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let refusals = vec![StatusCode::Overloaded, StatusCode::SyncFirst, StatusCode::OutOfOrder, StatusCode::Unavailable];
+    prop_oneof![
+        6 => Just(Event::Step),
+        3 => (0..MEMBERS).prop_map(Event::StepOne),
+        1 => (0..MEMBERS).prop_map(Event::Break),
+        2 => (0..MEMBERS).prop_map(Event::BreakAfterSend),
+        2 => proptest::sample::select(refusals).prop_map(Event::Refuse),
+        1 => any::<bool>().prop_map(Event::DropPushes),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_a_correct_server_does_every_promise_is_found_to_hold(
+        events in proptest::collection::vec(event(), 1..80),
+    ) {
+        let mut world = World::new();
+        (0..3).for_each(|_| world.apply(Event::Step));
+        events.into_iter().for_each(|event| world.apply(event));
+        world.server.drop_pushes = false;
+        let (verdict, server) = world.finish();
+        prop_assert!(verdict.is_clean(), "{verdict}");
+        prop_assert_eq!(verdict.acknowledged, server.log.len() as u64);
+        prop_assert_eq!(verdict.sent, verdict.acknowledged);
+        prop_assert!(verdict.sent > 0);
+    }
+}
+
+#[test]
+fn the_window_is_full_and_no_more() {
+    let mut world = World::new();
+    (0..3).for_each(|_| world.step(0..MEMBERS));
+    world.client_writes(0);
+    let in_flight: BTreeMap<_, _> = world.members.flows.iter().map(Flow::in_flight).enumerate().collect();
+    assert!(in_flight.values().all(|&count| count <= 4) && in_flight[&0] == 4, "{in_flight:?}");
+}
+
+#[test]
+fn a_server_that_stores_a_repeat_again_is_found() {
+    let mut world = World::new();
+    (0..4).for_each(|_| world.apply(Event::Step));
+    let mut again = world.server.log[0].clone();
+    again.seq = world.server.log.len() as u64 + 1;
+    world.server.log.push(again);
+    (0..4).for_each(|_| world.apply(Event::Step));
+    let (verdict, _) = world.finish();
+    assert!(verdict.duplicated > 0, "{verdict}");
+}
+
+#[test]
+fn a_server_that_forgets_an_acknowledged_message_is_found() {
+    let mut world = World::new();
+    (0..4).for_each(|_| world.apply(Event::Step));
+    world.server.log.pop();
+    world.members.switches.sending.store(false, Ordering::Relaxed);
+    let (verdict, _) = world.finish();
+    assert!(verdict.lost > 0, "{verdict}");
+}

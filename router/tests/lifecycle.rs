@@ -1,0 +1,180 @@
+//! Bursts and quiet conversations, repeats that memory does not reach, moves of users, bounds.
+
+use std::time::Duration;
+
+use im_proto::{InstanceId, StatusCode, method::Method, v1, v1::router_message::Message as Down};
+use im_storage::{Directory as _, Memory, Store, Table};
+
+use crate::support::{CLUSTER, World, message, to, user};
+
+fn shard_partition(world: &World, id: &im_proto::ConversationId) -> [u8; 4] {
+    world.config("any").shards.shard_of(id).0.to_be_bytes()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_quiet_conversation_has_a_head_row_instead_of_a_busy_row_and_opens_again() {
+    let store = Store::from(Memory::new());
+    let world = World::new(store.clone());
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.self_id(&user("alice"));
+    let partition = shard_partition(&world, &id);
+    gateway.send(1, id, message("alice", "n1", "one", "", 0)).await;
+    gateway.ack("n1").await;
+    assert!(store.read(Table::Busy, &partition, id.as_bytes()).await.unwrap().is_some());
+    // Quiet for a minute, out of memory after five.
+    tokio::time::sleep(Duration::from_secs(70)).await;
+    assert!(store.read(Table::Busy, &partition, id.as_bytes()).await.unwrap().is_none());
+    assert_eq!(store.read(Table::Heads, id.as_bytes(), b"").await.unwrap().unwrap().timestamp, 1);
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    gateway.send(1, id, message("alice", "n2", "two", "", 1)).await;
+    assert_eq!(gateway.ack("n2").await.seq, 2);
+    assert_eq!(store.read(Table::Busy, &partition, id.as_bytes()).await.unwrap().unwrap().timestamp, 2);
+    gateway.send(1, id, message("alice", "n1", "one", "", 0)).await;
+    assert_eq!(gateway.ack("n1").await.seq, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repeat_below_the_memory_is_found_in_the_log_or_sent_back_to_sync_first() {
+    let world = World::new(Store::from(Memory::new()));
+    let mut config = world.config("r1");
+    config.dedupe_entries = 8;
+    let router = world.router(config).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.self_id(&user("alice"));
+    let names: Vec<&'static str> = (0..64).map(|n| &*Box::leak(format!("n{n}").into_boxed_str())).collect();
+    for (index, name) in names.iter().enumerate() {
+        gateway.send(1, id, message("alice", name, name, "", index as u64)).await;
+        assert_eq!(gateway.ack(name).await.seq, index as u64 + 1);
+    }
+    gateway.send(1, id, message("alice", "n3", "n3", "", 0)).await;
+    assert_eq!(gateway.ack("n3").await.seq, 4);
+    gateway.send(1, id, message("alice", "n3", "another body", "", 0)).await;
+    assert_eq!(gateway.ack("n3").await.status.unwrap().code, StatusCode::PreconditionFailed.number());
+    gateway.send(1, id, message("alice", "new", "new", "", 0)).await;
+    assert_eq!(gateway.ack("new").await.seq, 65);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_comes_with_a_capability_is_told_to_sync_and_one_without_is_asked_for_it() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    let opened = gateway.open(&world, 1, "alice", "a1").await;
+    let announce = v1::SessionAnnounce { session_id: 1, capability: opened.capability.clone() };
+    gateway.push(vec![v1::gateway_message::Message::Announce(announce)]).await;
+    gateway
+        .expect("resync", |message| match message {
+            Down::Resync(resync) if resync.session_ids == [1] => Some(()),
+            _ => None,
+        })
+        .await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    gateway.send(77, id, message("bob", "m1", "hi", "", 0)).await;
+    let wanted = gateway
+        .expect("capability wanted", |message| match message {
+            Down::CapabilityWanted(wanted) => Some(wanted.clone()),
+            _ => None,
+        })
+        .await;
+    assert_eq!((wanted.session_id, wanted.client_message_id.as_ref()), (77, b"m1".as_slice()));
+    // A capability is good for its own session only.
+    let stolen = v1::SessionPresent { session_id: 77, capability: opened.capability };
+    gateway.push(vec![v1::gateway_message::Message::Present(stolen)]).await;
+    gateway.send(77, id, message("bob", "m2", "hi", "", 0)).await;
+    gateway
+        .expect("capability wanted", |message| match message {
+            Down::CapabilityWanted(wanted) if wanted.client_message_id == "m2" => Some(()),
+            _ => None,
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_device_takes_the_place_of_its_older_session() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    gateway.open(&world, 2, "alice", "a2").await;
+    gateway.open(&world, 3, "alice", "a1").await;
+    let kicked = gateway
+        .expect("kick", |message| match message {
+            Down::Kick(kick) => Some((kick.session_id, kick.status.as_ref().map_or(0, |status| status.code))),
+            _ => None,
+        })
+        .await;
+    assert_eq!(kicked, (1, StatusCode::KickedByAnotherDevice.number()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn tokens_that_are_foreign_expired_or_garbage_are_refused() {
+    let world = World::new(Store::from(Memory::new()));
+    let foreign = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    let mut old = world.token("alice", "a1", "terminal");
+    for (session, token) in
+        [(1, foreign.token("alice", "a1", "terminal")), (2, "garbage".to_owned()), (3, std::mem::take(&mut old))]
+    {
+        if session == 3 {
+            tokio::time::sleep(Duration::from_secs(3601)).await;
+        }
+        let open = v1::SessionOpen { session_id: session, token, ..v1::SessionOpen::default() };
+        gateway.push(vec![v1::gateway_message::Message::Open(open)]).await;
+        let code = gateway
+            .expect("refusal", |message| match message {
+                Down::Refused(refused) if refused.session_id == session => {
+                    Some(refused.status.as_ref().map_or(0, |status| status.code))
+                }
+                _ => None,
+            })
+            .await;
+        let expected = if session == 3 { StatusCode::TokenExpired } else { StatusCode::Unauthenticated };
+        assert_eq!(code, expected.number(), "session {session}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn unread_counts_survive_a_take_over() {
+    let world = World::new(Store::from(Memory::new()));
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    for name in ["m1", "m2", "m3"] {
+        gateway.send(1, id, message("bob", name, name, "", 0)).await;
+        gateway.ack(name).await;
+    }
+    gateway.open(&world, 2, "bob", "b1").await;
+    let read = v1::MarkReadRequest { target: to(id), seq: 2 };
+    let reply: v1::MarkReadReply = gateway.call(2, Method::ConversationMarkRead, &read).await.unwrap();
+    assert_eq!((reply.read_seq, reply.unread), (2, 1));
+    let back = v1::MarkReadRequest { target: to(id), seq: 1 };
+    let reply: v1::MarkReadReply = gateway.call(2, Method::ConversationMarkRead, &back).await.unwrap();
+    assert_eq!((reply.read_seq, reply.unread), (2, 1), "cursors only move forward");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(first.stop(Duration::from_secs(30)).await);
+    let second = world.router(world.config("r2")).await;
+    let mut gateway = world.gateway("g2", &second).await;
+    for (session, name, unread) in [(1, "alice", 0), (2, "bob", 1)] {
+        gateway.open(&world, session, name, "d").await;
+        let reply: v1::SyncReply =
+            gateway.call(session, Method::ConversationSync, &v1::SyncRequest::default()).await.unwrap();
+        let row = reply.conversations.iter().find(|row| row.conversation_id == id.to_bytes()).expect("a row");
+        assert_eq!((row.head, row.unread), (3, unread), "{name}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn locate_offers_the_live_gateways() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let reply: v1::LocateReply = gateway.call(1, Method::PlacementLocate, &v1::LocateRequest::default()).await.unwrap();
+    assert!(reply.endpoints.iter().all(|endpoint| InstanceId::parse(&endpoint.gateway_id).is_ok()));
+    assert!(reply.reconnect_base_ms > 0);
+}

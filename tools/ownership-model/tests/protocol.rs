@@ -64,7 +64,7 @@ fn the_invariants_hold_when_every_arrival_is_a_step() {
     }
 }
 
-/// About ten minutes and 2.5 GB: `cargo test --release -p ownership-model -- --ignored`.
+/// Ten minutes or more, and 1.3 GB: `cargo test --release -p ownership-model -- --ignored`.
 #[test]
 #[ignore = "ten minutes in a release build"]
 fn the_required_bounds_are_exhausted() {

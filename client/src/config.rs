@@ -36,6 +36,9 @@ pub struct ClientConfig {
     pub call_timeout: Duration,
     /// A connection on which answers are due and none arrived for this long is given up. A failover takes a lease (10 s) and some.
     pub answer_timeout: Duration,
+    /// The client asks a silent server at least this often, and gives the connection up after two and a half times this. A transport
+    /// need not notice a server that died: QUIC has nobody to reset it. Half a minute suits devices on a battery.
+    pub heartbeat_longest: Duration,
     pub reconnect: Backoff,
 }
 
@@ -71,6 +74,7 @@ impl ClientConfig {
             ready_timeout: Duration::from_secs(10),
             call_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(30),
+            heartbeat_longest: Duration::from_secs(30),
             reconnect: Backoff::default(),
         }
     }

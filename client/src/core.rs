@@ -82,6 +82,7 @@ pub(crate) struct Core {
     pub(crate) out: BytesMut,
     session: Option<Session>,
     window: usize,
+    heartbeat_longest: Duration,
     answer_timeout: Duration,
     token_is_renewable: bool,
 }
@@ -99,6 +100,7 @@ impl Core {
             out: BytesMut::new(),
             session: None,
             window: config.window.max(1),
+            heartbeat_longest: config.heartbeat_longest,
             answer_timeout: config.answer_timeout,
             token_is_renewable: config.token.is_renewable(),
         }
@@ -126,7 +128,7 @@ impl Core {
             user: user.clone(),
             window: told.filter(|told| *told > 0).map_or(self.window, |told| told.min(self.window)),
             calls: calls::in_flight_max(welcome.limits.as_ref()),
-            heartbeat: heartbeat.clamp(HEARTBEAT_MIN, HEARTBEAT_MAX),
+            heartbeat: heartbeat.min(self.heartbeat_longest).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX),
             ready: false,
             last_sent: now,
             last_received: now,

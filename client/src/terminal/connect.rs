@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
+    time::Duration,
 };
 
 use crate::{
@@ -52,6 +53,8 @@ pub(super) fn config(arguments: &Connection) -> Result<ClientConfig, Failure> {
     config.client_name = "im".to_owned();
     config.ready_timeout = arguments.timeout();
     config.call_timeout = arguments.timeout();
+    // A person waits, on a machine with power.
+    config.heartbeat_longest = Duration::from_secs(2);
     Ok(config)
 }
 

@@ -113,6 +113,9 @@ impl Open {
             self.check_fence().await?;
             return Ok(empty());
         };
+        // The registry may have been restored: then this epoch may have been given out before, and a row written under it would tie
+        // with another. An owner of an older generation learns that here, before it writes anything.
+        self.check_fence().await?;
         self.rewrite(&tail).await?;
         self.check_fence().await?;
         self.load(tail, head_row).await

@@ -27,8 +27,9 @@ use crate::{
 
 /// All shards are claimed within milliseconds; whoever waits longer than this waits for a fault.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
-/// The registration ends with the process in any case.
-const GATEWAY_LEASE: Duration = Duration::from_secs(10);
+/// The lock on the data directory plays the lease: it ends with the process and not before. A lease that ran out while the process
+/// was stopped (a paused machine, a debugger) would end the server for nothing.
+const LEASE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The running roles.
 pub struct Roles {
@@ -66,7 +67,7 @@ impl Roles {
         let registry = AnyRegistry::from(core.handle("gateway", environment.clone()));
         let gateway = instance(Role::Gateway, start, boot, addresses.of_gateway(&config.advertise))?;
         let gateway_id = gateway.id.clone();
-        let gateway_lease = registry.register(gateway, GATEWAY_LEASE).await.map_err(Failure::operation)?;
+        let gateway_lease = registry.register(gateway, LEASE).await.map_err(Failure::operation)?;
         let gateway = Gateway::start(
             GatewayConfig { cluster_id: data.cluster.cluster_id.clone(), ..config.gateway.clone() },
             environment.clone(),
@@ -194,6 +195,7 @@ fn router_config(
         resync_spread: tuning.resync_spread,
         link_queue_bytes_max: tuning.link_queue_bytes_max,
         sessions_per_user_max: tuning.sessions_per_user_max,
+        lease_ttl: LEASE,
         ..RouterConfig::new(instance, boot, data.cluster_secret.clone(), data.router_secret.clone())
     }
 }

@@ -297,3 +297,6 @@ impl Conversation {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -81,3 +81,71 @@ pub fn locate(cluster: &Cluster, user: Option<&UserId>) -> v1::LocateReply {
         .collect();
     v1::LocateReply { endpoints, reconnect_base_ms: RECONNECT_BASE_MS, reconnect_max_ms: RECONNECT_MAX_MS }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use im_proto::BootId;
+
+    use super::*;
+
+    fn gateway(name: &str) -> Instance {
+        Instance {
+            id: InstanceId::parse(name).unwrap(),
+            boot: BootId(1),
+            role: Role::Gateway,
+            endpoints: Vec::new(),
+            zone: String::new(),
+            version: String::new(),
+            draining: name.starts_with("draining"),
+        }
+    }
+
+    fn candidates(gateways: &[Instance]) -> Vec<Candidate<'_>> {
+        gateways.iter().map(|instance| Candidate { instance, connections: 0, capacity: 0 }).collect()
+    }
+
+    fn first(user: u32, gateways: &[Instance]) -> String {
+        let user = UserId::parse(&format!("user{user}")).unwrap();
+        place(Some(&user), &candidates(gateways))[0].id.to_string()
+    }
+
+    #[test]
+    fn a_user_stays_where_it_was_when_a_gateway_joins_or_comes_to_the_new_one() {
+        let before: Vec<Instance> = ["g1", "g2", "g3", "g4"].map(gateway).into();
+        let after: Vec<Instance> = ["g1", "g2", "g3", "g4", "g5"].map(gateway).into();
+        let mut moved = 0;
+        let mut load: BTreeMap<String, u32> = BTreeMap::new();
+        for user in 0..2000 {
+            let (old, new) = (first(user, &before), first(user, &after));
+            if old != new {
+                assert_eq!(new, "g5");
+                moved += 1;
+            }
+            *load.entry(new).or_default() += 1;
+        }
+        assert!((300..500).contains(&moved), "a fifth moves, not {moved} of 2000");
+        assert!(load.values().all(|users| (300..500).contains(users)), "{load:?}");
+    }
+
+    #[test]
+    fn draining_and_full_gateways_get_nobody() {
+        let gateways: Vec<Instance> = ["draining1", "g1", "full"].map(gateway).into();
+        let mut candidates = candidates(&gateways);
+        candidates[2].connections = 10;
+        candidates[2].capacity = 10;
+        for user in [None, Some(UserId::parse("alice").unwrap())] {
+            let chosen: Vec<&str> = place(user.as_ref(), &candidates).iter().map(|g| g.id.as_str()).collect();
+            assert_eq!(chosen, ["g1"]);
+        }
+    }
+
+    #[test]
+    fn without_a_user_the_emptiest_come_first() {
+        let gateways: Vec<Instance> = ["g1", "g2"].map(gateway).into();
+        let mut candidates = candidates(&gateways);
+        candidates[0].connections = 5;
+        assert_eq!(place(None, &candidates)[0].id.as_str(), "g2");
+    }
+}

@@ -352,3 +352,6 @@ fn effect(id: &ConversationId, user: &UserId, origin_seq: u64, event: Event, sec
         body: body::event(event),
     }
 }
+
+#[cfg(test)]
+mod tests;

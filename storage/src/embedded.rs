@@ -47,7 +47,9 @@ pub struct EmbeddedOptions {
     pub queue_bytes: usize,
     /// Where a commit stops collecting. 8 MiB are about 60,000 messages, and some 10 ms of a disk that writes 1 GB/s.
     pub group_bytes: usize,
-    /// Runs from this size are kept in blob files beside the tree, so that compaction need not move them. Fixed at creation.
+    /// Runs from this size are kept in blob files beside the tree, so that compaction need not move them. Fixed at creation. Off,
+    /// because fjall 3.1 does not sync the directory of its blob files: a file system that does not make the name of a synced file
+    /// durable by itself may lose one with the power, and acknowledged messages with it (ADR 0002).
     pub blob_threshold_bytes: Option<u32>,
     /// Threads that flush and compact. With one, a long compaction holds up flushes and with them writes.
     pub worker_threads: usize,
@@ -60,7 +62,7 @@ impl Default for EmbeddedOptions {
             memtable_bytes: 64 << 20,
             queue_bytes: 256 << 20,
             group_bytes: 8 << 20,
-            blob_threshold_bytes: Some(1024),
+            blob_threshold_bytes: None,
             worker_threads: 2,
         }
     }

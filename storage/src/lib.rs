@@ -23,7 +23,8 @@ pub use sim::{SimFaults, SimHandle, SimStore};
 pub use store::Store;
 
 pub use model::{
-    AppendDone, AppendRequest, Batch, BucketId, Fence, Row, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
+    AppendDone, AppendOutcome, AppendRequest, Batch, BucketId, Fence, Row, RowKey, StateRow, StateWrite, StoreError,
+    StoredRow, Table,
 };
 
 use std::future::Future;

@@ -103,8 +103,11 @@ pub struct AppendRequest {
     pub batch: Arc<Batch>,
 }
 
-/// Takes outcomes of submitted batches by their tokens.
-pub type AppendDone = Arc<dyn Fn(Vec<(u64, Result<(), StoreError>)>) + Send + Sync>;
+/// What became of a submitted batch, by its token.
+pub type AppendOutcome = (u64, Result<(), StoreError>);
+
+/// Takes outcomes of submitted batches.
+pub type AppendDone = Arc<dyn Fn(Vec<AppendOutcome>) + Send + Sync>;
 
 /// A row read back, with the batch facts it was written with.
 #[derive(Clone, Debug, PartialEq, Eq)]

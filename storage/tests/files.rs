@@ -288,8 +288,8 @@ impl Layer {
                     0 => (false, false),
                     1 => (true, false),
                     2 => (next <= cut, false),
-                    3 => (self.random() % 2 == 0, false),
-                    _ => (self.random() % 2 == 0, true),
+                    3 => (self.random().is_multiple_of(2), false),
+                    _ => (self.random().is_multiple_of(2), true),
                 };
                 if !keep {
                     let bytes: Vec<u8> = (at..next).map(|_| if garbage { self.random() as u8 } else { 0 }).collect();

@@ -15,7 +15,7 @@ use super::{
     record,
 };
 use crate::{
-    model::{AppendDone, AppendRequest, Batch, Row, StateWrite, StoreError},
+    model::{AppendDone, AppendOutcome, AppendRequest, Batch, Row, StateWrite, StoreError},
     order::{StateCell, check_batch, check_state},
 };
 
@@ -42,13 +42,13 @@ impl Encoder {
 /// Who waits for a commit.
 #[derive(Default)]
 pub(super) struct Acks {
-    appends: Vec<(AppendDone, Vec<(u64, Result<(), StoreError>)>)>,
+    appends: Vec<(AppendDone, Vec<AppendOutcome>)>,
     waiters: Vec<Waiter>,
 }
 
 impl Acks {
     /// The outcomes of one submitter; all its submissions of a group are answered by one call.
-    fn outcomes(&mut self, done: AppendDone) -> &mut Vec<(u64, Result<(), StoreError>)> {
+    fn outcomes(&mut self, done: AppendDone) -> &mut Vec<AppendOutcome> {
         let same = |other: &AppendDone| std::ptr::addr_eq(Arc::as_ptr(other), Arc::as_ptr(&done));
         let found = self.appends.iter().rposition(|(other, _)| same(other));
         let index = found.unwrap_or_else(|| {

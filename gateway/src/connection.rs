@@ -83,6 +83,8 @@ pub(crate) struct Connection<S> {
     timer: Timer,
     rates: Rates,
     stage: Stage,
+    /// Bytes thrown away after the last frame.
+    discarded: usize,
     peer_transport: Transport,
     remote_address: SocketAddr,
     _place: Option<Permit>,
@@ -133,6 +135,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             timer,
             rates: Rates::default(),
             stage: Stage::Hello,
+            discarded: 0,
             peer_transport: peer.transport,
             remote_address: peer.remote_address,
             _place: place,
@@ -195,6 +198,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Poll::Ready(Ok::<_, io::Error>((count, frames)))
         });
         let Poll::Ready((count, frames)) = read? else { return Ok(Poll::Pending) };
+        if is_closing {
+            self.discarded += count;
+            // Whoever sends on and on will not see the last frame anyway.
+            return Ok(Poll::Ready(if self.discarded > self.shared.config.frame_bytes_max { 0 } else { count }));
+        }
         if let Some(frames) = frames {
             self.shared.metrics.bytes_in.increment(u64::try_from(count).unwrap_or(u64::MAX));
             self.handle(frames);
@@ -318,6 +326,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
                 Step::Wait => return Poll::Pending,
                 Step::End => return Poll::Ready(()),
             }
+        }
+        // A connection that is always busy has deadlines too.
+        if matches!(self.tick(cx), Step::End) {
+            return Poll::Ready(());
         }
         cx.waker().wake_by_ref();
         Poll::Pending

@@ -37,7 +37,8 @@ pub(crate) async fn run(shared: &Arc<Shared>, window: Duration) {
             told = shared.sessions.all();
         }
         close_quiet(shared, &mut told, is_late);
-        if shared.sessions.count() == 0 || (is_late && Instant::now() >= deadline + shared.config.close_linger) {
+        let is_over = Instant::now() >= deadline + shared.config.close_linger + 5 * LOOK_INTERVAL;
+        if shared.sessions.count() == 0 || is_over {
             break;
         }
         sleep(LOOK_INTERVAL).await;

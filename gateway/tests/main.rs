@@ -1,8 +1,14 @@
 //! The gateway against a scripted router and scripted clients, in paused time; the listeners over loopback sockets.
 
+#![allow(clippy::disallowed_methods, reason = "tests own their tasks, channels and randomness")]
+
 mod support;
 
 mod bad_input;
+mod calls;
+mod drain;
 mod handshake;
+mod links;
+mod pushes;
 mod sends;
 mod transports;

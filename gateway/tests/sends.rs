@@ -1,9 +1,9 @@
-//! Sends: checked, forwarded in order, answered only by owners.
+//! Sends: forwarded in order, kept until an owner answers, sent again wherever ownership moves.
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use im_proto::{StatusCode, body, v1};
+use im_proto::{StatusCode, v1};
 
 use crate::support::*;
 
@@ -22,15 +22,240 @@ async fn a_send_is_forwarded_and_answered_by_the_owner() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn live_messages_are_written_as_the_owner_encoded_them() {
+async fn a_peer_is_turned_into_the_direct_conversation() {
     let (bench, mut router) = Bench::with_router(config()).await;
-    let (mut ann, ann_session) = bench.login(&mut router, "ann").await;
-    let (mut bob, bob_session) = bench.login(&mut router, "bob").await;
-    router.say_all((1..=100).map(|seq| deliver(&[ann_session, bob_session, 999], seq, 50)).collect()).await;
-    for client in [&mut ann, &mut bob] {
-        for seq in 1..=100 {
-            let ServerFrame::Message(message) = client.next().await else { panic!("a message") };
-            assert_eq!(message.seq, seq);
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    for (peer, expected) in
+        [("bob", bench.secret.direct_id(&user("ann"), &user("bob"))), ("ann", bench.secret.self_id(&user("ann")))]
+    {
+        let target = Some(v1::send::Target::PeerUserId(peer.to_owned()));
+        client.send(ClientFrame::Send(v1::Send { target, ..send(expected, "m") })).await;
+        let forwarded = router.next_send().await;
+        assert_eq!(forwarded.conversation_id, expected.to_bytes());
+        router.acknowledge(&forwarded, 1).await;
+        assert_eq!(client.ack().await.conversation_id, expected.to_bytes());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_most_256_sends_wait_for_an_answer() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    let conversation = bench.conversation_in(1, 0);
+    for number in 0..257 {
+        client.send(ClientFrame::Send(send(conversation, &format!("{number}")))).await;
+    }
+    let ack = client.ack().await;
+    assert_eq!(ack.client_message_id, "256");
+    assert_eq!(status_of(ack.status.as_ref()), Some(StatusCode::Overloaded));
+    assert!(ack.status.expect("a status").retry_after_ms > 0);
+    let first = router.next_send().await;
+    router.acknowledge(&first, 1).await;
+    assert_eq!(client.ack().await.client_message_id, "0");
+    client.send(ClientFrame::Send(send(conversation, "after"))).await;
+    for _ in 0..255 {
+        router.next_send().await;
+    }
+    assert_eq!(router.next_send().await.send.expect("a send").client_message_id, "after");
+}
+
+#[tokio::test(start_paused = true)]
+async fn sends_of_a_session_can_be_limited_by_rate() {
+    let (bench, mut router) =
+        Bench::with_router(im_gateway::GatewayConfig { sends_per_second_max: 5, ..config() }).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    let conversation = bench.conversation_in(1, 0);
+    for number in 0..6 {
+        client.send(ClientFrame::Send(send(conversation, &format!("{number}")))).await;
+    }
+    let status = client.ack().await.status.expect("a refusal");
+    assert_eq!(status_of(Some(&status)), Some(StatusCode::RateLimited));
+    tokio::time::sleep(Duration::from_millis(status.retry_after_ms.into())).await;
+    client.send(ClientFrame::Send(send(conversation, "again"))).await;
+    for _ in 0..5 {
+        router.next_send().await;
+    }
+    assert_eq!(router.next_send().await.send.expect("a send").client_message_id, "again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn kept_sends_follow_the_owner_in_order() {
+    let (mut bench, mut first) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut first, "ann").await;
+    let conversations = [bench.conversation_in(2, 0), bench.conversation_in(2, 1)];
+    for number in 0..20 {
+        client.send(ClientFrame::Send(send(conversations[number % 2], &format!("{number}")))).await;
+    }
+    let mut taken = Vec::new();
+    for _ in 0..20 {
+        taken.push(first.next_send().await);
+    }
+    // The first two are answered before the owner of the even shards is another.
+    first.acknowledge(&taken[0], 1).await;
+    first.acknowledge(&taken[1], 1).await;
+    for expected in ["0", "1"] {
+        assert_eq!(client.ack().await.client_message_id, expected);
+    }
+    let user_shard = bench.user_shard("ann");
+    bench.owners(|shard| Some(if shard % 2 == 0 && shard != user_shard { "r2" } else { "r1" }.to_owned()));
+    let mut second = bench.router().await;
+    let announced = second.next().await;
+    assert_eq!(
+        announced,
+        FromGateway::Present(v1::SessionPresent { session_id, capability: Some(capability("ann")) }),
+        "the session is presented before its first message"
+    );
+    // New ones come while the old ones are on their way.
+    client.send(ClientFrame::Send(send(conversations[0], "new"))).await;
+    for number in (2..20).step_by(2).map(|number| number.to_string()).chain(["new".to_owned()]) {
+        let again = second.next_send().await;
+        assert_eq!(again.conversation_id, conversations[0].to_bytes());
+        assert_eq!(again.send.expect("a send").client_message_id, number);
+    }
+    second.is_silent(Duration::from_secs(1)).await;
+    first.is_silent(Duration::from_secs(1)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_the_present_owner_may_refuse_but_any_may_acknowledge() {
+    let (mut bench, mut first) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut first, "ann").await;
+    let conversation = bench.conversation_in(1, 0);
+    for id in ["a", "b"] {
+        client.send(ClientFrame::Send(send(conversation, id))).await;
+    }
+    let (a, b) = (first.next_send().await, first.next_send().await);
+    bench.owner("r2");
+    let mut second = bench.router().await;
+    assert!(matches!(second.next().await, FromGateway::Announce(_)));
+    second.next_send().await;
+    let b_again = second.next_send().await;
+    let FromRouter::SendResult(mut refusal) = result(&b, 0) else { unreachable!() };
+    refusal.ack.as_mut().expect("an ack").status = Some(StatusCode::Unavailable.to_status());
+    first.say(FromRouter::SendResult(refusal.clone())).await;
+    first.acknowledge(&a, 7).await;
+    let ack = client.ack().await;
+    assert_eq!((ack.client_message_id, ack.seq), (Bytes::from_static(b"a"), 7));
+    refusal.ack.as_mut().expect("an ack").status = Some(StatusCode::NotAMember.to_status());
+    second.say(FromRouter::SendResult(refusal)).await;
+    assert_eq!(status_of(client.ack().await.status.as_ref()), Some(StatusCode::NotAMember));
+    // Answered is answered.
+    second.acknowledge(&b_again, 8).await;
+    client.is_alive().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_returned_send_is_tried_again_and_nothing_overtakes_it() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    let conversation = bench.conversation_in(1, 0);
+    for id in ["1", "2"] {
+        client.send(ClientFrame::Send(send(conversation, id))).await;
+        let taken = router.next_send().await;
+        let returned = v1::SendReturned {
+            session_id,
+            conversation_id: taken.conversation_id,
+            client_message_id: Bytes::copy_from_slice(id.as_bytes()),
+        };
+        if id == "1" {
+            router.say(FromRouter::SendReturned(returned)).await;
+            client.is_alive().await;
+            client.send(ClientFrame::Send(send(conversation, "2"))).await;
+            client.is_alive().await;
+            break;
         }
     }
+    let before = tokio::time::Instant::now();
+    assert_eq!(router.next_send().await.send.expect("a send").client_message_id, "1");
+    assert!(before.elapsed() >= Duration::from_millis(50), "not at once");
+    assert_eq!(router.next_send().await.send.expect("a send").client_message_id, "2");
+    router.is_silent(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_returned_send_goes_to_a_new_owner_at_once() {
+    let (mut bench, mut first) =
+        Bench::with_router(im_gateway::GatewayConfig { send_retry_delay: Duration::from_secs(3600), ..config() }).await;
+    let (mut client, session_id) = bench.login(&mut first, "ann").await;
+    client.send(ClientFrame::Send(send(bench.conversation_in(1, 0), "m"))).await;
+    let taken = first.next_send().await;
+    let returned = v1::SendReturned {
+        session_id,
+        conversation_id: taken.conversation_id.clone(),
+        client_message_id: Bytes::from_static(b"m"),
+    };
+    first.say(FromRouter::SendReturned(returned)).await;
+    first.is_silent(Duration::from_secs(10)).await;
+    bench.owner("r2");
+    let mut second = bench.router().await;
+    assert!(matches!(second.next().await, FromGateway::Announce(_)));
+    assert_eq!(second.next_send().await, taken);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_router_that_wants_the_capability_gets_it_and_the_send_again() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    client.send(ClientFrame::Send(send(bench.conversation_in(1, 0), "m"))).await;
+    let taken = router.next_send().await;
+    let wanted = v1::CapabilityWanted {
+        session_id,
+        conversation_id: taken.conversation_id.clone(),
+        client_message_id: Bytes::from_static(b"m"),
+    };
+    for round in 0..6 {
+        router.say(FromRouter::CapabilityWanted(wanted.clone())).await;
+        let FromGateway::Announce(announce) = router.next().await else { panic!("the session first") };
+        assert_eq!(announce.capability, Some(capability("ann")));
+        let before = tokio::time::Instant::now();
+        assert_eq!(router.next_send().await, taken);
+        assert_eq!(before.elapsed() > Duration::from_millis(50), round >= 2, "after some rounds with a pause");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_owner_sends_wait() {
+    let (mut bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    bench.owners(|_| None);
+    client.is_alive().await;
+    let conversation = bench.conversation_in(1, 0);
+    for id in ["1", "2", "3"] {
+        client.send(ClientFrame::Send(send(conversation, id))).await;
+    }
+    router.is_silent(Duration::from_secs(20)).await;
+    bench.owner("r2");
+    let mut second = bench.router().await;
+    assert!(matches!(second.next().await, FromGateway::Announce(_)));
+    for id in ["1", "2", "3"] {
+        assert_eq!(second.next_send().await.send.expect("a send").client_message_id, id);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn receipts_and_signals_are_forwarded_and_never_kept() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    let conversation = bench.conversation_in(1, 0);
+    let received = v1::Received { conversation_id: conversation.to_bytes(), seq: 4 };
+    client.send(ClientFrame::Received(received.clone())).await;
+    assert_eq!(
+        router.next().await,
+        FromGateway::Received(v1::SessionReceived { session_id, received: Some(received.clone()) })
+    );
+    let signal = v1::Signal {
+        target: Some(v1::signal::Target::PeerUserId("bob".to_owned())),
+        signal: Some(v1::signal::Signal::Typing(v1::Typing { active: true })),
+        ..v1::Signal::default()
+    };
+    client.send(ClientFrame::Signal(signal.clone())).await;
+    let FromGateway::Signal(forwarded) = router.next().await else { panic!("a signal") };
+    let direct = bench.secret.direct_id(&user("ann"), &user("bob"));
+    assert_eq!((forwarded.conversation_id, forwarded.signal), (direct.to_bytes(), Some(signal)));
+    bench.owners(|_| None);
+    client.is_alive().await;
+    client.send(ClientFrame::Received(received)).await;
+    client.is_alive().await;
+    bench.owner("r1");
+    router.is_silent(Duration::from_secs(5)).await;
 }

@@ -327,6 +327,10 @@ pub struct Router {
 impl Router {
     /// Says hello as this boot of the router, having received that much of the gateway's boot.
     pub async fn hello(&mut self, boot: u64, received_through: u64) {
+        self.hello_of_cluster(CLUSTER, boot, received_through).await;
+    }
+
+    pub async fn hello_of_cluster(&mut self, cluster: &str, boot: u64, received_through: u64) {
         let Some(LinkItem::Hello(hello)) = self.end.receiver.recv().await else {
             panic!("the gateway says hello first")
         };
@@ -335,7 +339,7 @@ impl Router {
             boot_id: boot,
             peer_boot_id: hello.boot_id,
             received_through,
-            cluster_id: CLUSTER.to_owned(),
+            cluster_id: cluster.to_owned(),
         };
         self.received_through = received_through;
         self.peer = Some(hello);
@@ -347,14 +351,29 @@ impl Router {
         timeout(PATIENCE, self.next_or_end()).await.expect("a message in time").expect("the link lives")
     }
 
+    /// The next load.
+    pub async fn next_load(&mut self) -> v1::GatewayLoad {
+        match self.next_of_all().await.expect("the link lives") {
+            FromGateway::Load(load) => load,
+            other => panic!("expected a load, found {other:?}"),
+        }
+    }
+
     /// `None` when the link is closed.
     pub async fn next_or_end(&mut self) -> Option<FromGateway> {
         loop {
-            while let Some((number, message)) = self.received.pop_first() {
+            match self.next_of_all().await? {
+                FromGateway::Load(_) => {}
+                message => return Some(message),
+            }
+        }
+    }
+
+    async fn next_of_all(&mut self) -> Option<FromGateway> {
+        loop {
+            if let Some((number, message)) = self.received.pop_first() {
                 self.received_through = number;
-                if !matches!(message, FromGateway::Load(_)) {
-                    return Some(message);
-                }
+                return Some(message);
             }
             let item = self.end.receiver.recv().await?;
             let LinkItem::Batch(batch) = item else { panic!("one hello a link") };
@@ -446,6 +465,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     pub async fn send_bytes(&mut self, bytes: &[u8]) {
         timeout(PATIENCE, self.stream.write_all(bytes)).await.expect("the gateway reads").expect("it is connected");
         self.stream.flush().await.expect("it is connected");
+    }
+
+    /// Writes, unless the gateway has closed.
+    pub async fn try_send_bytes(&mut self, bytes: &[u8]) {
+        let _ = self.stream.write_all(bytes).await;
+    }
+
+    /// Writes the same bytes again and again until the gateway closes.
+    pub async fn flood(&mut self, bytes: &[u8]) {
+        while self.stream.write_all(bytes).await.is_ok() {}
     }
 
     /// The next frame, or `None` at the end of the stream.

@@ -1,5 +1,7 @@
 //! The in-process backend passes the suite, and what only it can do works.
 
+#![allow(clippy::disallowed_methods, reason = "tests own their tasks, channels and randomness")]
+
 use std::{sync::Arc, time::Duration};
 
 use im_proto::{

@@ -3,12 +3,7 @@
 use std::{cell::RefCell, time::Duration};
 
 use bytes::Bytes;
-use im_proto::{
-    ConversationId, StatusCode, UserId,
-    body::{self, BodyError},
-    frame::Decoded,
-    limits, token, v1,
-};
+use im_proto::{ConversationId, StatusCode, UserId, body, frame::Decoded, limits, token, v1};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::Instant,
@@ -215,11 +210,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if id > limits::CLIENT_MESSAGE_ID_BYTES_MAX || send.after.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
             return Err(StatusCode::TooLarge);
         }
-        body::validate(&send.body).map_err(|error| match error {
-            BodyError::TooLarge { .. } => StatusCode::TooLarge,
-            BodyError::SystemEvent => StatusCode::Forbidden,
-            _ => StatusCode::Malformed,
-        })?;
+        body::validate(&send.body).map_err(|error| error.status())?;
         match &send.target {
             Some(v1::send::Target::ConversationId(id)) => self.conversation(id),
             Some(v1::send::Target::PeerUserId(peer)) => self.direct(peer),

@@ -64,8 +64,8 @@ impl Session {
     /// The user's owner has recorded the session.
     pub fn opened(&self, shared: &Shared, from: LinkToken, opened: &v1::SessionOpened, wakers: &mut Wakers) {
         let mut state = self.lock();
-        let is_asked = |opening: &Box<Opening>| opening.sent_to.as_ref().is_some_and(|(token, _)| *token == from);
-        if state.gone || !state.opening.as_ref().is_some_and(is_asked) {
+        let is_asked = |opening: &Opening| opening.sent_to.as_ref().is_some_and(|(token, _)| *token == from);
+        if state.gone || !state.opening.as_deref().is_some_and(is_asked) {
             return;
         }
         let Some(opening) = state.opening.take() else { return };
@@ -145,6 +145,8 @@ impl Session {
                 self.push(shared, Frame::Resync(v1::Resync { reason, spread_ms }), wakers);
             }
             state.registered = Some(token);
+            // A router that the session was only presented to has not recorded it: it must be announced now.
+            state.presented.retain(|(known, _)| *known != token);
             self.present(state, link, gather);
         }
         self.renew_again(state, link, gather);

@@ -127,7 +127,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn messages_arrive_once_in_order_and_without_an_undeclared_hole(steps in vec(step(), 0..80)) {

@@ -1,0 +1,27 @@
+//! The request of a call: every type of request from the same bytes.
+#![no_main]
+
+use im_proto::{method::Method, v1};
+use libfuzzer_sys::fuzz_target;
+use prost::Message;
+
+fn read<M: Message + Default>(data: &[u8]) {
+    if let Ok(request) = M::decode(data) {
+        let encoded = request.encode_to_vec();
+        assert_eq!(M::decode(encoded.as_slice()).map(|again| again.encode_to_vec()), Ok(encoded));
+    }
+}
+
+fuzz_target!(|data: (u32, &[u8])| {
+    let (number, data) = data;
+    assert!(Method::from_number(number).is_none_or(|method| method.number() == number));
+    read::<v1::SendRequest>(data);
+    read::<v1::HistoryRequest>(data);
+    read::<v1::SyncRequest>(data);
+    read::<v1::MarkReadRequest>(data);
+    read::<v1::GroupCreateRequest>(data);
+    read::<v1::GroupInviteRequest>(data);
+    read::<v1::GroupLeaveRequest>(data);
+    read::<v1::GroupMembersRequest>(data);
+    read::<v1::LocateRequest>(data);
+});

@@ -180,3 +180,16 @@ async fn garbage_instead_of_a_handshake_harms_nobody() {
         client.is_alive().await;
     }
 }
+
+#[tokio::test]
+async fn the_task_of_a_tcp_connection_is_small() {
+    let (bench, _router) = Bench::with_router(config()).await;
+    let listening = tokio::net::TcpListener::bind(LOOPBACK).await.expect("bound");
+    let stream = TcpStream::connect(listening.local_addr().expect("an address")).await.expect("connected");
+    let remote_address = stream.local_addr().expect("an address");
+    let connection =
+        bench.gateway.serve_stream(stream, im_gateway::PeerInfo { transport: Transport::Tcp, remote_address });
+    let bytes = size_of_val(&connection);
+    println!("{bytes} bytes");
+    assert!(bytes <= 512, "an idle connection holds no buffer: {bytes} bytes");
+}

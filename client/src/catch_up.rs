@@ -1,9 +1,7 @@
 //! Reading history: to close gaps of followed conversations, and to look for one's own sends when the server cannot tell.
 
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
-use im_proto::{ConversationId, StatusCode, Timestamp, limits, method::Method, v1};
+use im_proto::{ConversationId, StatusCode, limits, method::Method, v1};
 use prost::Message as _;
 use tokio::time::Instant;
 
@@ -24,8 +22,6 @@ pub(crate) struct Search {
     lane: LaneId,
     target: Target,
     next: u64,
-    /// By the number of the send.
-    found: BTreeMap<u64, (u64, Timestamp)>,
 }
 
 /// A target on the wire. One's own log must have been resolved to its id.
@@ -79,7 +75,7 @@ impl Core {
         if self.search.is_none()
             && let Some(SearchWanted { lane, target, from }) = self.sends.next_search()
         {
-            self.search = Some(Search { lane, target, next: from, found: BTreeMap::new() });
+            self.search = Some(Search { lane, target, next: from });
             self.request_search_page();
         }
     }
@@ -100,27 +96,28 @@ impl Core {
         };
         let before = search.next;
         search.next = search.next.max(page.first_seq);
+        let mut found = Vec::new();
         for entry in &page.entries {
             if entry.seq != search.next {
                 break;
             }
             search.next += 1;
-            if let Some(number) = self.sends.recognise(entry) {
-                search.found.insert(number, (entry.seq, entry.sent_at));
-            }
+            found.extend(self.sends.recognise(entry).map(|number| (number, entry.seq, entry.sent_at)));
         }
-        if search.next <= page.head {
-            if search.next == before {
-                return self.sends.search_failed(lane, Status::from_code(StatusCode::Unavailable), now);
-            }
-            self.search = Some(search);
-            return self.request_search_page();
-        }
-        let id = match (page.conversation, search.target) {
-            (Some(id), _) | (None, Target::Conversation(id)) => id,
-            (None, _) => return self.sends.search_failed(lane, Status::from_code(StatusCode::Unavailable), now),
+        let done = search.next > page.head;
+        let id = match (page.conversation, &search.target) {
+            (Some(id), _) | (None, &Target::Conversation(id)) => Some(id),
+            (None, _) => None,
         };
-        let outcomes = self.sends.searched(lane, id, &search.found, page.head, now);
+        let Some(id) = id.filter(|_| done || search.next > before) else {
+            return self.sends.search_failed(lane, Status::from_code(StatusCode::Unavailable), now);
+        };
+        // Each page counts: if the next one cannot be read, the search goes on after this one.
+        let outcomes = self.sends.searched(lane, id, &found, search.next - 1, done, now);
+        if !done {
+            self.search = Some(search);
+            self.request_search_page();
+        }
         outcomes.into_iter().for_each(|outcome| self.stored(outcome, now));
     }
 

@@ -179,7 +179,8 @@ impl Client {
     }
 
     /// Hands a message over and returns when it has a place among the 256 that may be unacknowledged; what is returned then is the
-    /// way to its outcome. Messages to one conversation are stored in the order of these calls. It is tried until it is
+    /// way to its outcome. Messages to one conversation are stored in the order of these calls (a direct conversation that is not
+    /// on the user's list yet must always be addressed in the same way for that). It is tried until it is
     /// acknowledged or definitely refused, across reconnects, without ever being stored twice.
     pub async fn enqueue(&self, target: Target, body: Bytes) -> Result<PendingSend, SendError> {
         if body.is_empty() || body.len() > limits::BODY_BYTES_MAX {

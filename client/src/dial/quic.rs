@@ -17,6 +17,9 @@ use crate::{config::Endpoint, error::ConfigError};
 
 /// A connection without packets for this long is dead. Twice the longest heartbeat interval that a server should ask for.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+/// A connection that is quiet asks whether the server is still there, because nothing else tells that it was killed: TCP learns it
+/// from the other side's kernel, QUIC from the answer to the next packet. 5 s is how long a client may stay unaware.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// What the server may send ahead; a slow application holds this much, not more.
 const RECEIVE_WINDOW_BYTES: u32 = 1024 * 1024;
 
@@ -32,6 +35,7 @@ impl QuicDialer {
         let crypto = QuicClientConfig::try_from(config).map_err(|error| ConfigError::Trust(error.to_string()))?;
         let mut transport = quinn::TransportConfig::default();
         transport.max_idle_timeout(IDLE_TIMEOUT.try_into().ok());
+        transport.keep_alive_interval(Some(KEEP_ALIVE_INTERVAL));
         transport.receive_window(VarInt::from_u32(RECEIVE_WINDOW_BYTES));
         transport.stream_receive_window(VarInt::from_u32(RECEIVE_WINDOW_BYTES));
         transport.max_concurrent_bidi_streams(VarInt::from_u32(0));

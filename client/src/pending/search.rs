@@ -1,11 +1,9 @@
 //! Sends that the server cannot place (`sync first`): the log is read from what was known before the first try, and tells.
 
-use std::collections::BTreeMap;
-
 use im_proto::{ConversationId, Timestamp};
 use tokio::time::Instant;
 
-use super::{LaneId, LaneState, Outcome, Sends};
+use super::{Lane, LaneId, LaneState, Outcome, Sends};
 use crate::{
     config::Target,
     error::{SendError, Status},
@@ -24,8 +22,8 @@ impl Sends {
     pub(crate) fn next_search(&mut self) -> Option<SearchWanted> {
         while let Some(lane_id) = self.searches.pop_front() {
             let Some(lane) = self.lanes.get(&lane_id) else { continue };
-            let oldest = lane.order.front().and_then(|number| self.pending.get(number));
-            let known_seq = oldest.and_then(|send| send.known_seq).unwrap_or(0);
+            let tried = lane.order.iter().filter_map(|number| self.pending.get(number)?.known_seq);
+            let known_seq = tried.min().unwrap_or(0);
             return Some(SearchWanted { lane: lane_id, target: lane.target.clone(), from: known_seq + 1 });
         }
         None
@@ -36,27 +34,33 @@ impl Sends {
         if entry.own { self.number_of(&entry.client_message_id) } else { None }
     }
 
-    /// The log was read up to `head`: what is in it is stored, the rest is sent again.
+    /// The log was read from where the search began up to `through`: what is in it is stored, the rest is not there, which is known
+    /// from now on. With `done` the rest is sent again.
     pub(crate) fn searched(
         &mut self,
         lane_id: LaneId,
         conversation: ConversationId,
-        found: &BTreeMap<u64, (u64, Timestamp)>,
-        head: u64,
+        found: &[(u64, u64, Timestamp)],
+        through: u64,
+        done: bool,
         now: Instant,
     ) -> Vec<Outcome> {
-        let mut outcomes = Vec::new();
-        let Some(lane) = self.lanes.get_mut(&lane_id) else { return outcomes };
-        if !matches!(lane.state, LaneState::Searching) {
-            return outcomes;
+        let is_searching = |lane: &Lane| matches!(lane.state, LaneState::Searching);
+        if !self.lanes.get(&lane_id).is_some_and(is_searching) {
+            return Vec::new();
         }
-        lane.state = LaneState::Open;
-        for number in lane.order.clone() {
-            if let Some((seq, sent_at)) = found.get(&number) {
-                outcomes.push(self.stored(number, conversation, *seq, *sent_at));
-            } else if let Some(send) = self.pending.get_mut(&number) {
-                send.known_seq = send.known_seq.map(|known_seq| known_seq.max(head));
+        let is_in_lane = |sends: &Self, number| sends.pending.get(number).is_some_and(|send| send.lane == lane_id);
+        let found = found.iter().filter(|(number, ..)| is_in_lane(self, number)).copied().collect::<Vec<_>>();
+        let outcomes = found.into_iter().map(|(number, seq, sent_at)| self.stored(number, conversation, seq, sent_at));
+        let outcomes = outcomes.collect();
+        let Some(lane) = self.lanes.get_mut(&lane_id) else { return outcomes };
+        for number in &lane.order {
+            if let Some(send) = self.pending.get_mut(number) {
+                send.known_seq = send.known_seq.map(|known_seq| known_seq.max(through));
             }
+        }
+        if done {
+            lane.state = LaneState::Open;
         }
         self.settle(lane_id, now);
         outcomes

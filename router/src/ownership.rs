@@ -212,8 +212,8 @@ impl Ownership {
             })
             .collect();
         for claim in &claims {
-            let shard = claim.shard;
-            self.tell(shard, move |worker| worker.shard_claimed(shard));
+            let (shard, epoch) = (claim.shard, claim.epoch);
+            self.tell(shard, move |worker| worker.shard_claimed(shard, epoch));
         }
         if !self.fence_predecessors(&claims).await {
             return;

@@ -4,4 +4,5 @@ mod support;
 
 mod conversations;
 mod lifecycle;
+mod moves;
 mod ownership;

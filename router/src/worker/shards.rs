@@ -29,6 +29,7 @@ const PARKED_MAX: usize = 65_536;
 enum Shard {
     /// Claimed; nothing may be read before the fence is confirmed.
     Claimed {
+        epoch: Epoch,
         parked: Vec<Input>,
     },
     Active {
@@ -74,7 +75,7 @@ impl Shards {
     /// Room for an input that must wait until the shard is active; `None` if it need not or must not.
     pub fn parking(&mut self, shard: ShardId) -> Option<&mut Vec<Input>> {
         match self.shards.get_mut(&shard) {
-            Some(Shard::Claimed { parked }) if parked.len() < PARKED_MAX => Some(parked),
+            Some(Shard::Claimed { parked, .. }) if parked.len() < PARKED_MAX => Some(parked),
             _ => None,
         }
     }
@@ -102,18 +103,24 @@ impl Shards {
 
 impl Worker {
     /// A shard was claimed; requests for it wait from now on.
-    pub fn shard_claimed(&mut self, shard: ShardId) {
-        self.context.shards.shards.insert(shard, Shard::Claimed { parked: Vec::new() });
+    pub fn shard_claimed(&mut self, shard: ShardId, epoch: Epoch) {
+        self.context.shards.shards.insert(shard, Shard::Claimed { epoch, parked: Vec::new() });
     }
 
-    /// A shard's predecessors are fenced: serve it, and open what its last owner left busy.
+    /// A shard's predecessors are fenced: serve it, and open what its last owner left busy. The store was asked meanwhile, for any
+    /// time: a claim that was given up or lost since then, or claimed again and not fenced yet, is none to serve under. An owner
+    /// that gave a shard up is not fenced, so nothing else would stop it.
     pub fn shard_active(&mut self, claim: Claim, busy: Vec<ConversationId>) {
         let shard = claim.shard;
+        match self.context.shards.shards.get(&shard) {
+            Some(Shard::Claimed { epoch, .. }) if *epoch == claim.epoch => {}
+            _ => return,
+        }
         let before = self.context.shards.shards.insert(shard, Shard::Active { claim, cancelled: Arc::default() });
         for conversation in busy {
             self.open_later(conversation);
         }
-        if let Some(Shard::Claimed { parked }) = before {
+        if let Some(Shard::Claimed { parked, .. }) = before {
             for input in parked {
                 self.take(input);
             }
@@ -124,7 +131,7 @@ impl Worker {
     pub fn shard_releasing(&mut self, shard: ShardId, done: oneshot::Sender<()>) {
         self.context.shards.cancel(shard);
         let before = self.context.shards.shards.insert(shard, Shard::Releasing { done: Some(done) });
-        if let Some(Shard::Claimed { parked }) = before {
+        if let Some(Shard::Claimed { parked, .. }) = before {
             self.refuse_parked(parked);
         }
         self.context.forget_users_of(shard);
@@ -135,7 +142,7 @@ impl Worker {
     /// The shard is lost: everything that is not committed is dropped with its queue.
     pub fn shard_lost(&mut self, shard: ShardId) {
         self.context.shards.cancel(shard);
-        if let Some(Shard::Claimed { parked }) = self.context.shards.shards.remove(&shard) {
+        if let Some(Shard::Claimed { parked, .. }) = self.context.shards.shards.remove(&shard) {
             self.refuse_parked(parked);
         }
         self.context.forget_users_of(shard);

@@ -63,6 +63,8 @@ pub struct DataDirectory {
     pub cluster: Cluster,
     pub cluster_secret: ClusterSecret,
     pub router_secret: RouterSecret,
+    /// Ends QUIC connections of earlier starts.
+    pub reset_key: [u8; 32],
     pub verify_keys: Vec<VerifyKey>,
 }
 
@@ -125,12 +127,13 @@ impl DataLock {
         let cluster_secret = ClusterSecret::new(keys::secret(&root.join("cluster.secret"), used)?);
         // Capabilities end with the sessions of this process: a new secret would do no harm.
         let router_secret = RouterSecret::new(keys::secret(&root.join("router.secret"), false)?);
+        let reset_key = keys::secret(&root.join("tls").join("reset.secret"), false)?;
         let verify_keys = keys::verify_keys(&root)?;
         certificate::create_if_missing(&root)?;
         if root.join("store").exists() && !root.join("epoch").exists() {
             return Err(DataError::Missing(root.join("epoch")));
         }
-        Ok(DataDirectory { root, _lock, cluster, cluster_secret, router_secret, verify_keys })
+        Ok(DataDirectory { root, _lock, cluster, cluster_secret, router_secret, reset_key, verify_keys })
     }
 }
 
@@ -275,7 +278,7 @@ mod tests {
     fn secrets_are_readable_by_their_owner_only() {
         let root = tempfile::tempdir().unwrap();
         let _data = open(root.path()).unwrap();
-        for name in ["cluster.secret", "router.secret", "keys/signing.pk8", "tls/key.pem"] {
+        for name in ["cluster.secret", "router.secret", "keys/signing.pk8", "tls/key.pem", "tls/reset.secret"] {
             let mode = fs::metadata(root.path().join(name)).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{name}");
         }

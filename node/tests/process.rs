@@ -1,6 +1,11 @@
 //! `imd` as a process: exit codes, messages, files.
 
-use std::process::{Command, Output};
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+};
 
 fn imd(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_imd")).args(arguments).env_clear().output().expect("imd runs")
@@ -49,4 +54,151 @@ fn version_is_one_json_object() {
     let output = imd(&["version", "--json"]);
     let version: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(version["version"], env!("CARGO_PKG_VERSION"));
+}
+
+/// A server that is killed when the test is over.
+struct Server {
+    child: Child,
+    data: PathBuf,
+}
+
+const ANY: [&str; 10] = [
+    "--tcp",
+    "127.0.0.1:0",
+    "--tls",
+    "127.0.0.1:0",
+    "--quic",
+    "127.0.0.1:0",
+    "--api",
+    "127.0.0.1:0",
+    "--http",
+    "127.0.0.1:0",
+];
+
+impl Server {
+    /// Returns when `ready.json` names this process.
+    fn start(data: &Path, arguments: &[&str]) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_imd"))
+            .args(["up", "--data", data.to_str().unwrap()])
+            .args(arguments)
+            .env_clear()
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut server = Self { child, data: data.to_owned() };
+        while server.ready()["pid"] != server.child.id() {
+            assert!(server.child.try_wait().unwrap().is_none(), "the server ended");
+            std::thread::yield_now();
+        }
+        server
+    }
+
+    fn ready(&self) -> serde_json::Value {
+        let text = std::fs::read(self.data.join("ready.json")).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
+    fn address(&self, name: &str) -> String {
+        self.ready()[name].as_str().unwrap().to_owned()
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(self.address("http")).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended as the test wanted it to.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_server_says_where_it_listens_answers_health_and_stops_cleanly() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    for signal in ["TERM", "INT"] {
+        let mut server = Server::start(&data, &ANY);
+        assert!(server.get("/healthz").starts_with("HTTP/1.1 200"));
+        assert!(server.get("/readyz").starts_with("HTTP/1.1 200"));
+        assert!(server.get("/metrics").contains("\nim_router_shards_owned 1024\n"));
+        for transport in ["tcp", "tls", "api"] {
+            TcpStream::connect(server.address(transport)).unwrap();
+        }
+        server.signal(signal);
+        assert_eq!(server.child.wait().unwrap().code(), Some(0), "{signal}");
+        assert!(!data.join("ready.json").exists());
+    }
+    assert_eq!(std::fs::read_to_string(data.join("epoch")).unwrap(), "2\n", "one for each start");
+}
+
+#[test]
+fn a_second_server_on_the_same_directory_exits_2_and_leaves_the_first_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(&folder.path().join("data"), &ANY);
+    let before = server.ready();
+    let second = imd(&[&["up", "--data", server.data.to_str().unwrap()][..], &ANY].concat());
+    assert_eq!(code(&second), 2);
+    let said = stderr(&second);
+    assert!(said.contains("is in use by another server") && said.lines().count() == 1, "{said}");
+    assert_eq!(server.ready(), before);
+    assert!(server.get("/readyz").starts_with("HTTP/1.1 200"));
+}
+
+#[test]
+fn a_killed_server_starts_again_on_its_data() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let server = Server::start(&data, &ANY);
+    let token = |arguments: &[&str]| {
+        stdout(&imd(&[&["token", "--user", "alice", "--data"], &[data.to_str().unwrap()], arguments].concat()))
+    };
+    assert_eq!(token(&[]).trim().split('.').count(), 3);
+    drop(server);
+    assert!(data.join("ready.json").exists(), "SIGKILL leaves it behind");
+    Server::start(&data, &ANY);
+}
+
+#[test]
+fn what_the_environment_does_not_allow_is_one_line_that_names_it_and_exit_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken_udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let udp_address = taken_udp.local_addr().unwrap().to_string();
+    let data = folder.path().join("data");
+    let blocked = folder.path().join("file");
+    std::fs::write(&blocked, "").unwrap();
+    let below = blocked.join("data");
+    let (data, below) = (data.to_str().unwrap(), below.to_str().unwrap());
+    let cases = [
+        (data, "--tcp", &address),
+        (data, "--tls", &address),
+        (data, "--quic", &udp_address),
+        (data, "--api", &address),
+        (data, "--http", &address),
+        (below, "--tcp", &"127.0.0.1:0".to_owned()),
+    ];
+    for (data, option, address) in cases {
+        let place = ANY.iter().position(|argument| *argument == option).unwrap();
+        let mut arguments = [&["up", "--data", data][..], &ANY].concat();
+        arguments[place + 4] = address;
+        let output = imd(&arguments);
+        let said = stderr(&output);
+        assert_eq!(code(&output), 2, "{option} {said}");
+        let names = if data == below { below } else { option };
+        assert!(said.contains(names) && said.lines().count() == 1, "{option}: {said}");
+    }
 }

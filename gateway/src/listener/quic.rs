@@ -11,8 +11,12 @@ use std::{
 };
 
 use quinn::{
-    Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, TransportConfig, VarInt,
-    crypto::rustls::QuicServerConfig,
+    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime,
+    TransportConfig, VarInt, crypto::rustls::QuicServerConfig,
+};
+use ring::{
+    hmac,
+    rand::{SecureRandom as _, SystemRandom},
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::timeout;
@@ -29,6 +33,10 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 /// Handshakes that wait for the listener, and the bytes that they may bring.
 const INCOMING_MAX: usize = 4096;
 const INCOMING_BYTES_MAX: u64 = 8 * 1024 * 1024;
+/// Enough that two live connections never share one.
+const CONNECTION_ID_BYTES: usize = 8;
+/// After a restart each client of the start before is told once: 100,000 of them within 10 s. Each answer is smaller than what asked.
+const RESET_INTERVAL_MIN: Duration = Duration::from_micros(100);
 /// One socket serves all clients; the kernel may grant less.
 const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
@@ -38,8 +46,61 @@ pub struct Listener {
     address: SocketAddr,
 }
 
+/// Ends the connections of an earlier start. Whoever knows it can end any connection of this server.
+#[derive(Clone)]
+pub struct ResetKey([u8; 32]);
+
+impl ResetKey {
+    /// From 32 secret bytes. The same bytes in each start on an address: a client whose server was killed then learns so from the
+    /// first packet that it sends to the next start, and not from its own idle timeout.
+    pub const fn new(secret: [u8; 32]) -> Self {
+        Self(secret)
+    }
+
+    fn endpoint_config(&self) -> EndpointConfig {
+        let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &self.0)));
+        config.cid_generator(|| Box::new(ConnectionIds));
+        config.min_reset_interval(RESET_INTERVAL_MIN);
+        config
+    }
+}
+
+/// Plain random ids. The library's own can be told from others only within one start, so that packets of a start before would be
+/// dropped without the answer that they are for.
+struct ConnectionIds;
+
+impl ConnectionIdGenerator for ConnectionIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut id = [0; CONNECTION_ID_BYTES];
+        // Without randomness there is no TLS handshake either.
+        let _ = SystemRandom::new().fill(&mut id);
+        ConnectionId::new(&id)
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
 /// Binds an address; port 0 takes any free one. Needs a tokio runtime.
 pub fn bind(address: SocketAddr, certificate: Certificate) -> Result<Listener, ListenError> {
+    bind_with(address, certificate, EndpointConfig::default())
+}
+
+/// [`bind`], so that clients of an earlier start with the same key find out at once.
+pub fn bind_with_reset_key(
+    address: SocketAddr,
+    certificate: Certificate,
+    key: &ResetKey,
+) -> Result<Listener, ListenError> {
+    bind_with(address, certificate, key.endpoint_config())
+}
+
+fn bind_with(address: SocketAddr, certificate: Certificate, endpoint: EndpointConfig) -> Result<Listener, ListenError> {
     let failed = |source| ListenError::Bind { address, source };
     let crypto = QuicServerConfig::try_from(certificate.server_config()?)
         .map_err(|error| ListenError::Quic(error.to_string()))?;
@@ -49,7 +110,7 @@ pub fn bind(address: SocketAddr, certificate: Certificate) -> Result<Listener, L
         .max_incoming(INCOMING_MAX)
         .incoming_buffer_size_total(INCOMING_BYTES_MAX);
     let socket = socket(address).map_err(failed)?;
-    let endpoint = Endpoint::new(EndpointConfig::default(), Some(config), socket, Arc::new(TokioRuntime));
+    let endpoint = Endpoint::new(endpoint, Some(config), socket, Arc::new(TokioRuntime));
     let endpoint = endpoint.map_err(failed)?;
     let address = endpoint.local_addr().map_err(failed)?;
     Ok(Listener { endpoint, address })

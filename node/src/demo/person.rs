@@ -117,12 +117,19 @@ fn sign(name: &str, device: &str, data: &Path, environment: &Environment) -> any
 
 /// One line of the transcript: seq, time, the reader's transport, what was said.
 pub fn line(entry: &Entry, reader: &Person) -> String {
+    let sender = entry.sender.as_ref().map_or("the server", UserId::as_str);
     let what = match entry.decode_body().and_then(|body| body.content) {
-        Some(v1::body::Content::Text(text)) => format!("{}: {}", entry.sender, text.text),
-        Some(v1::body::Content::Event(_)) => "(the group was created)".to_owned(),
-        _ => format!("{}: (another kind of body)", entry.sender),
+        Some(v1::body::Content::Text(text)) => format!("{sender}: {}", text.text),
+        Some(v1::body::Content::Event(_)) => format!("({sender} made the group)"),
+        _ => format!("{sender}: (another kind of body)"),
     };
-    format!("{:>6}  {}  {:<4} {:<6} {what}\n", entry.seq, time_of_day(entry.sent_at), reader.transport, reader.name)
+    format!(
+        "{:>6}  {}  {:<4} {:<6} {what}\n",
+        entry.seq,
+        time_of_day(entry.sent_at),
+        reader.transport.as_str(),
+        reader.name
+    )
 }
 
 /// Hours, minutes, seconds and milliseconds, UTC.

@@ -44,7 +44,8 @@ pub async fn all(server: &mut Server, environment: &Environment) -> anyhow::Resu
     let group = group(&alice, &bob).await?;
     let carol = catch_up(&alice, &bob, group, server, environment).await?;
     let single = only_once(&alice, group).await?;
-    killed(&alice, &[&bob, &carol], group, server, environment).await?;
+    bob.until(group, single.seq).await?;
+    killed(&alice, &[&bob, &carol], (group, single.seq + 1), server, environment).await?;
     still_once(&alice, single, server, environment).await?;
     same_history(&[&alice, &bob, &carol], group).await?;
     for person in [alice, bob, carol] {
@@ -153,14 +154,13 @@ async fn only_once(alice: &Person, group: ConversationId) -> anyhow::Result<Sing
 async fn killed(
     alice: &Person,
     others: &[&Person],
-    group: ConversationId,
+    (group, first): (ConversationId, u64),
     server: &mut Server,
     environment: &Environment,
 ) -> anyhow::Result<()> {
     say(&format!(
         "\n5. Alice sends {FLOW} messages; in the middle the server is killed (SIGKILL) and started again.\n\n"
     ))?;
-    let first = alice.until(group, 8).await?.len() as u64 + 1;
     let sender = alice.client.clone();
     let (finished, mut outcome) = tokio::sync::oneshot::channel();
     environment.spawn(async move {
@@ -247,7 +247,7 @@ async fn same_history(people: &[&Person], group: ConversationId) -> anyhow::Resu
         let mut live = person.until(group, entries.len() as u64).await?;
         live.iter_mut().for_each(|entry| entry.own = false);
         ensure!(live == entries, "{} was told something else than what is stored", person.name);
-        say(&format!("        {:<4} {:<6} {} entries\n", person.transport, person.name, entries.len()))?;
+        say(&format!("        {:<4} {:<6} {} entries\n", person.transport.as_str(), person.name, entries.len()))?;
         match &first {
             None => first = Some(entries),
             Some(first) => ensure!(*first == entries, "{} reads another history", person.name),

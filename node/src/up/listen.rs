@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, path::Path};
 
 use im_gateway::{
     Gateway, ListenError,
-    listener::{certificate::Certificate, quic, tcp, tls},
+    listener::{certificate::Certificate, quic, quic::ResetKey, tcp, tls},
 };
 use im_proto::environment::Environment;
 use im_registry::Endpoint;
@@ -45,7 +45,7 @@ pub struct Addresses {
 pub async fn bind(config: &Config, data: &DataDirectory) -> Result<Listeners, Failure> {
     let certificate = certificate(data)?;
     let tls = |address| tls::bind(address, certificate.clone());
-    let quic = |address| quic::bind(address, certificate.clone());
+    let quic = |address| quic::bind_with_reset_key(address, certificate.clone(), &ResetKey::new(data.reset_key));
     let clients = Clients {
         tcp: config.tcp.map(tcp::bind).transpose().map_err(|error| gateway_refused("tcp", error))?,
         tls: config.tls.map(tls).transpose().map_err(|error| gateway_refused("tls", error))?,

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Runs every test of the project, installing first what they need and is missing. CI runs exactly this.
+#
+#   bash deploy/test.sh            everything; the last line is "all tests passed"
+#
+# Needs Rust (rustup), and as root on Debian installs a C compiler and git if they are missing. Starts no service, uses no fixed
+# port, leaves no process behind. FUZZ_SECONDS (60) and E2E_LINES (200000) change the length of two steps.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Marks every process that this run starts, so that what is left of it can be found.
+export DEPLOY_TEST_RUN="$$-$(date +%s)"
+export RUST_BACKTRACE=1
+started=$SECONDS
+steps=()
+
+processes_of_this_run() {
+    local environment pid
+    for environment in /proc/[0-9]*/environ; do
+        pid=${environment#/proc/}
+        pid=${pid%/environ}
+        if [ "$pid" != "$$" ] && grep -qzx "DEPLOY_TEST_RUN=$DEPLOY_TEST_RUN" "$environment" 2>/dev/null; then
+            # Not this script's own subshells, which run while the list is made.
+            [ "$(readlink "/proc/$pid/exe" 2>/dev/null)" = "$(readlink /proc/$$/exe)" ] || echo "$pid"
+        fi
+    done
+}
+
+end() {
+    local code=$? left
+    trap - EXIT INT TERM
+    left=$(processes_of_this_run)
+    if [ -n "$left" ]; then
+        echo "left behind, killed now:" >&2
+        for pid in $left; do
+            tr '\0' ' ' <"/proc/$pid/cmdline" >&2 || true
+            echo >&2
+            kill -KILL "$pid" 2>/dev/null || true
+        done
+        [ "$code" -ne 0 ] || code=1
+    fi
+    echo
+    printf '%s\n' "${steps[@]}"
+    if [ "$code" -eq 0 ]; then
+        echo "all tests passed in $((SECONDS - started)) s"
+    else
+        echo "FAILED after $((SECONDS - started)) s (exit $code)"
+    fi
+    exit "$code"
+}
+trap end EXIT
+trap 'exit 130' INT TERM
+
+# step NAME COMMAND…: runs it, prints what it prints, remembers how long it took.
+step() {
+    local name=$1 begun=$SECONDS
+    shift
+    printf '\n== %s: %s\n' "$name" "$*"
+    "$@" || { steps+=("FAILED $((SECONDS - begun)) s  $name"); return 1; }
+    steps+=("$(printf 'ok %5d s  %s' $((SECONDS - begun)) "$name")")
+}
+
+install_what_is_missing() {
+    local missing=()
+    command -v cc >/dev/null || missing+=(gcc libc6-dev)
+    command -v git >/dev/null || missing+=(git)
+    command -v perl >/dev/null || missing+=(perl-base)
+    if [ "${#missing[@]}" -gt 0 ]; then
+        if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+            echo "please install: ${missing[*]}" >&2
+            return 1
+        fi
+        apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
+    fi
+    if ! command -v cargo >/dev/null; then
+        echo "please install Rust: https://rustup.rs" >&2
+        return 1
+    fi
+    cargo fmt --version >/dev/null 2>&1 || rustup component add rustfmt
+    cargo clippy --version >/dev/null 2>&1 || rustup component add clippy
+    cargo --version
+    # The tests that look at the dependency tree read what is here and ask no network.
+    cargo fetch --locked
+}
+
+# One implementation of cryptography, and no protoc: a wrong feature somewhere would bring the other one back.
+check_tree() {
+    if cargo tree --locked --workspace --invert aws-lc-sys 2>/dev/null | grep .; then
+        echo "aws-lc-sys is in the tree" >&2
+        return 1
+    fi
+    if ! cargo tree --locked --workspace --invert tonic-prost-build --depth 0 | grep -q "tools/tonic-prost-build"; then
+        echo "the stand-in for tonic-prost-build is not used" >&2
+        return 1
+    fi
+    echo "aws-lc-sys is absent, tonic-prost-build is the one in tools/"
+}
+
+step "prerequisites" install_what_is_missing
+step "format" cargo fmt --all --check
+step "dependency tree" check_tree
+step "lints" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+# Unit, property, model, conformance, integration and doc tests.
+step "tests" cargo test --locked --workspace --no-fail-fast
+step "release build" cargo build --locked --release --workspace
+step "demo" target/release/imd demo
+step "end to end" bash deploy/e2e.sh
+step "fuzzing" bash deploy/fuzz.sh "${FUZZ_SECONDS:-60}"

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -12,7 +12,7 @@ use im_proto::{ConversationId, Epoch, InstanceId, ShardId, UserId, environment::
 use im_registry::{Role, View};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     time::Instant,
 };
 
@@ -22,7 +22,7 @@ use crate::{
     message::{Answer, ReplyTo, ShardMessage, unavailable},
     metrics::Metrics,
     peer_link::PeerLink,
-    worker::input::Input,
+    worker::input::{GatewayInput, Input},
 };
 
 /// Why a router ended by itself.
@@ -34,6 +34,17 @@ pub enum Ended {
     LeaseLost,
     /// The store has stopped; a restart recovers what it acknowledged.
     StoreStopped(String),
+}
+
+/// Messages of gateways that wait for this router's workers. Beyond it links are not read, so that gateways keep what their clients
+/// send (256 a session) and then answer `overloaded`.
+const GATEWAY_BACKLOG_MAX: usize = 65_536;
+
+/// An inbox within one router. It has no bound of its own, because its senders must not wait for each other: what fills it is bounded
+/// where it enters (the backlog of gateways, calls a session, queues of peer links) and by what is under way (batches, opens).
+#[allow(clippy::disallowed_methods, reason = "bounded where it is filled; see above")]
+pub fn inbox<T>() -> (mpsc::UnboundedSender<T>, mpsc::UnboundedReceiver<T>) {
+    mpsc::unbounded_channel()
 }
 
 /// Who owns the shards, as far as this router knows.
@@ -75,6 +86,8 @@ pub struct Cluster {
     next_request: AtomicU64,
     /// The claim under which live pushes were last sent to a shard's owner, `None` if there was no owner to send them to.
     pushed_under: Mutex<BTreeMap<ShardId, Option<Epoch>>>,
+    gateway_backlog: AtomicUsize,
+    gateway_room: Notify,
     ended: watch::Sender<Option<Ended>>,
 }
 
@@ -94,6 +107,8 @@ impl Cluster {
             awaited: Mutex::default(),
             next_request: AtomicU64::new(1),
             pushed_under: Mutex::default(),
+            gateway_backlog: AtomicUsize::new(0),
+            gateway_room: Notify::new(),
             ended: watch::Sender::new(None),
             config,
             environment,
@@ -152,6 +167,31 @@ impl Cluster {
     pub fn to_worker(&self, worker: usize, input: Input) {
         if let Some(worker) = self.workers.get(worker) {
             let _ = worker.send(input);
+        }
+    }
+
+    /// Gives messages of a gateway to a worker.
+    pub fn gateway_to_worker(&self, worker: usize, messages: Vec<GatewayInput>) {
+        self.gateway_backlog.fetch_add(messages.len(), Ordering::Relaxed);
+        self.to_worker(worker, Input::Gateway(messages));
+    }
+
+    /// A worker has taken messages of a gateway.
+    pub fn gateway_taken(&self, count: usize) {
+        let before = self.gateway_backlog.fetch_sub(count, Ordering::Relaxed);
+        if before >= GATEWAY_BACKLOG_MAX && before - count < GATEWAY_BACKLOG_MAX {
+            self.gateway_room.notify_waiters();
+        }
+    }
+
+    /// Waits until the workers have caught up enough to take more from gateways.
+    pub async fn gateway_room(&self) {
+        loop {
+            let room = self.gateway_room.notified();
+            if self.gateway_backlog.load(Ordering::Relaxed) < GATEWAY_BACKLOG_MAX {
+                return;
+            }
+            room.await;
         }
     }
 

@@ -9,7 +9,7 @@ use im_storage::{MessageLog as _, Store, StoreError};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    cluster::{Cluster, Ended},
+    cluster::{self, Cluster, Ended},
     worker::input::Input,
 };
 
@@ -30,7 +30,7 @@ pub struct FenceService {
 impl FenceService {
     /// The service and the reader's end, for [`run`].
     pub fn new() -> (Self, mpsc::UnboundedReceiver<FenceRequest>) {
-        let (requests, receiver) = mpsc::unbounded_channel();
+        let (requests, receiver) = cluster::inbox();
         (Self { requests }, receiver)
     }
 

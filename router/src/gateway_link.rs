@@ -227,7 +227,7 @@ async fn pump(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, connection: u64, 
             biased;
             // A router that has ended answers nobody: its links break, so that gateways look for the next owner.
             () = async { let _ = ended.wait_for(Option::is_some).await; } => return,
-            item = end.receiver.recv() => match item {
+            item = async { cluster.gateway_room().await; end.receiver.recv().await } => match item {
                 Some(LinkItem::Batch(batch)) => {
                     if link.connection.load(Ordering::Acquire) != connection || !take_batch(cluster, link, &batch) {
                         return;
@@ -271,15 +271,21 @@ async fn flush(link: &GatewayLink, sender: &mpsc::Sender<LinkItem<v1::RouterBatc
 
 /// Handles an arrived batch; `false` if the link must be reset.
 fn take_batch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, batch: &Arc<v1::GatewayBatch>) -> bool {
-    let arrival = {
+    let (arrival, lost) = {
         let mut numbering = link.numbering.lock();
         numbering.outgoing.acknowledge(batch.acknowledged_through);
-        numbering.incoming.arrive(batch.first_number, Batch::messages(batch))
+        let lost = batch.first_number > numbering.incoming.received_through() + 1;
+        (numbering.incoming.arrive(batch.first_number, Batch::messages(batch)), lost)
     };
     let Arrival::Handle { skip } = arrival else {
         tracing::warn!(gateway = %link.instance, first = batch.first_number, "a gap in a link's numbers; the link is reset");
         return false;
     };
+    if lost {
+        // Closes may be among what is lost. The gateway presents every session that still lives again, from this batch on.
+        link.sessions.write().clear();
+        cluster.to_all_workers(|| Input::GatewayGone(link.instance.clone()));
+    }
     let mut inputs = Inputs::new(cluster);
     for message in batch.messages.iter().skip(skip) {
         if let Some(message) = &message.message {
@@ -309,7 +315,7 @@ impl<'a> Inputs<'a> {
     fn flush(self) {
         for (worker, inputs) in self.by_worker.into_iter().enumerate() {
             if !inputs.is_empty() {
-                self.cluster.to_worker(worker, Input::Gateway(inputs));
+                self.cluster.gateway_to_worker(worker, inputs);
             }
         }
     }

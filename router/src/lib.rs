@@ -32,7 +32,7 @@ use im_proto::{
 };
 use im_registry::{AnyRegistry, Instance, Lease, Registry as _, RegistryError};
 use im_storage::Store;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use self::{cluster::Cluster, fence::FenceService, ownership::Ownership, worker::Worker};
 
@@ -55,13 +55,12 @@ impl Router {
         peers: Arc<dyn Connector<PeerEnd>>,
     ) -> Result<Self, RegistryError> {
         let lease: Lease = registry.register(instance, config.lease_ttl).await?;
-        let (senders, receivers): (Vec<_>, Vec<_>) =
-            (0..config.workers.max(1)).map(|_| mpsc::unbounded_channel()).unzip();
+        let (senders, receivers): (Vec<_>, Vec<_>) = (0..config.workers.max(1)).map(|_| cluster::inbox()).unzip();
         let config = RouterConfig { workers: config.workers.max(1), ..config };
         let cluster = Arc::new(Cluster::new(config, environment.clone(), senders.clone()));
         let (fence, requests) = FenceService::new();
         environment.spawn(fence::run(cluster.clone(), store.clone(), requests));
-        let (raises, raise_requests) = mpsc::unbounded_channel();
+        let (raises, raise_requests) = cluster::inbox();
         for (index, (sender, receiver)) in senders.into_iter().zip(receivers).enumerate() {
             let worker = Worker::new(
                 index,

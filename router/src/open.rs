@@ -183,12 +183,13 @@ impl Open {
         let batch = Arc::new(Batch { conversation: self.id, epoch: self.epoch, committed: tail.committed, rows });
         let mut pause = Duration::from_millis(20);
         loop {
-            let (sender, mut receiver) = mpsc::unbounded_channel();
+            let (sender, mut receiver) = mpsc::channel(1);
             let request = AppendRequest { token: 0, batch: batch.clone() };
             self.store.submit(
                 vec![request],
                 Arc::new(move |results| {
-                    let _ = sender.send(results);
+                    // One request, one result.
+                    let _ = sender.try_send(results);
                 }),
             );
             match receiver.recv().await.and_then(|results| results.into_iter().next()) {

@@ -4,7 +4,7 @@
 //! pushes are dropped with a note that the shard's next resync must cover them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -125,9 +125,9 @@ pub async fn maintain(
                 stays
             });
             for (instance, (boot, address)) in routers {
-                if !peers.contains_key(&instance) {
-                    let peer = Arc::new(PeerLink::new(instance.clone(), boot));
-                    peers.insert(instance, peer.clone());
+                if let Entry::Vacant(vacant) = peers.entry(instance) {
+                    let peer = Arc::new(PeerLink::new(vacant.key().clone(), boot));
+                    vacant.insert(peer.clone());
                     started.push((peer, address));
                 }
             }

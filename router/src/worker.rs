@@ -162,7 +162,10 @@ impl Worker {
 
     fn take(&mut self, input: Input) {
         match input {
-            Input::Gateway(messages) => messages.into_iter().for_each(|message| self.take_gateway(message)),
+            Input::Gateway(messages) => {
+                self.context.cluster.gateway_taken(messages.len());
+                messages.into_iter().for_each(|message| self.take_gateway(message));
+            }
             Input::Shard { shard, message, reply_to } => self.take_shard(shard, message, reply_to),
             Input::Appended(results) => results.into_iter().for_each(|(token, result)| self.appended(token, result)),
             Input::FenceClean(ticket) => self.fence_clean(ticket),
@@ -248,7 +251,7 @@ impl Context {
     }
 
     /// Queues a message for a session's gateway; it leaves at the end of the turn.
-    pub fn to_session(&mut self, key: &SessionKey, message: v1::router_message::Message) {
+    pub fn tell_session(&mut self, key: &SessionKey, message: v1::router_message::Message) {
         let message = v1::RouterMessage { message: Some(message) };
         match self.outgoing.get_mut(&key.gateway) {
             Some(messages) => messages.push(message),

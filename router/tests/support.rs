@@ -50,6 +50,7 @@ impl Random for TestRandom {
 struct TestSpawn;
 
 impl Spawn for TestSpawn {
+    #[allow(clippy::disallowed_methods, reason = "this is where the tasks of the environment run")]
     fn spawn(&self, task: Task) {
         tokio::spawn(task);
     }

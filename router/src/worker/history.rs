@@ -1,10 +1,10 @@
 //! History: ranges of committed entries, read once for all who ask for the same range at the same time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use im_proto::{ConversationId, StatusCode, limits, v1};
-use im_storage::{MessageLog as _, StoreError, StoredRow};
+use im_storage::{MessageLog as _, Store, StoreError, StoredRow};
 use prost::Message as _;
 
 use super::{Context, fan_out};
@@ -14,8 +14,18 @@ use crate::{
     message::{AnswerValue, ReplyTo, unavailable},
 };
 
-/// A read that others may join: conversation, first and last seq, head when it began.
-type ReadKey = (ConversationId, u64, u64, u64);
+/// A read that others may join.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct ReadKey {
+    conversation: ConversationId,
+    from: u64,
+    to: u64,
+    /// Take the newest if not all fit.
+    newest: bool,
+    /// Of the moment when it began.
+    head: u64,
+    first_seq: u64,
+}
 
 /// Reads under way, with all who wait for each.
 #[derive(Default)]
@@ -44,36 +54,31 @@ impl Context {
             }
             Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
         };
-        let key = (conversation.id, from, to, head);
+        let (first_seq, newest) = (conversation.first_seq, request.newest);
+        let key = ReadKey { conversation: conversation.id, from, to, newest, head, first_seq };
         if let Some(waiting) = self.history.waiting.get_mut(&key) {
             return waiting.push(reply_to);
         }
         self.history.waiting.insert(key, vec![reply_to]);
-        self.read_history(conversation.id, from, to, head, conversation.first_seq);
+        self.read_history(key);
     }
 
-    fn read_history(&self, id: ConversationId, from: u64, to: u64, head: u64, first_seq: u64) {
+    fn read_history(&self, key: ReadKey) {
         let (store, fence, past_lease) = (self.store.clone(), self.fence.clone(), self.past_lease());
         let read = async move {
-            let limit = usize::try_from(to - from + 1).unwrap_or(usize::MAX);
-            let rows = store.read_range(id, from, to, limit).await?;
+            let rows = read_rows(&store, key).await?;
             if past_lease && !fence.clean().await {
                 return Err(StoreError::Unconfirmed("the router has ended".to_owned()));
             }
-            let complete = rows.first().is_some_and(|row| row.row.seq == from)
-                && rows.windows(2).all(|pair| pair[0].row.seq + 1 == pair[1].row.seq);
-            if !complete {
-                return Err(StoreError::Damaged(format!("entries of {from}..={to} are missing below the head {head}")));
-            }
-            Ok(encode_reply(id, head, first_seq, &rows))
+            Ok(encode_reply(key.conversation, key.head, key.first_seq, &rows))
         };
         self.then(read, move |worker, outcome| {
-            let waiting = worker.context.history.waiting.remove(&(id, from, to, head)).unwrap_or_default();
+            let waiting = worker.context.history.waiting.remove(&key).unwrap_or_default();
             let answer = match outcome {
                 Ok(reply) => Ok(AnswerValue::Reply(reply)),
                 Err(StoreError::Damaged(what)) => {
                     worker.context.cluster.metrics.alarms.increment(1);
-                    tracing::error!(conversation = %id, what, "ALARM: history cannot be read");
+                    tracing::error!(conversation = %key.conversation, what, "ALARM: history cannot be read");
                     Err(StatusCode::Internal.to_status())
                 }
                 Err(_) => Err(unavailable()),
@@ -109,20 +114,46 @@ fn range(request: &v1::HistoryRequest, first_seq: u64, head: u64) -> Result<Opti
     }
 }
 
-/// An answer stays below the limit of a frame that a link carries: long bodies shorten it, at least one entry is in it.
+/// An answer stays below the limit of what a link carries: long bodies shorten it, at least one read is in it.
 const REPLY_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Rows of one read: at most 8 MiB of the longest bodies are in memory beyond the answer.
+const READ_ROWS: u64 = 128;
+
+/// Reads piece by piece, from the end that is wanted first, until all is there or the answer is full.
+async fn read_rows(store: &Store, key: ReadKey) -> Result<Vec<StoredRow>, StoreError> {
+    let mut pieces: VecDeque<Vec<StoredRow>> = VecDeque::new();
+    let (mut from, mut to, mut bytes) = (key.from, key.to, 0);
+    while from <= to && bytes < REPLY_BYTES_MAX {
+        let low = if key.newest { from.max((to + 1).saturating_sub(READ_ROWS)) } else { from };
+        let high = if key.newest { to } else { to.min(from + READ_ROWS - 1) };
+        let count = usize::try_from(high - low + 1).unwrap_or(usize::MAX);
+        let rows = store.read_range(key.conversation, low, high, count).await?;
+        if rows.len() != count || rows.first().is_none_or(|row| row.row.seq != low) {
+            return Err(StoreError::Damaged(format!(
+                "entries of {low}..={high} are missing below the head {}",
+                key.head
+            )));
+        }
+        bytes += rows.iter().map(|row| row.row.bytes()).sum::<usize>();
+        if key.newest {
+            pieces.push_front(rows);
+            to = low - 1;
+        } else {
+            pieces.push_back(rows);
+            from = high + 1;
+        }
+    }
+    Ok(pieces.into_iter().flatten().collect())
+}
 
 fn encode_reply(id: ConversationId, head: u64, first_seq: u64, rows: &[StoredRow]) -> Bytes {
     let conversation_id = id.to_bytes();
-    let mut entries = Vec::with_capacity(rows.len());
-    let mut bytes = 0;
-    for stored in rows {
-        bytes += stored.row.bytes();
-        if bytes > REPLY_BYTES_MAX && !entries.is_empty() {
-            break;
-        }
-        let message = Some(fan_out::entry_message(conversation_id.clone(), &stored.row));
-        entries.push(v1::HistoryEntry { message, gone_reason: 0 });
-    }
+    let entries = rows
+        .iter()
+        .map(|stored| {
+            let message = Some(fan_out::entry_message(conversation_id.clone(), &stored.row));
+            v1::HistoryEntry { message, gone_reason: 0 }
+        })
+        .collect();
     v1::HistoryReply { conversation_id, entries, head, first_seq }.encode_to_vec().into()
 }

@@ -319,7 +319,7 @@ impl Context {
     pub fn ack(&mut self, caller: &Caller, ack: v1::SendAck) {
         if let Some(key) = &caller.session {
             let result = v1::SendResult { session_id: key.session.0, ack: Some(ack) };
-            self.to_session(key, ToGateway::SendResult(result));
+            self.tell_session(key, ToGateway::SendResult(result));
         }
     }
 

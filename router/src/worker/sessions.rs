@@ -108,7 +108,7 @@ impl Context {
         for key in kicked {
             self.cluster.metrics.sessions.decrement(1.0);
             let status = Some(StatusCode::KickedByAnotherDevice.to_status());
-            self.to_session(&key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
+            self.tell_session(&key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
         }
         room
     }
@@ -119,14 +119,14 @@ impl Context {
         let capability = Some(self.cluster.config.router_secret.capability(&identity));
         let opened =
             v1::SessionOpened { session_id: key.session.0, identity: Some(identity), capability, sync_version };
-        self.to_session(key, ToGateway::Opened(opened));
+        self.tell_session(key, ToGateway::Opened(opened));
     }
 
     fn turn_away(&mut self, caller: &Caller) {
         self.close_session(caller);
         let Some(key) = &caller.session else { return };
         let refused = v1::SessionRefused { session_id: key.session.0, status: Some(unavailable()) };
-        self.to_session(key, ToGateway::Refused(refused));
+        self.tell_session(key, ToGateway::Refused(refused));
     }
 
     /// A session ended. Removal is by session, so a slow disconnect cannot remove its successor.
@@ -165,7 +165,7 @@ impl Context {
         let identity = caller.to_identity();
         let capability = Some(self.cluster.config.router_secret.capability(&identity));
         let renewed = v1::SessionRenewed { session_id: key.session.0, status, identity: Some(identity), capability };
-        self.to_session(key, ToGateway::Renewed(renewed));
+        self.tell_session(key, ToGateway::Renewed(renewed));
         link.add_session(Arc::new(caller));
     }
 

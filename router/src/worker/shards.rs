@@ -122,7 +122,11 @@ impl Worker {
         }
         if let Some(Shard::Claimed { parked, .. }) = before {
             for input in parked {
-                self.take(input);
+                match input {
+                    // Counted as taken when it was parked.
+                    Input::Gateway(messages) => messages.into_iter().for_each(|message| self.take_gateway(message)),
+                    input => self.take(input),
+                }
             }
         }
     }
@@ -263,7 +267,7 @@ impl Context {
         let Some(key) = &caller.session else { return };
         let returned =
             v1::SendReturned { session_id: key.session.0, conversation_id: id.to_bytes(), client_message_id };
-        self.to_session(key, ToGateway::SendReturned(returned));
+        self.tell_session(key, ToGateway::SendReturned(returned));
     }
 
     /// A gateway's input for a shard that is not active here.

@@ -33,6 +33,9 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         data: Option<PathBuf>,
     },
+    /// Run the whole system in one deterministic process, with faults, and judge its promises.
+    #[command(after_help = "Example:\n  imd simulate --seeds 200\n  imd simulate --seed 17 --trace")]
+    Simulate(SimulateArguments),
     /// Make a token for a user.
     #[command(after_help = "Example:\n  imd token --user alice --data ./data")]
     Token(TokenArguments),
@@ -74,6 +77,25 @@ pub struct UpArguments {
     /// Any other setting; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct SimulateArguments {
+    /// Run this seed alone.
+    #[arg(long, value_name = "N", conflicts_with_all = ["seeds", "from"])]
+    pub seed: Option<u64>,
+    /// Run so many seeds.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seeds: u64,
+    /// The first of them.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub from: u64,
+    /// Print what happens.
+    #[arg(long)]
+    pub trace: bool,
+    /// Go on after a broken promise.
+    #[arg(long)]
+    pub keep_going: bool,
 }
 
 #[derive(Args, Debug)]

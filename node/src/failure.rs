@@ -9,6 +9,8 @@ pub enum Failure {
     Operation(String),
     /// Wrong usage, configuration or environment, nothing was changed: exit 2.
     Usage(String),
+    /// A promise of the system did not hold: exit 3.
+    Promise(String),
 }
 
 impl Failure {
@@ -27,6 +29,7 @@ impl Failure {
         match self {
             Self::Operation(_) => 1,
             Self::Usage(_) => 2,
+            Self::Promise(_) => 3,
         }
     }
 }
@@ -34,7 +37,7 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Operation(text) | Self::Usage(text) => f.write_str(text),
+            Self::Operation(text) | Self::Usage(text) | Self::Promise(text) => f.write_str(text),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! `imd`: parses the command line, builds what it asks for, waits for a signal, drains.
 //!
-//! Exit codes: 0 done, 1 the operation failed, 2 wrong usage, configuration or environment and nothing was changed.
+//! Exit codes: 0 done, 1 the operation failed, 2 wrong usage, configuration or environment and nothing was changed, 3 a promise of
+//! the system did not hold.
 
 mod args;
 mod config;
@@ -10,6 +11,7 @@ mod environment;
 mod failure;
 mod http;
 mod signals;
+mod simulate;
 mod telemetry;
 mod token;
 mod up;
@@ -38,6 +40,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command.unwrap_or(Command::Up(arguments.up)) {
         Command::Up(options) => up::run(load(&options)?),
         Command::Demo { data } => demo::run(data),
+        Command::Simulate(options) => simulate::command(&options),
         Command::Token(options) => {
             let token = token::make(&options, &Tasks::default().environment()).map_err(Failure::usage)?;
             print(&format!("{token}\n"))

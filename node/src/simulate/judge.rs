@@ -1,0 +1,261 @@
+//! The end of a run: everything has come back, the histories are read, and the promises are judged.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use im_client::{CallError, Entry, Target};
+use im_proto::{
+    ConversationId, UserId,
+    v1::{self, EntryKind, system_event::Event},
+};
+use tokio::time::{Instant, sleep};
+
+use super::people::{Device, People, checked, entry_hash};
+
+/// Entries of one page of history.
+const PAGE: u32 = 500;
+
+/// A conversation as its history tells it.
+struct Log {
+    entries: Vec<Entry>,
+    head: u64,
+    /// Who has to be shown it, from which seq on.
+    readers: BTreeMap<UserId, u64>,
+}
+
+/// Waits until every send has its outcome; tells how many have none.
+pub async fn wait_for_outcomes(people: &People, patience: Duration) -> u64 {
+    let deadline = Instant::now() + patience;
+    loop {
+        let open = people.record.lock().open_sends;
+        if open == 0 || Instant::now() >= deadline {
+            return open;
+        }
+        sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Waits until all devices have seen everything and lists agree with logs; gives what does not.
+pub async fn settle(people: &Arc<People>, patience: Duration) -> Vec<String> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let missing = match read_all(people).await {
+            Ok(logs) => {
+                let missing = unsettled(people, &logs).await;
+                if missing.is_empty() {
+                    record(people, &logs);
+                    return compare_store(people, &logs);
+                }
+                missing
+            }
+            Err(error) => vec![error],
+        };
+        if Instant::now() >= deadline {
+            return missing.into_iter().map(|text| format!("does not come back: {text}")).collect();
+        }
+        sleep(Duration::from_secs(2)).await;
+    }
+}
+
+fn one_of_each_user(people: &People) -> BTreeMap<UserId, Device> {
+    let mut chosen = BTreeMap::new();
+    for device in people.all() {
+        chosen.entry(device.user.clone()).or_insert(device);
+    }
+    chosen
+}
+
+async fn lists(people: &People) -> Result<BTreeMap<UserId, Vec<v1::ConversationRow>>, String> {
+    let mut lists = BTreeMap::new();
+    for (user, device) in one_of_each_user(people) {
+        let rows = device.client.conversations().await;
+        lists.insert(user.clone(), rows.map_err(|error| format!("the list of {user}: {error}"))?);
+    }
+    Ok(lists)
+}
+
+async fn read_all(people: &Arc<People>) -> Result<BTreeMap<ConversationId, Log>, String> {
+    let lists = lists(people).await?;
+    let devices = one_of_each_user(people);
+    let mut logs = BTreeMap::new();
+    for (user, device) in &devices {
+        let own = people.world.secret.self_id(user);
+        let mut ids: BTreeSet<ConversationId> = [own].into();
+        for row in lists.get(user).into_iter().flatten().filter(|row| !row.left) {
+            ids.extend(ConversationId::from_slice(&row.conversation_id));
+        }
+        for id in ids {
+            if let std::collections::btree_map::Entry::Vacant(place) = logs.entry(id) {
+                match read(device, id).await {
+                    Ok((entries, head)) => {
+                        place.insert(Log { entries, head, readers: BTreeMap::new() });
+                    }
+                    Err(CallError::Refused(status))
+                        if id == own && status.code == Some(im_proto::StatusCode::NotFound) => {}
+                    Err(error) => return Err(format!("{user} reads {id}: {error}")),
+                }
+            }
+        }
+    }
+    for (id, log) in &mut logs {
+        log.readers = readers(people, *id, &log.entries);
+    }
+    Ok(logs)
+}
+
+async fn read(device: &Device, id: ConversationId) -> Result<(Vec<Entry>, u64), CallError> {
+    let mut entries: Vec<Entry> = Vec::new();
+    loop {
+        let from = entries.last().map_or(1, |entry| entry.seq + 1);
+        let page = device.client.history(Target::Conversation(id), from, 0, PAGE, false).await?;
+        let (head, is_empty) = (page.head, page.entries.is_empty());
+        entries.extend(page.entries);
+        if is_empty || entries.last().is_some_and(|entry| entry.seq >= head) {
+            return Ok((entries, head));
+        }
+    }
+}
+
+/// Who is in it at the end, by its entries.
+fn readers(people: &People, id: ConversationId, entries: &[Entry]) -> BTreeMap<UserId, u64> {
+    let users: Vec<UserId> = people.users.iter().filter_map(|user| UserId::parse(user).ok()).collect();
+    let secret = &people.world.secret;
+    for user in &users {
+        for other in &users {
+            if secret.direct_id(user, other) == id {
+                return [(user.clone(), 1), (other.clone(), 1)].into();
+            }
+        }
+    }
+    let mut members = BTreeMap::new();
+    for entry in entries {
+        match event(entry) {
+            Some(Event::GroupCreated(created)) => {
+                members.extend(created.members.iter().filter_map(|user| Some((UserId::parse(user).ok()?, entry.seq))));
+            }
+            Some(Event::MembersJoined(joined)) => {
+                members.extend(joined.members.iter().filter_map(|user| Some((UserId::parse(user).ok()?, entry.seq))));
+            }
+            Some(Event::MemberLeft(left)) => {
+                members.retain(|user: &UserId, _| user.as_str() != left.user_id);
+            }
+            _ => {}
+        }
+    }
+    members
+}
+
+fn event(entry: &Entry) -> Option<Event> {
+    match entry.decode_body()?.content? {
+        v1::body::Content::Event(event) if entry.kind == EntryKind::Event => event.event,
+        _ => None,
+    }
+}
+
+/// What has not arrived everywhere yet.
+async fn unsettled(people: &Arc<People>, logs: &BTreeMap<ConversationId, Log>) -> Vec<String> {
+    let lists = match lists(people).await {
+        Ok(lists) => lists,
+        Err(error) => return vec![error],
+    };
+    let mut missing = Vec::new();
+    for (id, log) in logs {
+        for device in people.all() {
+            let shown = people.shown_through(&device, *id);
+            if log.readers.contains_key(&device.user) && shown < log.head {
+                missing.push(format!("{} was shown {shown} of {} in {id}", device.name, log.head));
+            }
+        }
+        for (user, rows) in &lists {
+            let row = rows.iter().find(|row| row.conversation_id == id.as_bytes()[..]);
+            let is_own = people.world.secret.self_id(user) == *id;
+            match (log.readers.get(user), row) {
+                _ if is_own => {}
+                (Some(_), Some(row)) if !row.left && row.head == log.head => {}
+                (None, row) if row.is_none_or(|row| row.left) => {}
+                (reader, row) => missing.push(format!("the list of {user} at {id}: {row:?}, in it since {reader:?}")),
+            }
+        }
+    }
+    missing
+}
+
+/// Hands everything to the checker.
+fn record(people: &People, logs: &BTreeMap<ConversationId, Log>) {
+    for (id, log) in logs {
+        {
+            let mut record = people.record.lock();
+            let known = record.history.conversation(*id);
+            for entry in &log.entries {
+                record.history.stored(known, checked(entry, entry.kind == EntryKind::Event));
+            }
+            record.history.stored_through(known, log.head);
+        }
+        for device in people.all() {
+            if let Some(joined) = log.readers.get(&device.user) {
+                let client = people.checked_client(&device);
+                let mut record = people.record.lock();
+                let known = record.history.conversation(*id);
+                let view = record.history.view(client, known);
+                record.history.follows(view, joined - 1);
+            }
+        }
+    }
+}
+
+/// The histories as clients read them against what the replicas hold.
+fn compare_store(people: &People, logs: &BTreeMap<ConversationId, Log>) -> Vec<String> {
+    let mut broken = Vec::new();
+    for (id, log) in logs {
+        let stored = people.world.store.committed_view(*id);
+        let stored: BTreeMap<u64, _> = stored.into_iter().map(|stored| (stored.row.seq, stored)).collect();
+        for entry in &log.entries {
+            let Some(found) = stored.get(&entry.seq) else {
+                broken.push(format!("{id} seq {}: the store has no row", entry.seq));
+                continue;
+            };
+            let row = &found.row;
+            if row.body != entry.body || row.client_message_id != entry.client_message_id {
+                broken.push(format!("{id} seq {}: the store has another row", entry.seq));
+            }
+        }
+        broken.extend(repeated_effects(*id, &log.entries));
+        let record = people.record.lock();
+        for entry in &log.entries {
+            if let Some(reason) = record.refused.get(&entry.body) {
+                broken.push(format!("{id} seq {}: stored although it was refused: {reason}", entry.seq));
+            }
+        }
+        drop(record);
+        let mut hashes = BTreeMap::new();
+        for entry in &log.entries {
+            if let Some(other) = hashes.insert(entry.seq, entry_hash(entry)) {
+                broken.push(format!("{id} seq {}: twice in the history, {other:x}", entry.seq));
+            }
+        }
+        if let Some(pair) = log.entries.windows(2).find(|pair| pair[0].sent_at > pair[1].sent_at) {
+            broken.push(format!("{id} seq {}: time runs backwards", pair[1].seq));
+        }
+    }
+    broken
+}
+
+/// An effect of another log's entry is appended once.
+fn repeated_effects(id: ConversationId, entries: &[Entry]) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    let mut broken = Vec::new();
+    for entry in entries {
+        let key = match event(entry) {
+            Some(Event::ConversationJoined(joined)) => (joined.conversation_id, joined.joined_seq),
+            Some(Event::ConversationLeft(left)) => (left.conversation_id, left.left_seq),
+            _ => continue,
+        };
+        if !seen.insert(key) {
+            broken.push(format!("{id} seq {}: an effect was appended twice", entry.seq));
+        }
+    }
+    broken
+}

@@ -72,6 +72,9 @@ pub enum Busy {
     Writing,
     /// Confirmed, with the first seq of the burst.
     Confirmed { since: u64 },
+    /// The row of an earlier owner's burst, found at open. That owner may have been ending the burst, and its deletion may still
+    /// arrive; so the first batch writes a row of its own, which no deletion of the past can undo.
+    Inherited { since: u64 },
     /// Head row and deletion of the busy row are under way.
     Ending,
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use im_proto::{InstanceId, StatusCode, method::Method, v1, v1::router_message::Message as Down};
-use im_storage::{Directory as _, Memory, Store, Table};
+use im_storage::{Directory as _, Memory, StateWrite, Store, Table};
 
 use crate::support::{CLUSTER, World, message, to, user};
 
@@ -177,4 +177,33 @@ async fn locate_offers_the_live_gateways() {
     let reply: v1::LocateReply = gateway.call(1, Method::PlacementLocate, &v1::LocateRequest::default()).await.unwrap();
     assert!(reply.endpoints.iter().all(|endpoint| InstanceId::parse(&endpoint.gateway_id).is_ok()));
     assert!(reply.reconnect_base_ms > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_the_last_owners_burst_that_arrives_late_does_not_hide_the_next_burst() {
+    let store = Store::from(Memory::new());
+    let world = World::new(store.clone());
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.self_id(&user("alice"));
+    let partition = shard_partition(&world, &id);
+    gateway.send(1, id, message("alice", "n1", "one", "", 0)).await;
+    gateway.ack("n1").await;
+    assert!(first.stop(Duration::from_secs(30)).await);
+    let second = world.router(world.config("r2")).await;
+    let mut gateway = world.gateway("g2", &second).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    // The first router was ending the burst when it gave the shard up.
+    let deletion = StateWrite {
+        table: Table::Busy,
+        partition: partition.to_vec().into(),
+        key: id.to_bytes(),
+        value: None,
+        timestamp: 1,
+    };
+    store.write(vec![deletion]).await.unwrap();
+    gateway.send(1, id, message("alice", "n2", "two", "n1", 1)).await;
+    assert_eq!(gateway.ack("n2").await.seq, 2);
+    assert!(store.read(Table::Busy, &partition, id.as_bytes()).await.unwrap().is_some());
 }

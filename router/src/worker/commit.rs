@@ -146,7 +146,7 @@ impl Context {
         let token = self.next_token;
         self.next_token += 1;
         self.tokens.insert(token, conversation.id);
-        if conversation.busy == Busy::Quiet {
+        if matches!(conversation.busy, Busy::Quiet | Busy::Inherited { .. }) {
             self.write_busy(conversation, committed + 1);
         }
         self.submissions.push(AppendRequest { token, batch: batch.clone() });

@@ -68,7 +68,7 @@ impl Context {
         }
         let quiet = conversation.last_entry.elapsed() >= self.cluster.config.quiet_after;
         if quiet
-            && let Busy::Confirmed { since } = conversation.busy
+            && let Busy::Confirmed { since } | Busy::Inherited { since } = conversation.busy
             && conversation.is_settled()
             && conversation.outbox.is_empty()
             && conversation.applied() == conversation.committed

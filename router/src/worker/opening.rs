@@ -150,7 +150,7 @@ impl Context {
             dedupe,
             waiters: std::collections::BTreeMap::new(),
             // The burst of the last owner is taken over and ended in its time.
-            busy: opened.busy_since.map_or(Busy::Quiet, |since| Busy::Confirmed { since }),
+            busy: opened.busy_since.map_or(Busy::Quiet, |since| Busy::Inherited { since }),
             outbox: Outbox::default(),
             unapplied: std::collections::BTreeSet::new(),
             applied_written: opened.applied,

@@ -237,6 +237,12 @@ impl Cluster {
 
     fn send_to_peer(&self, owner: &InstanceId, shard: ShardId, message: &ShardMessage, reply_to: ReplyTo) {
         let Some(peer) = self.peers.read().get(owner).cloned() else {
+            if matches!(message, ShardMessage::Deliver(_) | ShardMessage::ResyncShard) {
+                self.pushed_under.lock().insert(shard, None);
+                if self.peers.read().contains_key(owner) {
+                    self.peers_added();
+                }
+            }
             return self.answer(reply_to, Err(unavailable()));
         };
         let request_id = match reply_to {
@@ -376,5 +382,15 @@ impl Cluster {
     /// A live push could not be handed to the owner of a shard: the next owner must resync.
     pub fn push_lost(&self, shard: ShardId) {
         self.pushed_under.lock().insert(shard, None);
+        let owners = self.owners();
+        if owners.get(shard).is_some_and(|(owner, _)| *owner != self.config.instance) {
+            // The next owner is known already; no view may come any more to remind us.
+            self.resync_moved_shards(&owners);
+        }
+    }
+
+    /// Links to more routers are there: what could not be sent for want of one is sent now.
+    pub fn peers_added(&self) {
+        self.resync_moved_shards(&self.owners());
     }
 }

@@ -27,6 +27,8 @@ pub enum ShardMessage {
 pub struct Delivery {
     pub frames: Bytes,
     pub users: Arc<[UserId]>,
+    /// The shards of the users, if they are not all of the shard that the message is sent to.
+    pub shards: Arc<[ShardId]>,
     /// The session that got a `SendAck` instead.
     pub except: Option<SessionKey>,
 }
@@ -138,7 +140,12 @@ impl ShardMessage {
                     let gateway = InstanceId::parse(&deliver.except_gateway_id).ok()?;
                     Some(SessionKey { gateway, session: SessionId(deliver.except_session_id) })
                 };
-                ShardMessage::Deliver(Delivery { frames: deliver.frame.clone(), users: users?.into(), except })
+                ShardMessage::Deliver(Delivery {
+                    frames: deliver.frame.clone(),
+                    users: users?.into(),
+                    shards: Arc::default(),
+                    except,
+                })
             }
             Message::ResyncShard(_) => ShardMessage::ResyncShard,
             Message::Effect(effect) => ShardMessage::Effect(Effect {

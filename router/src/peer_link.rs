@@ -132,6 +132,9 @@ pub async fn maintain(
                 }
             }
         }
+        if !started.is_empty() {
+            cluster.peers_added();
+        }
         for (peer, address) in started {
             cluster.environment.spawn(dial(cluster.clone(), connector.clone(), peer, address));
         }

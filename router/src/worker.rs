@@ -197,17 +197,17 @@ impl Worker {
     }
 
     fn take_shard(&mut self, shard: im_proto::ShardId, message: ShardMessage, reply_to: ReplyTo) {
+        if let ShardMessage::Deliver(delivery) = &message {
+            return self.context.take_delivery(shard, delivery);
+        }
         if let Some(parked) = self.context.shards.parking(shard) {
             return parked.push(Input::Shard { shard, message, reply_to });
         }
         if !self.context.shards.is_active(shard) {
-            if matches!(message, ShardMessage::Deliver(_)) {
-                self.context.cluster.push_lost(shard);
-            }
             return self.context.refuse(reply_to);
         }
         match message {
-            ShardMessage::Deliver(delivery) => self.context.deliver(&delivery),
+            ShardMessage::Deliver(delivery) => self.context.take_delivery(shard, &delivery),
             ShardMessage::ResyncShard => self.context.resync_shard(shard),
             ShardMessage::Effect(effect) => {
                 let target = effect.target;

@@ -1,10 +1,15 @@
 //! Shards that move between live routers: nobody is fenced, so each side must stop by itself.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use im_proto::{ConversationId, InstanceId, UserId, v1::router_message::Message as Down};
+use im_proto::{
+    ConversationId, InstanceId, UserId,
+    link::channel::{Connecting, Connector, LinkError, LinkItem, PeerEnd, pair},
+    v1::{self, peer_message::Message as Peer, router_message::Message as Down},
+};
 use im_registry::{AnyRegistry, Registry as _};
 use im_storage::{FaultPlan, Faulty, Memory, Store};
+use tokio::sync::mpsc;
 
 use crate::support::{CLUSTER, World, message, user};
 
@@ -55,4 +60,79 @@ async fn a_shard_that_was_given_up_before_it_was_served_is_not_served_later() {
             _ => None,
         })
         .await;
+}
+
+/// Hands the far ends of dialled links to the test.
+struct Dialled(mpsc::Sender<PeerEnd>);
+
+impl Connector<PeerEnd> for Dialled {
+    fn connect(&self, to: &InstanceId, _address: &str) -> Connecting<PeerEnd> {
+        let (near, far) = pair(64);
+        let sent = self.0.try_send(far).map_err(|_| LinkError { to: to.clone(), reason: "one is enough".to_owned() });
+        Box::pin(async move { sent.map(|()| near) })
+    }
+}
+
+fn peer_hello(name: &str) -> LinkItem<v1::PeerBatch> {
+    LinkItem::Hello(v1::LinkHello {
+        instance_id: name.to_owned(),
+        boot_id: 7,
+        cluster_id: "im".to_owned(),
+        ..v1::LinkHello::default()
+    })
+}
+
+/// A push for a user of a shard, as a router sends it.
+fn push(first_number: u64, shard: u32, user: &UserId) -> LinkItem<v1::PeerBatch> {
+    let deliver = v1::PeerDeliver { user_ids: vec![user.to_string()], ..v1::PeerDeliver::default() };
+    let message = v1::PeerMessage { shard, request_id: 0, message: Some(Peer::Deliver(deliver)) };
+    LinkItem::Batch(Arc::new(v1::PeerBatch { first_number, acknowledged_through: 0, messages: vec![message] }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_push_that_comes_to_the_former_owner_ends_in_a_resync_at_the_present_one() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let _second = world.router(world.config("r2")).await;
+    let (dialled, mut links) = mpsc::channel(1);
+    world.peers = Arc::new(Dialled(dialled));
+    let first = world.router(world.config("r1")).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let registry = AnyRegistry::from(world.registry.handle("observer", world.environment.clone()));
+    let bob = user_of(&world, &registry, "r2", |user| CLUSTER.self_id(user));
+    let shard = world.config("any").shards.shard_of(&CLUSTER.self_id(&bob));
+    let mut to_second = links.recv().await.expect("the first router dials the second");
+    assert!(matches!(to_second.receiver.recv().await, Some(LinkItem::Hello(_))));
+    to_second.sender.send(peer_hello("r2")).await.unwrap();
+    let (third, far) = pair(64);
+    first.accept_peer(far);
+    third.sender.send(peer_hello("r3")).await.unwrap();
+    third.sender.send(push(1, shard.0, &bob)).await.unwrap();
+    let batch = tokio::time::timeout(Duration::from_secs(5), to_second.receiver.recv()).await;
+    let Ok(Some(LinkItem::Batch(batch))) = batch else { panic!("no resync came: {batch:?}") };
+    assert!(matches!(&batch.messages[..], [v1::PeerMessage { shard: named, message: Some(Peer::ResyncShard(_)), .. }]
+        if *named == shard.0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_words_of_lost_pushes_make_one_resync_a_session() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let shard = world.config("any").shards.shard_of(&CLUSTER.self_id(&user("alice")));
+    let (peer, far) = pair(64);
+    router.accept_peer(far);
+    peer.sender.send(peer_hello("r2")).await.unwrap();
+    for number in 1..=20 {
+        let message = Some(Peer::ResyncShard(v1::PeerResyncShard {}));
+        let messages = vec![v1::PeerMessage { shard: shard.0, request_id: 0, message }];
+        let batch = v1::PeerBatch { first_number: number, acknowledged_through: 0, messages };
+        peer.sender.send(LinkItem::Batch(Arc::new(batch))).await.unwrap();
+    }
+    let resync = |message: &Down| matches!(message, Down::Resync(resync) if resync.session_ids == [1]).then_some(());
+    gateway.expect("resync", resync).await;
+    gateway.open(&world, 2, "bob", "b1").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    gateway.open(&world, 3, "carol", "c1").await;
+    assert!(gateway.inbox.iter().all(|message| resync(message).is_none()), "{:?}", gateway.inbox);
 }

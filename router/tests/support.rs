@@ -83,6 +83,7 @@ pub struct World {
     pub registry: InProcessRegistry,
     pub store: Store,
     pub key: SigningKey,
+    pub peers: Arc<dyn Connector<PeerEnd>>,
     shards: u32,
 }
 
@@ -94,6 +95,7 @@ impl World {
             registry: InProcessRegistry::new(1, 10),
             store,
             key: SigningKey::from_pkcs8(der.as_ref()).unwrap(),
+            peers: Arc::new(NoPeers),
             shards: 4,
         }
     }
@@ -122,7 +124,7 @@ impl World {
             version: "test".to_owned(),
             draining: false,
         };
-        Router::start(config, self.environment.clone(), self.store.clone(), registry, instance, Arc::new(NoPeers))
+        Router::start(config, self.environment.clone(), self.store.clone(), registry, instance, self.peers.clone())
             .await
             .unwrap()
     }

@@ -1,7 +1,10 @@
 //! From committed entries to the owners of the receivers' shards: one message for each owner and commit, whatever the number of
 //! entries and members.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use bytes::{Bytes, BytesMut};
 use im_proto::{ShardId, UserId, frame, v1};
@@ -19,9 +22,18 @@ use crate::{
 pub struct Routes {
     owners_version: u64,
     members_version: u64,
-    /// For each owner one of its shards and all members whose sessions it holds.
-    groups: Vec<(ShardId, Arc<[UserId]>)>,
+    groups: Vec<Group>,
     valid: bool,
+}
+
+/// The members whose sessions one worker or one other router's shard holds.
+#[derive(Debug)]
+struct Group {
+    /// Finds the worker.
+    shard: ShardId,
+    users: Arc<[UserId]>,
+    /// All of them, if they are several.
+    shards: Arc<[ShardId]>,
 }
 
 impl Routes {
@@ -39,11 +51,7 @@ pub fn deliver(context: &mut Context, conversation: &mut Conversation, entries: 
         let session = session_of(entries[from].1.as_ref());
         let run = entries[from..].iter().take_while(|(_, sender)| session_of(sender.as_ref()) == session).count();
         let frames = encode(conversation, &entries[from..from + run]);
-        let except = session.cloned();
-        for (shard, users) in &conversation.routes.groups {
-            let delivery = Delivery { frames: frames.clone(), users: users.clone(), except: except.clone() };
-            context.cluster.send(*shard, ShardMessage::Deliver(delivery), ReplyTo::Nobody);
-        }
+        send(context, conversation, &frames, session.cloned());
         from += run;
     }
 }
@@ -56,9 +64,18 @@ pub fn deliver_frame(
     except: Option<SessionKey>,
 ) {
     refresh_routes(context, conversation);
-    for (shard, users) in &conversation.routes.groups {
-        let delivery = Delivery { frames: frames.clone(), users: users.clone(), except: except.clone() };
-        context.cluster.send(*shard, ShardMessage::Deliver(delivery), ReplyTo::Nobody);
+    send(context, conversation, frames, except);
+}
+
+fn send(context: &Context, conversation: &Conversation, frames: &Bytes, except: Option<SessionKey>) {
+    for group in &conversation.routes.groups {
+        let delivery = Delivery {
+            frames: frames.clone(),
+            users: group.users.clone(),
+            shards: group.shards.clone(),
+            except: except.clone(),
+        };
+        context.cluster.send(group.shard, ShardMessage::Deliver(delivery), ReplyTo::Nobody);
     }
 }
 
@@ -104,17 +121,24 @@ fn refresh_routes(context: &Context, conversation: &mut Conversation) {
     }
     // A shard stands for its owner: this router's workers each, another router as a whole would need one message a shard,
     // because the receiver finds its worker by the shard.
-    let mut groups: BTreeMap<(bool, u64), (ShardId, Vec<UserId>)> = BTreeMap::new();
+    let mut groups: BTreeMap<(bool, u64), (BTreeSet<ShardId>, Vec<UserId>)> = BTreeMap::new();
     for user in conversation.settled.members.keys() {
         let shard = context.cluster.shard_of_user(user);
         let local = owners.get(shard).is_some_and(|(owner, _)| *owner == context.cluster.config.instance);
         let key = if local { context.cluster.worker_of(shard) as u64 } else { u64::from(shard.0) };
-        groups.entry((local, key)).or_insert_with(|| (shard, Vec::new())).1.push(user.clone());
+        let (shards, users) = groups.entry((local, key)).or_default();
+        shards.insert(shard);
+        users.push(user.clone());
     }
+    let group = |(shards, users): (BTreeSet<ShardId>, Vec<UserId>)| {
+        let shard = *shards.first()?;
+        let shards = if shards.len() > 1 { shards.into_iter().collect() } else { Arc::default() };
+        Some(Group { shard, users: users.into(), shards })
+    };
     conversation.routes = Routes {
         owners_version: owners.version,
         members_version: conversation.members_version,
-        groups: groups.into_values().map(|(shard, users)| (shard, users.into())).collect(),
+        groups: groups.into_values().filter_map(group).collect(),
         valid: true,
     };
 }

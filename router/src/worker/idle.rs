@@ -39,6 +39,7 @@ impl Worker {
         if self.context.index == 0 {
             self.context.cluster.sweep_awaited();
         }
+        self.context.flush_resyncs();
         // The order of the map is the same in every run: its hasher is fixed.
         let ids: Vec<ConversationId> = self.conversations.keys().copied().collect();
         let mut evict = Vec::new();

@@ -1,6 +1,9 @@
 //! The live sessions of the users whose shards this worker owns: registration, device policy, pushes.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use im_proto::{
     DeviceId, InstanceId, Platform, SessionId, ShardId, StatusCode, UserId,
@@ -30,6 +33,8 @@ struct Live {
 pub struct Users {
     /// Ordered, so that a pass over it is the same in every run of a simulation.
     users: BTreeMap<UserId, UserSessions>,
+    /// Shards whose sessions must sync.
+    to_resync: BTreeSet<ShardId>,
 }
 
 struct UserSessions {
@@ -169,8 +174,18 @@ impl Context {
         link.add_session(Arc::new(caller));
     }
 
+    /// Pushes frames to live sessions. What cannot reach its users any more, because their shard has moved, ends in a resync.
+    pub fn take_delivery(&mut self, shard: ShardId, delivery: &Delivery) {
+        let own = [shard];
+        let shards = if delivery.shards.is_empty() { own.as_slice() } else { &delivery.shards };
+        for shard in shards.iter().filter(|shard| !self.shards.takes_pushes(**shard)) {
+            self.cluster.push_lost(*shard);
+        }
+        self.deliver(delivery);
+    }
+
     /// Pushes frames to the live sessions of some users: one message for each gateway.
-    pub fn deliver(&mut self, delivery: &Delivery) {
+    fn deliver(&mut self, delivery: &Delivery) {
         let mut by_gateway: BTreeMap<&InstanceId, Vec<u64>> = BTreeMap::new();
         for user in delivery.users.iter() {
             let Some(user) = self.users.users.get(user) else { continue };
@@ -193,10 +208,20 @@ impl Context {
         }
     }
 
-    /// Pushes for a shard's users may have been lost: all their sessions sync.
+    /// Pushes for a shard's users may have been lost: all their sessions sync. Several routers may say so of several pushes: until
+    /// the next tick that makes one resync.
     pub fn resync_shard(&mut self, shard: ShardId) {
+        self.users.to_resync.insert(shard);
+    }
+
+    /// Tells the sessions to sync whose shards were named since the last time.
+    pub fn flush_resyncs(&mut self) {
+        let shards = std::mem::take(&mut self.users.to_resync);
+        if shards.is_empty() {
+            return;
+        }
         let mut by_gateway: BTreeMap<InstanceId, Vec<u64>> = BTreeMap::new();
-        for user in self.users.users.values().filter(|user| user.shard == shard) {
+        for user in self.users.users.values().filter(|user| shards.contains(&user.shard)) {
             for live in &user.sessions {
                 by_gateway.entry(live.key.gateway.clone()).or_default().push(live.key.session.0);
             }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     caller::Caller,
-    message::{ReplyTo, ShardMessage, unavailable},
+    message::{ReplyTo, unavailable},
     worker::input::GatewayInput,
 };
 
@@ -52,6 +52,12 @@ impl Shards {
     /// Whether requests for it are handled here.
     pub fn is_active(&self, shard: ShardId) -> bool {
         matches!(self.shards.get(&shard), Some(Shard::Active { .. }))
+    }
+
+    /// Whether live pushes for a shard's users reach all that have a session here. Before a shard is served nobody has one: whoever
+    /// gets one later syncs then.
+    pub fn takes_pushes(&self, shard: ShardId) -> bool {
+        matches!(self.shards.get(&shard), Some(Shard::Active { .. } | Shard::Claimed { .. }))
     }
 
     /// Whether batches in flight may still be finished.
@@ -166,12 +172,7 @@ impl Worker {
     fn refuse_parked(&mut self, parked: Vec<Input>) {
         for input in parked {
             match input {
-                Input::Shard { message, reply_to, shard } => {
-                    if matches!(message, ShardMessage::Deliver(_)) {
-                        self.context.cluster.push_lost(shard);
-                    }
-                    self.context.cluster.answer(reply_to, Err(unavailable()));
-                }
+                Input::Shard { reply_to, .. } => self.context.cluster.answer(reply_to, Err(unavailable())),
                 // Not active any more, so this returns sends to their gateways.
                 Input::Gateway(messages) => messages.into_iter().for_each(|message| self.take_gateway(message)),
                 _ => {}

@@ -151,6 +151,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Wrote::Idle | Wrote::Blocked => {}
         }
         self.shared.metrics.bytes_out.increment(self.writer.take_written());
+        // The `Welcome` may have been queued after the look above and written just now: its answer must not be read as too early.
+        self.follow_session();
         match self.read(cx) {
             Ok(Poll::Ready(0)) => return Step::End,
             Ok(Poll::Ready(_)) => return Step::Again,

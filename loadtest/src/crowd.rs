@@ -291,7 +291,7 @@ impl Participants {
     /// Tells the controller how far this thread is.
     fn publish(&mut self) {
         let live = self.members.iter().filter(|member| member.state == State::Live).count() as u64;
-        let unsettled = self.members.iter().map(Participant::unsettled).sum();
+        let unsettled = self.members.iter().map(|member| member.unsettled(&self.flows)).sum();
         let (acknowledged, delivered) = self.history.counts();
         let add = |total: &AtomicU64, published: &mut u64, now: u64| {
             total.fetch_add(now.wrapping_sub(*published), Ordering::Relaxed);
@@ -356,11 +356,14 @@ impl Participant {
     }
 
     /// What this participant still waits for.
-    fn unsettled(&self) -> u64 {
+    fn unsettled(&self, flows: &[Flow]) -> u64 {
         let own = u64::from(self.state != State::Live) + u64::from(self.sync_at.is_some()) + self.calls.len() as u64;
         let lanes = self.lanes.iter().map(|lane| {
-            let pending = lane.sending.as_ref().map_or(0, |sending| sending.pending.len() as u64);
-            pending + lane.ahead.len() as u64 + u64::from(lane.catch_up_to > lane.have)
+            let on_their_way = lane.sending.as_ref().map_or(0, |sending| {
+                let flow = flows.get(usize::try_from(sending.flow).unwrap_or(usize::MAX));
+                flow.map_or(0, Flow::in_flight).max(sending.pending.len() as u64)
+            });
+            on_their_way + lane.ahead.len() as u64 + u64::from(lane.catch_up_to > lane.have)
         });
         own + lanes.sum::<u64>()
     }

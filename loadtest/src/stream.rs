@@ -21,6 +21,8 @@ use tokio::{
 
 /// The protocol's name in TLS.
 const ALPN: &[u8] = b"im/1";
+/// Asked for; the kernel gives at most `net.core.rmem_max` and `wmem_max`.
+const QUIC_SOCKET_BYTES: usize = 4 * 1024 * 1024;
 
 /// How the clients of a run connect.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -66,7 +68,7 @@ impl Connector {
         if transport == Transport::Tls {
             connector.tls = Some(tokio_rustls::TlsConnector::from(Arc::new(config)));
         } else {
-            let mut endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+            let mut endpoint = quic_endpoint()?;
             let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config)?));
             let mut transport = quinn::TransportConfig::default();
             transport.keep_alive_interval(Some(Duration::from_secs(20)));
@@ -95,6 +97,17 @@ impl Connector {
             }
         }
     }
+}
+
+/// An endpoint whose socket holds what a burst for all its connections brings: what the kernel drops there comes again only after a
+/// timeout, and would be read as the server's latency.
+fn quic_endpoint() -> anyhow::Result<quinn::Endpoint> {
+    let socket = std::net::UdpSocket::bind(SocketAddr::from(([0, 0, 0, 0], 0)))?;
+    let options = socket2::SockRef::from(&socket);
+    options.set_recv_buffer_size(QUIC_SOCKET_BYTES)?;
+    options.set_send_buffer_size(QUIC_SOCKET_BYTES)?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    Ok(quinn::Endpoint::new(quinn::EndpointConfig::default(), None, socket, runtime)?)
 }
 
 async fn connect_tcp(address: SocketAddr) -> io::Result<TcpStream> {

@@ -222,7 +222,11 @@ impl World {
         for _ in 0..200 {
             self.step(0..MEMBERS);
         }
-        assert_eq!(self.members.members.iter().map(Participant::unsettled).sum::<u64>(), 0, "not settled");
+        assert_eq!(
+            self.members.members.iter().map(|member| member.unsettled(&self.members.flows)).sum::<u64>(),
+            0,
+            "not settled"
+        );
         assert!(self.members.statistics.errors.is_empty(), "{:?}", self.members.statistics.errors);
         let mut history = self.members.history;
         let conversation = history.conversation(GROUP);

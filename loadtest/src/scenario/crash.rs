@@ -18,6 +18,7 @@ use crate::{
     measure::Reading,
     options::Common,
     report::{Latencies, Percentiles, Report},
+    server::ServerProcess,
 };
 
 /// Pairs if the options do not say; both users of a pair send.
@@ -136,7 +137,11 @@ async fn wait_for(target: &mut Target, load: &Load, acknowledged: u64) -> anyhow
     let deadline = Instant::now() + PROGRESS_WITHIN;
     while total(&load.progress.acknowledged) < acknowledged {
         if Instant::now() > deadline {
-            bail!("nothing is acknowledged any more for {PROGRESS_WITHIN:?}");
+            let (live, open) = (total(&load.progress.live), total(&load.progress.unsettled));
+            let log = target.process.as_ref().map(ServerProcess::log_tail).unwrap_or_default();
+            bail!(
+                "nothing is acknowledged for {PROGRESS_WITHIN:?}; {live} clients live, {open} things open; server:\n{log}"
+            );
         }
         if let Some(process) = &mut target.process
             && !process.is_alive()

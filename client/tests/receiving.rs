@@ -74,7 +74,8 @@ async fn a_history_that_cannot_be_read_now_is_read_later() {
     connection.refuse_call(id, StatusCode::Unavailable).await;
     let (id, _) = connection.expect_history().await;
     // An answer that brings nothing is no reason to ask at once again.
-    connection.reply_history(id, conversation(1), 6..=5, 5).await;
+    let conversation_id = conversation(1).to_bytes();
+    connection.reply(id, &v1::HistoryReply { conversation_id, head: 5, ..v1::HistoryReply::default() }).await;
     connection.expect_silence(Duration::from_millis(400)).await;
     let (id, _) = connection.expect_history().await;
     connection.reply_history(id, conversation(1), 4..=5, 5).await;

@@ -325,18 +325,20 @@ async fn attempt(config: Arc<ClientConfig>, endpoint: Endpoint) -> Result<(Conne
         frame::encode_frame(&v1::ClientFrame::from(client_frame::Frame::Hello(hello)), &mut out);
         loop {
             connection.exchange(&mut out).await.map_err(|error| text(error.to_string()))?;
-            // Only one frame: what follows the welcome is for the session.
-            match connection.next_frame().map_err(|error| text(error.to_string()))? {
-                Some(server_frame::Frame::Welcome(welcome)) => return Ok((connection, welcome)),
-                Some(server_frame::Frame::Close(close)) => {
-                    let status = Status::from_wire(close.status);
-                    return Err(Failure::Status(status.unwrap_or_else(|| Status::from_code(StatusCode::Draining))));
+            // What follows the welcome is for the session; a push that came before it is in what the session will sync.
+            while let Some(frame) = connection.next_frame().map_err(|error| text(error.to_string()))? {
+                match frame {
+                    server_frame::Frame::Welcome(welcome) => return Ok((connection, welcome)),
+                    server_frame::Frame::Close(close) => {
+                        let status = Status::from_wire(close.status);
+                        return Err(Failure::Status(status.unwrap_or_else(|| Status::from_code(StatusCode::Draining))));
+                    }
+                    server_frame::Frame::GoAway(go_away) => {
+                        let endpoints = go_away.endpoints.iter().filter_map(|text| text.parse().ok());
+                        return Err(Failure::Moved(endpoints.collect()));
+                    }
+                    _ => {}
                 }
-                Some(server_frame::Frame::GoAway(go_away)) => {
-                    let endpoints = go_away.endpoints.iter().filter_map(|text| text.parse().ok());
-                    return Err(Failure::Moved(endpoints.collect()));
-                }
-                Some(_) | None => {}
             }
         }
     };

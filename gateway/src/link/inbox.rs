@@ -31,7 +31,10 @@ impl<'a> Inbox<'a> {
             Some(Message::Deliver(deliver)) => {
                 let wakers = &mut self.wakers;
                 shared.sessions.for_each(&deliver.session_ids, |session| {
-                    session.push_live(shared, &deliver.frame, wakers);
+                    // `Welcome` is the first frame. What is committed before it is in the sync that the client begins with.
+                    if session.is_live() {
+                        session.push_live(shared, &deliver.frame, wakers);
+                    }
                 });
             }
             Some(Message::CallReply(reply)) => {
@@ -73,8 +76,10 @@ impl<'a> Inbox<'a> {
         let Some(frame) = resync.resync else { return };
         let (shared, wakers) = (self.shared, &mut self.wakers);
         shared.sessions.for_each(&resync.session_ids, |session| {
-            shared.metrics.resyncs.increment(1);
-            session.push(shared, Frame::Resync(frame), wakers);
+            if session.is_live() {
+                shared.metrics.resyncs.increment(1);
+                session.push(shared, Frame::Resync(frame), wakers);
+            }
         });
     }
 }

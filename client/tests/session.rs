@@ -19,7 +19,7 @@ use im_proto::{
 };
 use tokio::time::Instant;
 
-use crate::server::{Events, Server, conversation, welcome};
+use crate::server::{Events, Server, conversation, message, welcome};
 
 fn endpoints() -> Vec<Endpoint> {
     vec!["tls://first:1".parse().unwrap(), "quic://second:2".parse().unwrap()]
@@ -269,4 +269,23 @@ async fn dropping_the_last_handle_ends_the_connection() {
     let mut connection = server.accept_ready().await;
     drop(client);
     connection.expect_end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_push_in_front_of_the_welcome_delays_nothing() {
+    let server = Server::new();
+    let client = Client::start(server.config());
+    let (_, mut connection) = server.accept_raw().await;
+    assert!(matches!(connection.expect().await, client_frame::Frame::Hello(_)));
+    // In one write, so that one read brings both.
+    let mut bytes = bytes::BytesMut::new();
+    let pushed = server_frame::Frame::Message(message(conversation(1), 1));
+    for frame in [pushed, server_frame::Frame::Welcome(welcome())] {
+        im_proto::frame::encode_frame(&v1::ServerFrame { frame: Some(frame) }, &mut bytes);
+    }
+    let before = Instant::now();
+    connection.send_raw(&bytes).await;
+    connection.expect_sync().await;
+    assert_eq!(before.elapsed(), Duration::ZERO);
+    drop(client);
 }

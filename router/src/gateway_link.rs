@@ -5,7 +5,7 @@
 //! are few (bounded by the sends and calls that a gateway may have in flight) and are never dropped.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -43,6 +43,8 @@ pub struct GatewayLink {
     pub instance: InstanceId,
     pub boot: u64,
     sessions: RwLock<HashMap<SessionId, Arc<Caller>>>,
+    /// Sessions on their way to the worker that opens them; whoever changes both holds this first.
+    opening: Mutex<BTreeSet<SessionId>>,
     queue: Mutex<Queue>,
     queue_bytes_max: usize,
     wake: Notify,
@@ -72,6 +74,7 @@ impl GatewayLink {
             instance,
             boot,
             sessions: RwLock::default(),
+            opening: Mutex::default(),
             queue: Mutex::default(),
             queue_bytes_max,
             wake: Notify::new(),
@@ -128,7 +131,30 @@ impl GatewayLink {
         }
     }
 
-    fn forget_session(&self, session: SessionId) -> Option<Arc<Caller>> {
+    /// Remembers the identity of a session that is being opened; `false` if it was closed meanwhile.
+    pub fn admit_session(&self, caller: Arc<Caller>) -> bool {
+        let Some(key) = &caller.session else { return false };
+        let mut opening = self.opening.lock();
+        let wanted = opening.remove(&key.session);
+        if wanted {
+            self.add_session(caller);
+        }
+        wanted
+    }
+
+    /// Takes over a later expiry, unless the session was closed meanwhile.
+    pub fn renew_session(&self, caller: Arc<Caller>) {
+        if let Some(key) = &caller.session
+            && let Some(known) = self.sessions.write().get_mut(&key.session)
+        {
+            *known = caller;
+        }
+    }
+
+    /// The session is over, or was refused.
+    pub fn forget_session(&self, session: SessionId) -> Option<Arc<Caller>> {
+        let mut opening = self.opening.lock();
+        opening.remove(&session);
         self.sessions.write().remove(&session)
     }
 
@@ -283,6 +309,7 @@ fn take_batch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, batch: &Arc<v1::G
     };
     if lost {
         // Closes may be among what is lost. The gateway presents every session that still lives again, from this batch on.
+        link.opening.lock().clear();
         link.sessions.write().clear();
         cluster.to_all_workers(|| Input::GatewayGone(link.instance.clone()));
     }
@@ -368,6 +395,7 @@ fn dispatch_open(cluster: &Cluster, link: &Arc<GatewayLink>, open: &v1::SessionO
     match token::inspect(&open.token, cluster.environment.clock.now()) {
         Ok(seen) => {
             let self_id = cluster.config.cluster_secret.self_id(&seen.user);
+            link.opening.lock().insert(SessionId(open.session_id));
             inputs.push(GatewayInput::Open { link: link.clone(), open: open.clone(), self_id });
         }
         Err(error) => {

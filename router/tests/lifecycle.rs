@@ -207,3 +207,26 @@ async fn the_end_of_the_last_owners_burst_that_arrives_late_does_not_hide_the_ne
     assert_eq!(gateway.ack("n2").await.seq, 2);
     assert!(store.read(Table::Busy, &partition, id.as_bytes()).await.unwrap().is_some());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_leaves_during_its_handshake_leaves_no_session() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    gateway.open(&world, 2, "bob", "b1").await;
+    let token = world.token("bob", "b2", "terminal");
+    let open = v1::SessionOpen { session_id: 3, token, ..v1::SessionOpen::default() };
+    let close = v1::SessionClose { session_id: 3 };
+    gateway.push(vec![v1::gateway_message::Message::Open(open), v1::gateway_message::Message::Close(close)]).await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    gateway.send(1, id, message("bob", "m1", "hi", "", 0)).await;
+    gateway.ack("m1").await;
+    let receivers = gateway
+        .expect("push", |message| match message {
+            Down::Deliver(deliver) if deliver.session_ids.contains(&2) => Some(deliver.session_ids.clone()),
+            _ => None,
+        })
+        .await;
+    assert_eq!(receivers, [2]);
+}

@@ -60,12 +60,16 @@ impl Worker {
             Ok(caller) => Arc::new(caller),
             Err(error) => return refuse(&link, open.session_id, &error),
         };
+        if !link.admit_session(caller.clone()) {
+            // Its client is gone already; the gateway wants no answer.
+            return;
+        }
         if !context.record(&caller) {
+            link.forget_session(SessionId(open.session_id));
             let status = StatusCode::Overloaded.to_status();
             let refused = v1::SessionRefused { session_id: open.session_id, status: Some(status) };
             return link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
         }
-        link.add_session(caller.clone());
         // The session is recorded: whatever is committed from now on is pushed to it, so the version may be read afterwards.
         let (sender, receiver) = oneshot::channel();
         let query = HeadsQuery { user: caller.user.clone(), conversations: vec![caller.self_id] };
@@ -77,7 +81,7 @@ impl Worker {
             };
             match head {
                 Some(head) => worker.context.let_in(&caller, head.head),
-                None => worker.context.turn_away(&caller),
+                None => worker.context.turn_away(&link, &caller),
             }
         });
     }
@@ -85,6 +89,7 @@ impl Worker {
 
 fn refuse(link: &GatewayLink, session_id: u64, error: &TokenError) {
     tracing::debug!(%error, "a token was refused");
+    link.forget_session(SessionId(session_id));
     let refused = v1::SessionRefused { session_id, status: Some(error.status().to_status()) };
     link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
 }
@@ -97,7 +102,7 @@ impl Context {
         let user =
             self.users.users.entry(caller.user.clone()).or_insert_with(|| UserSessions { shard, sessions: Vec::new() });
         let exclusive = EXCLUSIVE_PLATFORMS.contains(&caller.platform.as_str());
-        let mut kicked = Vec::new();
+        let (mut kicked, before) = (Vec::new(), user.sessions.len());
         user.sessions.retain(|live| {
             let replaced = live.device == caller.device || (exclusive && live.platform == caller.platform);
             if replaced && live.key != key {
@@ -105,13 +110,15 @@ impl Context {
             }
             !replaced
         });
+        // One that is announced again takes its own place.
+        let replaced = before - user.sessions.len();
         let room = user.sessions.len() < self.cluster.config.sessions_per_user_max;
         if room {
             user.sessions.push(Live { key, device: caller.device.clone(), platform: caller.platform.clone() });
             self.cluster.metrics.sessions.increment(1.0);
         }
+        self.cluster.metrics.sessions.decrement(replaced as f64);
         for key in kicked {
-            self.cluster.metrics.sessions.decrement(1.0);
             let status = Some(StatusCode::KickedByAnotherDevice.to_status());
             self.tell_session(&key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
         }
@@ -127,9 +134,10 @@ impl Context {
         self.tell_session(key, ToGateway::Opened(opened));
     }
 
-    fn turn_away(&mut self, caller: &Caller) {
+    fn turn_away(&mut self, link: &GatewayLink, caller: &Caller) {
         self.close_session(caller);
         let Some(key) = &caller.session else { return };
+        link.forget_session(key.session);
         let refused = v1::SessionRefused { session_id: key.session.0, status: Some(unavailable()) };
         self.tell_session(key, ToGateway::Refused(refused));
     }
@@ -171,7 +179,7 @@ impl Context {
         let capability = Some(self.cluster.config.router_secret.capability(&identity));
         let renewed = v1::SessionRenewed { session_id: key.session.0, status, identity: Some(identity), capability };
         self.tell_session(key, ToGateway::Renewed(renewed));
-        link.add_session(Arc::new(caller));
+        link.renew_session(Arc::new(caller));
     }
 
     /// Pushes frames to live sessions. What cannot reach its users any more, because their shard has moved, ends in a resync.

@@ -278,6 +278,7 @@ impl Context {
                 self.return_send(&caller, conversation, send.client_message_id);
             }
             GatewayInput::Open { link, open, .. } => {
+                link.forget_session(im_proto::SessionId(open.session_id));
                 let refused = v1::SessionRefused { session_id: open.session_id, status: Some(unavailable()) };
                 link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
             }

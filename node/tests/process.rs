@@ -162,10 +162,8 @@ fn a_killed_server_starts_again_on_its_data() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");
     let server = Server::start(&data, &ANY);
-    let token = |arguments: &[&str]| {
-        stdout(&imd(&[&["token", "--user", "alice", "--data"], &[data.to_str().unwrap()], arguments].concat()))
-    };
-    assert_eq!(token(&[]).trim().split('.').count(), 3);
+    let token = stdout(&imd(&["token", "--user", "alice", "--data", data.to_str().unwrap()]));
+    assert_eq!(token.trim().split('.').count(), 3);
     drop(server);
     assert!(data.join("ready.json").exists(), "SIGKILL leaves it behind");
     Server::start(&data, &ANY);

@@ -75,7 +75,7 @@ impl Model {
     fn send(&mut self, send: &v1::Send) -> v1::SendAck {
         let id = match &send.target {
             Some(v1::send::Target::ConversationId(bytes)) => ConversationId::from_slice(bytes).unwrap(),
-            Some(v1::send::Target::PeerUserId(user)) => conversation(user.rsplit('-').next().unwrap().parse().unwrap()),
+            Some(v1::send::Target::PeerUserId(user)) => by_peer(user),
             None => panic!("a send without a target"),
         };
         let refused = |code: StatusCode| v1::SendAck {
@@ -141,7 +141,8 @@ impl Model {
     fn history(&self, request: &v1::HistoryRequest) -> Result<v1::HistoryReply, StatusCode> {
         let id = match request.target.as_ref().and_then(|target| target.target.as_ref()) {
             Some(v1::target::Target::ConversationId(bytes)) => ConversationId::from_slice(bytes).unwrap(),
-            other => panic!("{other:?}"),
+            Some(v1::target::Target::PeerUserId(user)) => by_peer(user),
+            None => panic!("a history of nothing"),
         };
         let log = self.logs.get(&id).ok_or(StatusCode::NotFound)?;
         let from = usize::try_from(request.from - 1).unwrap();
@@ -152,6 +153,10 @@ impl Model {
         let entries = entries.map(|entry| v1::HistoryEntry { message: Some(entry), gone_reason: 0 }).collect();
         Ok(v1::HistoryReply { conversation_id: id.to_bytes(), entries, head: log.len() as u64, first_seq: 1 })
     }
+}
+
+fn by_peer(user: &str) -> ConversationId {
+    conversation(user.rsplit('-').next().unwrap().parse().unwrap())
 }
 
 fn accepted(id: ConversationId, entry: &v1::Message) -> v1::SendAck {

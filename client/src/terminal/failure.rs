@@ -47,9 +47,7 @@ impl Failure {
 impl From<ConnectError> for Failure {
     fn from(error: ConnectError) -> Self {
         match error {
-            ConnectError::TimedOut { .. } => {
-                Failure::Failed(format!("{error}; is the server running? (wait longer with --timeout)"))
-            }
+            ConnectError::TimedOut { .. } => Failure::Failed(format!("{error}; --timeout SECONDS waits longer")),
             ConnectError::Closed(reason) => reason.into(),
         }
     }

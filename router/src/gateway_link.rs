@@ -5,7 +5,7 @@
 //! are few (bounded by the sends and calls that a gateway may have in flight) and are never dropped.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -214,17 +214,12 @@ pub async fn serve(cluster: Arc<Cluster>, mut end: RouterEnd) {
     if end.sender.send(LinkItem::Hello(answer)).await.is_err() {
         return;
     }
-    match replay {
-        Some(batches) => {
-            for (_, batch) in batches {
-                if end.sender.send(LinkItem::Batch(batch)).await.is_err() {
-                    return;
-                }
-            }
-        }
-        None => link.send(vec![link.resync_all(v1::ResyncReason::LinkLost)]),
-    }
-    pump(&cluster, &link, connection, end).await;
+    let replay = replay.unwrap_or_else(|| {
+        link.send(vec![link.resync_all(v1::ResyncReason::LinkLost)]);
+        Vec::new()
+    });
+    let replay = replay.into_iter().map(|(_, batch)| batch).collect();
+    pump(&cluster, &link, connection, replay, end).await;
 }
 
 fn admit(cluster: &Cluster, hello: &v1::LinkHello) -> Option<Arc<GatewayLink>> {
@@ -244,9 +239,16 @@ fn admit(cluster: &Cluster, hello: &v1::LinkHello) -> Option<Arc<GatewayLink>> {
     }
 }
 
-async fn pump(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, connection: u64, mut end: RouterEnd) {
-    // The gateway may have queued messages for us before a wake was stored.
-    link.wake.notify_one();
+/// Sending never blocks receiving: two full directions would wait for each other for ever.
+async fn pump(
+    cluster: &Arc<Cluster>,
+    link: &Arc<GatewayLink>,
+    connection: u64,
+    mut replay: VecDeque<Arc<v1::RouterBatch>>,
+    mut end: RouterEnd,
+) {
+    // Messages may have been queued for this gateway before a wake was stored.
+    let mut waits = true;
     let mut ended = cluster.ended();
     loop {
         tokio::select! {
@@ -258,8 +260,17 @@ async fn pump(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, connection: u64, 
                     if link.connection.load(Ordering::Acquire) != connection || !take_batch(cluster, link, &batch) {
                         return;
                     }
+                    // Receiving must not starve sending.
+                    waits = match end.sender.try_reserve() {
+                        Ok(permit) => send_next(link, connection, &mut replay, permit),
+                        Err(_) => true,
+                    };
                 }
                 Some(LinkItem::Hello(_)) | None => return,
+            },
+            permit = end.sender.reserve(), if waits => match permit {
+                Ok(permit) => waits = send_next(link, connection, &mut replay, permit),
+                Err(_) => return,
             },
             () = link.wake.notified() => {
                 if link.connection.load(Ordering::Acquire) != connection {
@@ -267,32 +278,39 @@ async fn pump(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, connection: u64, 
                     link.wake.notify_one();
                     return;
                 }
-                if !flush(link, &end.sender).await {
-                    return;
-                }
+                waits = true;
             }
         }
     }
 }
 
-async fn flush(link: &GatewayLink, sender: &mpsc::Sender<LinkItem<v1::RouterBatch>>) -> bool {
-    loop {
-        let messages = link.take_queue();
-        if messages.is_empty() {
-            return true;
-        }
-        let batch = {
-            let mut numbering = link.numbering.lock();
-            let acknowledged_through = numbering.incoming.received_through();
-            let first_number = numbering.outgoing.next_number();
-            let batch = Arc::new(v1::RouterBatch { first_number, acknowledged_through, messages });
-            numbering.outgoing.push(batch.clone());
-            batch
-        };
-        if sender.send(LinkItem::Batch(batch)).await.is_err() {
-            return false;
-        }
+/// Sends one batch, what must be sent again first; `false` if nothing waits any more.
+fn send_next(
+    link: &GatewayLink,
+    connection: u64,
+    replay: &mut VecDeque<Arc<v1::RouterBatch>>,
+    permit: mpsc::Permit<'_, LinkItem<v1::RouterBatch>>,
+) -> bool {
+    if let Some(batch) = replay.pop_front() {
+        permit.send(LinkItem::Batch(batch));
+        return true;
     }
+    let mut numbering = link.numbering.lock();
+    if link.connection.load(Ordering::Acquire) != connection {
+        // A newer connection has taken the numbers over and sends what waits.
+        link.wake.notify_one();
+        return false;
+    }
+    let messages = link.take_queue();
+    if messages.is_empty() {
+        return false;
+    }
+    let acknowledged_through = numbering.incoming.received_through();
+    let first_number = numbering.outgoing.next_number();
+    let batch = Arc::new(v1::RouterBatch { first_number, acknowledged_through, messages });
+    numbering.outgoing.push(batch.clone());
+    permit.send(LinkItem::Batch(batch));
+    true
 }
 
 /// Handles an arrived batch; `false` if the link must be reset.

@@ -95,7 +95,8 @@ impl Ownership {
             tokio::select! {
                 biased;
                 () = async { let _ = ended.wait_for(Option::is_some).await; } => return,
-                _ = self.stop.changed() => {}
+                // Nobody may be left who could stop it: that is no change.
+                Ok(()) = self.stop.changed() => {}
                 Some(request) = self.raises.recv() => self.raise(request).await,
                 changed = view.changed() => {
                     if changed.is_err() {

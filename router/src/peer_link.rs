@@ -4,7 +4,7 @@
 //! pushes are dropped with a note that the shard's next resync must cover them.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, VecDeque, btree_map::Entry},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -213,18 +213,12 @@ async fn their_hello(cluster: &Cluster, end: &mut PeerEnd) -> Option<v1::LinkHel
 
 async fn run(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, theirs: &v1::LinkHello, end: &mut PeerEnd) {
     let connection = peer.connection.fetch_add(1, Ordering::AcqRel) + 1;
-    match resume(peer, theirs, cluster.config.boot.0) {
-        Some(batches) => {
-            for (_, batch) in batches {
-                if end.sender.send(LinkItem::Batch(batch)).await.is_err() {
-                    return;
-                }
-            }
-        }
-        None => cluster.resync_router(&peer.instance),
-    }
-    peer.wake.notify_one();
-    pump(cluster, peer, connection, end).await;
+    let replay = resume(peer, theirs, cluster.config.boot.0).unwrap_or_else(|| {
+        cluster.resync_router(&peer.instance);
+        Vec::new()
+    });
+    let replay = replay.into_iter().map(|(_, batch)| batch).collect();
+    pump(cluster, peer, connection, replay, end).await;
 }
 
 /// The state of links that a router has dialled to us lives with the links that we dial, under a name of its own.
@@ -252,7 +246,15 @@ fn resume(peer: &PeerLink, theirs: &v1::LinkHello, own_boot: u64) -> Option<Vec<
     numbering.outgoing.replay(received)
 }
 
-async fn pump(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, connection: u64, end: &mut PeerEnd) {
+/// Sending never blocks receiving: two full directions would wait for each other for ever.
+async fn pump(
+    cluster: &Arc<Cluster>,
+    peer: &Arc<PeerLink>,
+    connection: u64,
+    mut replay: VecDeque<Arc<v1::PeerBatch>>,
+    end: &mut PeerEnd,
+) {
+    let mut waits = true;
     let mut ended = cluster.ended();
     loop {
         tokio::select! {
@@ -260,11 +262,20 @@ async fn pump(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, connection: u64, end
             () = async { let _ = ended.wait_for(Option::is_some).await; } => return,
             item = end.receiver.recv() => match item {
                 Some(LinkItem::Batch(batch)) => {
-                    if !take_batch(cluster, peer, &batch) {
+                    if peer.connection.load(Ordering::Acquire) != connection || !take_batch(cluster, peer, &batch) {
                         return;
                     }
+                    // Receiving must not starve sending.
+                    waits = match end.sender.try_reserve() {
+                        Ok(permit) => send_next(cluster, peer, connection, &mut replay, permit),
+                        Err(_) => true,
+                    };
                 }
                 Some(LinkItem::Hello(_)) | None => return,
+            },
+            permit = end.sender.reserve(), if waits => match permit {
+                Ok(permit) => waits = send_next(cluster, peer, connection, &mut replay, permit),
+                Err(_) => return,
             },
             () = peer.wake.notified() => {
                 if peer.connection.load(Ordering::Acquire) != connection {
@@ -272,35 +283,45 @@ async fn pump(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, connection: u64, end
                     peer.wake.notify_one();
                     return;
                 }
-                if !flush(peer, &end.sender).await {
-                    return;
-                }
-                if peer.overflowed.swap(false, Ordering::AcqRel) {
-                    cluster.resync_router(&peer.instance);
-                }
+                waits = true;
             }
         }
     }
 }
 
-async fn flush(peer: &PeerLink, sender: &mpsc::Sender<LinkItem<v1::PeerBatch>>) -> bool {
-    loop {
-        let messages = std::mem::take(&mut *peer.queue.lock());
-        if messages.is_empty() {
-            return true;
-        }
-        let batch = {
-            let mut numbering = peer.numbering.lock();
-            let acknowledged_through = numbering.incoming.received_through();
-            let first_number = numbering.outgoing.next_number();
-            let batch = Arc::new(v1::PeerBatch { first_number, acknowledged_through, messages });
-            numbering.outgoing.push(batch.clone());
-            batch
-        };
-        if sender.send(LinkItem::Batch(batch)).await.is_err() {
+/// Sends one batch, what must be sent again first; `false` if nothing waits any more.
+fn send_next(
+    cluster: &Cluster,
+    peer: &PeerLink,
+    connection: u64,
+    replay: &mut VecDeque<Arc<v1::PeerBatch>>,
+    permit: mpsc::Permit<'_, LinkItem<v1::PeerBatch>>,
+) -> bool {
+    if let Some(batch) = replay.pop_front() {
+        permit.send(LinkItem::Batch(batch));
+        return true;
+    }
+    {
+        let mut numbering = peer.numbering.lock();
+        if peer.connection.load(Ordering::Acquire) != connection {
+            // A newer connection has taken the numbers over and sends what waits.
+            peer.wake.notify_one();
             return false;
         }
+        let messages = std::mem::take(&mut *peer.queue.lock());
+        if messages.is_empty() {
+            return false;
+        }
+        let acknowledged_through = numbering.incoming.received_through();
+        let first_number = numbering.outgoing.next_number();
+        let batch = Arc::new(v1::PeerBatch { first_number, acknowledged_through, messages });
+        numbering.outgoing.push(batch.clone());
+        permit.send(LinkItem::Batch(batch));
     }
+    if peer.overflowed.swap(false, Ordering::AcqRel) {
+        cluster.resync_router(&peer.instance);
+    }
+    true
 }
 
 fn take_batch(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, batch: &Arc<v1::PeerBatch>) -> bool {

@@ -144,6 +144,8 @@ impl Worker {
         while !self.context.stopped {
             tokio::select! {
                 biased;
+                // First, or a worker that always has inputs would never look after what goes by the clock.
+                _ = tick.tick() => self.tick(),
                 count = inputs.recv_many(&mut waiting, INPUTS_PER_TURN) => {
                     if count == 0 {
                         return;
@@ -152,7 +154,6 @@ impl Worker {
                         self.take(input);
                     }
                 }
-                _ = tick.tick() => self.tick(),
             }
             self.end_turn();
             // Other tasks of this thread get their turn even under load.

@@ -136,3 +136,32 @@ async fn many_words_of_lost_pushes_make_one_resync_a_session() {
     gateway.open(&world, 3, "carol", "c1").await;
     assert!(gateway.inbox.iter().all(|message| resync(message).is_none()), "{:?}", gateway.inbox);
 }
+
+#[tokio::test(start_paused = true)]
+async fn two_full_directions_of_a_link_do_not_wait_for_each_other() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (mut peer, far) = pair(2);
+    router.accept_peer(far);
+    peer.sender.send(peer_hello("r2")).await.unwrap();
+    // The other side sends all it has before it reads again, as one does whose own sending blocks its receiving.
+    let sends = async {
+        for number in 1..=50 {
+            let request = v1::PeerHeads { user_id: "alice".to_owned(), conversation_ids: Vec::new() };
+            let message = v1::PeerMessage { shard: 0, request_id: number, message: Some(Peer::Heads(request)) };
+            let batch = v1::PeerBatch { first_number: number, acknowledged_through: 0, messages: vec![message] };
+            peer.sender.send(LinkItem::Batch(Arc::new(batch))).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), sends).await.expect("the router goes on receiving");
+    let (mut answers, deadline) = (0, tokio::time::Instant::now() + Duration::from_secs(60));
+    while answers < 50 {
+        match tokio::time::timeout_at(deadline, peer.receiver.recv()).await {
+            Ok(Some(LinkItem::Batch(batch))) => answers += batch.messages.len(),
+            Ok(Some(LinkItem::Hello(_))) => {}
+            other => panic!("{answers} answers came, then {other:?}"),
+        }
+    }
+}

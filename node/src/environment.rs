@@ -47,6 +47,7 @@ impl Spawn for Tasks {
 struct SystemClock;
 
 impl Clock for SystemClock {
+    #[allow(clippy::disallowed_methods, reason = "this is where time comes from")]
     fn now(&self) -> Timestamp {
         // A clock before 1970 reads as 1970: order never depends on it.
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
@@ -66,6 +67,7 @@ impl Clock for SystemClock {
 struct SystemRandom;
 
 impl Random for SystemRandom {
+    #[allow(clippy::disallowed_methods, reason = "this is where randomness comes from")]
     fn next_u64(&self) -> u64 {
         // A generator for each thread, seeded by the operating system and fit for secrets.
         rand::random()

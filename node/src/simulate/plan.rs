@@ -38,7 +38,7 @@ impl Plan {
     /// The plan of a seed.
     pub fn new(seed: u64) -> Self {
         let mut dice = Dice::new(seed, "plan");
-        let calm = seed % 16 == 0;
+        let calm = seed.is_multiple_of(16);
         let burst = if seed % 16 == 5 { dice.between(1_050, 1_400) } else { 0 };
         Self {
             seed,

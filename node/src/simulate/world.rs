@@ -338,19 +338,17 @@ impl Start {
         let Some(instance) = self.instance(Role::Router) else { return };
         let config = self.router_config(&world, instance.id.clone());
         let store = Store::from(world.store.handle(&self.name));
-        let router = loop {
-            let peers = Arc::new(Dialling { world: self.world.clone(), from: self.name.clone() });
-            let (environment, registry) = (self.environment.clone(), self.registry.clone());
-            match Router::start(config.clone(), environment, store.clone(), registry, instance.clone(), peers).await {
-                Ok(router) => break router,
-                // An earlier try may have registered the instance although its answer was lost: a new start takes a new id.
-                Err(error) => {
-                    let (world, name, incarnation) = (world.clone(), self.name.clone(), self.incarnation);
-                    world.clone().tasks.spawn(Box::pin(async move {
-                        world.restart(&name, incarnation, &format!("not registered: {error}")).await;
-                    }));
-                    return;
-                }
+        let peers = Arc::new(Dialling { world: self.world.clone(), from: self.name.clone() });
+        let (environment, registry) = (self.environment.clone(), self.registry.clone());
+        let router = match Router::start(config, environment, store, registry, instance, peers).await {
+            Ok(router) => router,
+            // The try may have registered the instance although its answer was lost: a new start takes a new id.
+            Err(error) => {
+                let (world, name, incarnation) = (world.clone(), self.name.clone(), self.incarnation);
+                world.clone().tasks.spawn(Box::pin(async move {
+                    world.restart(&name, incarnation, &format!("not registered: {error}")).await;
+                }));
+                return;
             }
         };
         world.set_running(&self.name, self.incarnation, Running::Router(router.clone()));

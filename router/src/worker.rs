@@ -267,14 +267,14 @@ impl Context {
             return;
         }
         let links = self.cluster.links.read();
-        for (gateway, messages) in &mut self.outgoing {
+        self.outgoing.retain(|gateway, messages| {
             // Messages to a gateway that is gone have nobody to reach.
-            if let Some(link) = links.get(gateway) {
+            let link = links.get(gateway);
+            if let Some(link) = link {
                 link.send(std::mem::take(messages));
-            } else {
-                messages.clear();
             }
-        }
+            link.is_some()
+        });
     }
 
     /// Time, for idle conversations.

@@ -1,9 +1,12 @@
 //! Bursts and quiet conversations, repeats that memory does not reach, moves of users, bounds.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use im_proto::{InstanceId, StatusCode, method::Method, v1, v1::router_message::Message as Down};
-use im_storage::{Directory as _, Memory, StateWrite, Store, Table};
+use im_proto::{Epoch, InstanceId, StatusCode, method::Method, v1, v1::router_message::Message as Down};
+use im_router::RouterConfig;
+use im_storage::{
+    AppendRequest, Batch, Directory as _, FaultPlan, Faulty, Memory, MessageLog as _, Row, StateWrite, Store, Table,
+};
 
 use crate::support::{CLUSTER, World, message, to, user};
 
@@ -229,4 +232,100 @@ async fn a_client_that_leaves_during_its_handshake_leaves_no_session() {
         })
         .await;
     assert_eq!(receivers, [2]);
+}
+
+/// A store that refuses everything from when it is told to.
+fn faulty(world: &mut World) -> Faulty {
+    let store = Faulty::new(world.store.clone(), 1, FaultPlan::none(), world.environment.tasks.clone());
+    world.store = Store::from(store.clone());
+    store
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_conversation_that_was_opened_to_be_read_leaves_memory_again() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let create = v1::GroupCreateRequest { key: "k".into(), name: "g".to_owned(), members: vec!["bob".to_owned()] };
+    let group: v1::GroupCreateReply = gateway.call(1, Method::GroupCreate, &create).await.unwrap();
+    let members = v1::GroupMembersRequest {
+        conversation_id: group.conversation_id.clone(),
+        ..v1::GroupMembersRequest::default()
+    };
+    for _ in 0..2 {
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        let reply: v1::GroupMembersReply = gateway.call(1, Method::GroupMembers, &members).await.unwrap();
+        assert_eq!(reply.total, 2);
+    }
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    // What is in memory would be answered from there.
+    store.set_plan(FaultPlan { refused_permille: 1000, ..FaultPlan::none() });
+    let call = gateway.call::<v1::GroupMembersReply>(1, Method::GroupMembers, &members);
+    assert!(tokio::time::timeout(Duration::from_secs(30), call).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_busy_conversation_that_cannot_be_opened_is_not_shown_with_its_old_head() {
+    let store = Store::from(Memory::new());
+    let world = World::new(store.clone());
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    gateway.send(1, id, message("bob", "m1", "m1", "", 0)).await;
+    gateway.ack("m1").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(first.stop(Duration::from_secs(30)).await);
+    // Somebody wrote under an epoch that no claim has given out.
+    let row = Row {
+        seq: 2,
+        counted: 2,
+        sender: Some(user("bob")),
+        client_message_id: "x".into(),
+        sent_at: im_proto::Timestamp::default(),
+        kind: v1::EntryKind::Message,
+        flags: 1,
+        body: bytes::Bytes::new(),
+        meta: bytes::Bytes::new(),
+    };
+    let batch = Batch { conversation: id, epoch: Epoch(u64::MAX >> 8), committed: 1, rows: vec![row] };
+    store.submit(vec![AppendRequest { token: 1, batch: Arc::new(batch) }], Arc::new(|_| {}));
+    let second = world.router(world.config("r2")).await;
+    let mut gateway = world.gateway("g2", &second).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    for _ in 0..5 {
+        let reply = gateway.call::<v1::SyncReply>(1, Method::ConversationSync, &v1::SyncRequest::default()).await;
+        assert_eq!(reply.map_err(|status| status.code), Err(StatusCode::Unavailable.number()));
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn conversations_that_somebody_waits_for_are_opened_first() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let names: Vec<String> = (0..40).map(|n| format!("bob{n}")).collect();
+    for name in &names {
+        gateway.send(1, CLUSTER.direct_id(&user("alice"), &user(name)), message(name, "m1", "m1", "", 0)).await;
+        gateway.ack("m1").await;
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(first.stop(Duration::from_secs(30)).await);
+    let delay = Duration::from_millis(50)..=Duration::from_millis(50);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    let second = world.router(RouterConfig { opens_max: 1, ..world.config("r2") }).await;
+    let mut gateway = world.gateway("g2", &second).await;
+    let begun = tokio::time::Instant::now();
+    gateway.open(&world, 1, "alice", "a1").await;
+    for name in &names[36..] {
+        gateway.send(1, CLUSTER.direct_id(&user("alice"), &user(name)), message(name, "m2", "m2", "m1", 1)).await;
+        gateway.ack("m2").await;
+    }
+    // Forty conversations and their forty-one users' own logs take half a second each, two at a time.
+    assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
 }

@@ -129,11 +129,14 @@ impl Worker {
         }
         match self.conversations.get_mut(&id) {
             Some(Slot::Open(conversation)) => self.context.handle(conversation, request),
-            Some(Slot::Opening { waiting, .. } | Slot::Raising { waiting, .. }) => {
-                if waiting.len() >= self.context.cluster.config.opening_queue_max {
+            Some(slot @ (Slot::Opening { .. } | Slot::Raising { .. })) => {
+                if slot.waiting().is_some_and(|waiting| waiting.len() >= self.context.cluster.config.opening_queue_max)
+                {
                     return self.context.give_back(id, request);
                 }
-                waiting.push_back(request);
+                if slot.wait(request) {
+                    self.open_sooner(id);
+                }
             }
             None => self.open_for(id, request),
         }

@@ -11,7 +11,7 @@ use super::{
     waiting::{Request, Slot},
 };
 use crate::{
-    conversation::{Conversation, Cursor},
+    conversation::{Busy, Conversation, Cursor},
     fence::FenceService,
     message::{AnswerValue, HeadsQuery, ReplyTo, unavailable},
 };
@@ -47,9 +47,9 @@ impl Worker {
             }
             match self.conversations.get_mut(&id) {
                 Some(Slot::Open(conversation)) => ready.push(head_of(conversation, &query.user)),
-                Some(Slot::Opening { waiting, .. } | Slot::Raising { waiting, .. }) => {
+                Some(Slot::Opening { .. } | Slot::Raising { .. }) => {
                     let (answer, receiver) = oneshot::channel();
-                    waiting.push_back(Request::Head { user: query.user.clone(), answer });
+                    self.request(id, Request::Head { user: query.user.clone(), answer });
                     opening.push(receiver);
                 }
                 None => quiet.push(id),
@@ -78,9 +78,8 @@ async fn gather(
         heads.push(quiet_head(store, id).await?);
     }
     for receiver in opening {
-        if let Ok(head) = receiver.await {
-            heads.push(head);
-        }
+        let gone = |_| StoreError::Unconfirmed("the worker has ended".to_owned());
+        heads.push(receiver.await.map_err(gone)?);
     }
     for head in &mut heads {
         merge_cursor(store, user, head).await?;
@@ -132,7 +131,10 @@ impl Context {
         let unread = conversation.committed_counted.saturating_sub(cursor.counted);
         let reply = v1::MarkReadReply { read_seq: cursor.seq, unread }.encode_to_vec();
         let writes: Vec<_> = super::idle::cursor_write(conversation, user).into_iter().collect();
-        conversation.cursors_dirty.remove(user);
+        if conversation.busy == Busy::Quiet {
+            // No mark is written before the next burst, so none can overtake this write.
+            conversation.cursors_dirty.remove(user);
+        }
         let mut reply_to = Some(reply_to);
         self.write_state(writes, move |worker| {
             if let Some(reply_to) = reply_to.take() {

@@ -1,5 +1,7 @@
 //! What happens by the clock: effects sent again, cursors flushed, bursts ended, quiet conversations dropped from memory.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use im_proto::{ConversationId, UserId};
 use im_storage::{StateWrite, Table};
@@ -79,13 +81,15 @@ impl Context {
     }
 
     fn may_leave(&self, conversation: &Conversation) -> bool {
+        // Anybody may name conversations that do not exist: these do not stay.
+        let stays = if conversation.assigned == 0 { Duration::ZERO } else { self.cluster.config.evict_after };
         conversation.busy == Busy::Quiet
             && conversation.is_settled()
             && conversation.waiters.is_empty()
             && conversation.cursors_dirty.is_empty()
             && conversation.outbox.is_empty()
             && conversation.unapplied.is_empty()
-            && conversation.last_use.elapsed() >= self.cluster.config.evict_after
+            && conversation.last_use.elapsed() >= stays
     }
 
     /// Cursors first, confirmed, then the applied marks: an open moves the senders' own cursors again for all entries above the mark.

@@ -31,6 +31,12 @@ impl Worker {
         self.start_opens();
     }
 
+    /// Somebody waits for a conversation that nobody has waited for: it need not wait for others of that kind.
+    pub fn open_sooner(&mut self, id: ConversationId) {
+        self.context.opens.wanted.push_back(id);
+        self.start_opens();
+    }
+
     /// Starts opens up to the bound.
     pub fn start_opens(&mut self) {
         while self.context.opens.running < self.context.cluster.config.opens_max {
@@ -81,7 +87,8 @@ impl Worker {
         }
     }
 
-    /// The conversation stays closed for a while; its callers get `unavailable` and may try again.
+    /// The conversation stays closed until somebody asks for it a while later; its callers get `unavailable` and may try again. It
+    /// keeps its place: its head row may be older than its log.
     fn open_failed(&mut self, id: ConversationId, error: &OpenError, waiting: VecDeque<Request>) {
         self.context.cluster.metrics.opens_failed.increment(1);
         tracing::error!(conversation = %id, %error, "a conversation could not be opened");
@@ -90,10 +97,13 @@ impl Worker {
             self.context.refuse_request(&id, request);
         }
         self.context.then(tokio::time::sleep(Duration::from_secs(1)), move |worker, ()| {
-            if let Some(Slot::Opening { attempt: u64::MAX, .. }) = worker.conversations.get(&id)
-                && let Some(Slot::Opening { waiting, .. }) = worker.conversations.remove(&id)
+            if let Some(Slot::Opening { attempt, waiting }) = worker.conversations.get_mut(&id)
+                && *attempt == u64::MAX
             {
-                waiting.into_iter().for_each(|request| worker.request(id, request));
+                *attempt = 0;
+                if !waiting.is_empty() {
+                    worker.open_sooner(id);
+                }
             }
         });
     }
@@ -102,6 +112,10 @@ impl Worker {
         let mut conversation = Box::new(self.context.conversation(id, epoch, &opened));
         for (user, cursor) in &opened.cursors {
             conversation.move_cursor(user, *cursor);
+            // Cursors are stored before the mark that covers them.
+            if cursor.seq <= opened.applied {
+                conversation.cursors_dirty.remove(user);
+            }
         }
         for effect in opened.effects {
             conversation.outbox.push(effect);

@@ -54,6 +54,32 @@ pub enum Slot {
     },
 }
 
+impl Slot {
+    /// What waits for it, unless it is open.
+    pub fn waiting(&self) -> Option<&VecDeque<Request>> {
+        match self {
+            Slot::Open(_) => None,
+            Slot::Opening { waiting, .. } | Slot::Raising { waiting } => Some(waiting),
+        }
+    }
+
+    /// Lets a request wait; `true` if it is the first one for which somebody waits and the open has not begun.
+    pub fn wait(&mut self, request: Request) -> bool {
+        match self {
+            Slot::Open(_) => false,
+            Slot::Opening { attempt, waiting } => {
+                let first = *attempt == 0 && waiting.is_empty();
+                waiting.push_back(request);
+                first
+            }
+            Slot::Raising { waiting } => {
+                waiting.push_back(request);
+                false
+            }
+        }
+    }
+}
+
 /// A conversation that wants to be opened, in two classes: first those that somebody waits for.
 #[derive(Default)]
 pub struct OpenQueue {

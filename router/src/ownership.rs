@@ -162,19 +162,24 @@ impl Ownership {
             // Not visible to ourselves yet.
             return;
         }
-        let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
+        let (mut wanted, mut unwanted, mut forgotten) = (Vec::new(), Vec::new(), Vec::new());
         for shard in self.cluster.config.shards.shards() {
             let mine = rendezvous_owner(shard, routers.iter().copied()) == Some(&me);
             match (self.held.contains_key(&shard), mine) {
                 // A claim of ours that we do not hold: the answer to the claim was lost.
                 (false, true) if view.owner(shard).is_none_or(|owner| *owner == me) => wanted.push(shard),
                 (true, false) => unwanted.push(shard),
+                // A claim that we have stopped to use, but could not give up, or did not know of.
+                (false, false) => forgotten.extend(view.claims.get(&shard).filter(|claim| claim.owner == me).cloned()),
                 _ => {}
             }
         }
         self.drop_lost(view);
         for shards in unwanted.chunks(CLAIMS_PER_CALL_MAX) {
             self.release(shards).await;
+        }
+        for claims in forgotten.chunks(CLAIMS_PER_CALL_MAX) {
+            self.give_up(claims).await;
         }
         for shards in wanted.chunks(CLAIMS_PER_CALL_MAX) {
             self.claim(shards).await;
@@ -314,8 +319,12 @@ impl Ownership {
             // An error means that the worker has ended: then nothing is in flight any more either.
             let _ = receiver.await;
         }
-        if let Err(error) = self.registry.release(&claims).await {
-            tracing::warn!(%error, "claims could not be given up; they end with the lease");
+        self.give_up(&claims).await;
+    }
+
+    async fn give_up(&self, claims: &[Claim]) {
+        if let Err(error) = self.registry.release(claims).await {
+            tracing::warn!(%error, "claims could not be given up; trying again while the view shows them");
         }
     }
 

@@ -7,7 +7,7 @@ use im_proto::{
     link::channel::{Connecting, Connector, LinkError, LinkItem, PeerEnd, pair},
     v1::{self, peer_message::Message as Peer, router_message::Message as Down},
 };
-use im_registry::{AnyRegistry, Registry as _};
+use im_registry::{AnyRegistry, Reach, Registry as _};
 use im_storage::{FaultPlan, Faulty, Memory, Store};
 use tokio::sync::mpsc;
 
@@ -163,5 +163,42 @@ async fn two_full_directions_of_a_link_do_not_wait_for_each_other() {
             Ok(Some(LinkItem::Hello(_))) => {}
             other => panic!("{answers} answers came, then {other:?}"),
         }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shard_that_could_not_be_given_up_is_given_up_later() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world, 0);
+    let handle = world.registry.handle("r1", world.environment.clone());
+    let first = world.router_on(world.config("r1"), handle.clone().into()).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    // Every shard has something in flight, so that the move waits for the store.
+    let delay = Duration::from_secs(3)..=Duration::from_secs(3);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    for n in 0..32 {
+        let id = CLUSTER.direct_id(&user("alice"), &user(&format!("bob{n}")));
+        gateway.send(1, id, message(&format!("bob{n}"), "m1", "m1", "", 0)).await;
+    }
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    for n in 0..32 {
+        let id = CLUSTER.direct_id(&user("alice"), &user(&format!("bob{n}")));
+        gateway.send(1, id, message(&format!("bob{n}"), "m2", "m2", "", 1)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let _second = world.router(world.config("r2")).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    handle.set_reach(Reach::Refused);
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    handle.set_reach(Reach::Up);
+    store.set_plan(FaultPlan::none());
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let registry = AnyRegistry::from(world.registry.handle("observer", world.environment.clone()));
+    let view = registry.view().borrow().clone();
+    assert!(view.instances.contains_key(&InstanceId::parse("r1").unwrap()), "its lease lives");
+    let routers = [InstanceId::parse("r1").unwrap(), InstanceId::parse("r2").unwrap()];
+    for shard in world.config("any").shards.shards() {
+        assert_eq!(view.owner(shard), im_proto::shard::rendezvous_owner(shard, routers.iter()), "{shard:?}");
     }
 }

@@ -119,8 +119,8 @@ impl Worker {
         for request in again {
             self.request(*id, request);
         }
-        if settled && self.has_releases() {
-            self.finish_releases();
+        if settled {
+            self.settled(id);
         }
     }
 }

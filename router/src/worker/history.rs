@@ -25,12 +25,16 @@ struct ReadKey {
     /// Of the moment when it began.
     head: u64,
     first_seq: u64,
+    /// Not 0: nobody may join.
+    alone: u64,
 }
 
 /// Reads under way, with all who wait for each.
 #[derive(Default)]
 pub struct Reads {
     waiting: BTreeMap<ReadKey, Vec<ReplyTo>>,
+    /// Reads that nobody may join, so far.
+    alone: u64,
 }
 
 impl Context {
@@ -55,7 +59,12 @@ impl Context {
             Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
         };
         let (first_seq, newest) = (conversation.first_seq, request.newest);
-        let key = ReadKey { conversation: conversation.id, from, to, newest, head, first_seq };
+        let mut key = ReadKey { alone: 0, conversation: conversation.id, from, to, newest, head, first_seq };
+        // Past the lease deadline each needs a fence read that begins after it was asked for.
+        if self.past_lease() {
+            self.history.alone += 1;
+            key.alone = self.history.alone;
+        }
         if let Some(waiting) = self.history.waiting.get_mut(&key) {
             return waiting.push(reply_to);
         }

@@ -1,7 +1,7 @@
 //! The shards of a worker: claimed (being fenced), active, releasing.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -38,7 +38,9 @@ enum Shard {
     },
     /// Given up: finishes what is in flight, takes nothing new.
     Releasing {
-        done: Option<oneshot::Sender<()>>,
+        done: oneshot::Sender<()>,
+        /// Conversations that have something in flight. No more come.
+        unsettled: BTreeSet<ConversationId>,
     },
 }
 
@@ -140,13 +142,13 @@ impl Worker {
     /// A planned move: finish what is in flight, then say so.
     pub fn shard_releasing(&mut self, shard: ShardId, done: oneshot::Sender<()>) {
         self.context.shards.cancel(shard);
-        let before = self.context.shards.shards.insert(shard, Shard::Releasing { done: Some(done) });
+        let unsettled = self.conversations_of(shard).into_iter().collect();
+        let before = self.context.shards.shards.insert(shard, Shard::Releasing { done, unsettled });
         if let Some(Shard::Claimed { parked, .. }) = before {
             self.refuse_parked(parked);
         }
         self.context.forget_users_of(shard);
-        self.drop_idle_conversations_of(shard);
-        self.finish_releases();
+        self.finish_release(shard);
     }
 
     /// The shard is lost: everything that is not committed is dropped with its queue.
@@ -180,34 +182,46 @@ impl Worker {
         }
     }
 
-    fn drop_idle_conversations_of(&mut self, shard: ShardId) {
-        for id in self.conversations_of(shard) {
-            let busy =
-                matches!(self.conversations.get(&id), Some(Slot::Open(conversation)) if !conversation.is_settled());
-            if !busy {
-                self.drop_conversation(&id);
-            }
+    /// Releases whose conversations have nothing in flight any more are done.
+    pub fn finish_releases(&mut self) {
+        let releasing = |(shard, state): (&ShardId, &Shard)| matches!(state, Shard::Releasing { .. }).then_some(*shard);
+        let releasing: Vec<ShardId> = self.context.shards.shards.iter().filter_map(releasing).collect();
+        for shard in releasing {
+            self.finish_release(shard);
         }
     }
 
-    /// Releases whose conversations have nothing in flight any more are done.
-    pub fn finish_releases(&mut self) {
-        let releasing: Vec<ShardId> = self
-            .context
-            .shards
-            .shards
-            .iter()
-            .filter(|(_, shard)| matches!(shard, Shard::Releasing { .. }))
-            .map(|(shard, _)| *shard)
-            .collect();
-        for shard in releasing {
-            self.drop_idle_conversations_of(shard);
-            if self.conversations_of(shard).is_empty()
-                && let Some(Shard::Releasing { done }) = self.context.shards.shards.remove(&shard)
-                && let Some(done) = done
-            {
+    /// Drops the conversations of a shard that have nothing in flight; the release is done when none is left.
+    fn finish_release(&mut self, shard: ShardId) {
+        let Some(Shard::Releasing { unsettled, .. }) = self.context.shards.shards.get_mut(&shard) else { return };
+        let mut left = std::mem::take(unsettled);
+        left.retain(|id| {
+            let stays =
+                matches!(self.conversations.get(id), Some(Slot::Open(conversation)) if !conversation.is_settled());
+            if !stays {
+                self.drop_conversation(id);
+            }
+            stays
+        });
+        match self.context.shards.shards.remove(&shard) {
+            Some(Shard::Releasing { done, unsettled: _ }) if left.is_empty() => {
                 let _ = done.send(());
             }
+            Some(Shard::Releasing { done, .. }) => {
+                self.context.shards.shards.insert(shard, Shard::Releasing { done, unsettled: left });
+            }
+            Some(other) => {
+                self.context.shards.shards.insert(shard, other);
+            }
+            None => {}
+        }
+    }
+
+    /// A conversation has nothing in flight any more; its shard may wait for that.
+    pub fn settled(&mut self, id: &ConversationId) {
+        let shard = self.context.cluster.shard_of(id);
+        if matches!(self.context.shards.shards.get(&shard), Some(Shard::Releasing { .. })) {
+            self.finish_release(shard);
         }
     }
 

@@ -20,7 +20,14 @@ pub mod timestamp;
 pub mod token;
 
 /// The generated messages (and with the feature `grpc` the clients and servers) of package `im.v1`.
-#[allow(clippy::all, missing_docs, unused_qualifications, reason = "generated code")]
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    missing_docs,
+    unused_qualifications,
+    reason = "generated code"
+)]
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/im.v1.rs"));
 }

@@ -22,6 +22,8 @@ pub struct Caller {
     pub session: Option<SessionKey>,
     pub gateway_boot: u64,
     pub expires_at: Timestamp,
+    /// When its client began to connect: orders the sessions of a device.
+    pub opened_at: Timestamp,
     /// The user's self log, which also names the user's shard.
     pub self_id: ConversationId,
 }
@@ -44,6 +46,7 @@ impl Caller {
             session,
             gateway_boot: identity.gateway_boot_id,
             expires_at: Timestamp::from_millis(identity.expires_at_ms),
+            opened_at: Timestamp::from_millis(identity.opened_at_ms),
         })
     }
 
@@ -57,6 +60,7 @@ impl Caller {
             gateway_boot_id: self.gateway_boot,
             session_id: self.session.as_ref().map_or(0, |key| key.session.0),
             expires_at_ms: self.expires_at.as_millis(),
+            opened_at_ms: self.opened_at.as_millis(),
         }
     }
 }

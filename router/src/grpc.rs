@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use im_proto::{
-    FILE_DESCRIPTOR_SET, StatusCode,
+    FILE_DESCRIPTOR_SET, StatusCode, Timestamp,
     method::Method,
     v1::{
         self, conversation_service_server as conversation, group_service_server as group,
@@ -98,6 +98,7 @@ impl Api {
             session: None,
             gateway_boot: 0,
             expires_at: verified.expires_at,
+            opened_at: Timestamp::default(),
         })
     }
 }

@@ -106,7 +106,8 @@ impl Context {
             value: Some(Bytes::copy_from_slice(&seq.to_be_bytes())),
             timestamp: seq,
         };
-        let marks = vec![mark(APPLIED, applied), mark(OUTBOX, outbox)];
+        // The head row goes with them, so that an open in the middle of a long burst begins near its end.
+        let marks = vec![mark(APPLIED, applied), mark(OUTBOX, outbox), head_write(conversation)];
         self.write_state(cursors, move |worker| worker.context.write_state(marks, then));
     }
 
@@ -117,14 +118,7 @@ impl Context {
             return;
         }
         conversation.busy = Busy::Ending;
-        let value = HeadValue { head, counted: conversation.committed_counted, first_seq: conversation.first_seq };
-        let head_row = StateWrite {
-            table: Table::Heads,
-            partition: conversation.id.to_bytes(),
-            key: Bytes::new(),
-            value: Some(value.encode_to_vec().into()),
-            timestamp: head,
-        };
+        let head_row = head_write(conversation);
         let busy_row = StateWrite {
             table: Table::Busy,
             partition: Bytes::copy_from_slice(&conversation.shard.0.to_be_bytes()),
@@ -151,6 +145,19 @@ impl Context {
                 worker.context.write_state(vec![busy_row], ended);
             });
         });
+    }
+}
+
+/// Where the log is committed to, as a row.
+fn head_write(conversation: &Conversation) -> StateWrite {
+    let head = conversation.committed;
+    let value = HeadValue { head, counted: conversation.committed_counted, first_seq: conversation.first_seq };
+    StateWrite {
+        table: Table::Heads,
+        partition: conversation.id.to_bytes(),
+        key: Bytes::new(),
+        value: Some(value.encode_to_vec().into()),
+        timestamp: head,
     }
 }
 

@@ -46,7 +46,9 @@ impl Context {
         send: SendRequest,
         answer: SendAnswer,
     ) {
-        if let Some(refusal) = self.permission(conversation, &caller, &send) {
+        let refusal = self.permission(conversation, &caller, &send);
+        // Who was never let in learns nothing. Who has left a group may have sent this before, and a refusal says that it is not stored.
+        if let Some(refusal) = refusal.filter(|refusal| *refusal != StatusCode::NotAMember) {
             return self.refuse_send(conversation, caller, send, answer, refusal);
         }
         let key = Dedupe::key(&caller.user, &send.client_message_id);
@@ -55,6 +57,9 @@ impl Context {
         }
         if conversation.dedupe.floor > send.known_seq {
             return self.scan(conversation, caller, send, answer);
+        }
+        if let Some(refusal) = refusal {
+            return self.refuse_send(conversation, caller, send, answer, refusal);
         }
         if !send.after.is_empty() && conversation.dedupe.get(Dedupe::key(&caller.user, &send.after)).is_none() {
             return self.answer_send(

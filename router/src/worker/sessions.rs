@@ -6,7 +6,7 @@ use std::{
 };
 
 use im_proto::{
-    DeviceId, InstanceId, Platform, SessionId, ShardId, StatusCode, UserId,
+    DeviceId, InstanceId, Platform, SessionId, ShardId, StatusCode, Timestamp, UserId,
     token::TokenError,
     v1::{self, router_message::Message as ToGateway},
 };
@@ -26,6 +26,26 @@ struct Live {
     key: SessionKey,
     device: DeviceId,
     platform: Platform,
+    opened_at: Timestamp,
+}
+
+/// How an owner learns of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Arrival {
+    /// Its client has just said Hello.
+    Opened,
+    /// Another owner let it in before.
+    Announced,
+}
+
+/// What became of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Recorded {
+    Kept,
+    /// A later session of the same device is recorded.
+    Outdated,
+    /// The user has too many.
+    Refused,
 }
 
 /// The users with live sessions.
@@ -55,6 +75,7 @@ impl Worker {
             session: Some(SessionKey { gateway: link.instance.clone(), session: SessionId(open.session_id) }),
             gateway_boot: link.boot,
             expires_at: verified.expires_at,
+            opened_at: Timestamp::from_millis(open.opened_at_ms),
         });
         let caller = match caller {
             Ok(caller) => Arc::new(caller),
@@ -64,9 +85,12 @@ impl Worker {
             // Its client is gone already; the gateway wants no answer.
             return;
         }
-        if !context.record(&caller) {
+        let recorded = context.record(&caller, Arrival::Opened);
+        if recorded != Recorded::Kept {
             link.forget_session(SessionId(open.session_id));
-            let status = StatusCode::Overloaded.to_status();
+            // One that is outdated belongs to a connection that its client has left, unless a clock was set back: then it may try again.
+            let outdated = recorded == Recorded::Outdated;
+            let status = if outdated { unavailable() } else { StatusCode::Overloaded.to_status() };
             let refused = v1::SessionRefused { session_id: open.session_id, status: Some(status) };
             return link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
         }
@@ -95,18 +119,25 @@ fn refuse(link: &GatewayLink, session_id: u64, error: &TokenError) {
 }
 
 impl Context {
-    /// Records a session and ends those that it takes the place of; `false` if the user has too many.
-    fn record(&mut self, caller: &Caller) -> bool {
-        let Some(key) = caller.session.clone() else { return false };
+    /// Records a session and ends those that it takes the place of. A session of the same device that was opened later stays: a
+    /// Hello may be slow on its way, and after a move the gateways announce in any order, among them sessions whose clients have
+    /// long come back elsewhere.
+    fn record(&mut self, caller: &Caller, arrival: Arrival) -> Recorded {
+        let Some(key) = caller.session.clone() else { return Recorded::Refused };
         let shard = self.cluster.shard_of(&caller.self_id);
         let user =
             self.users.users.entry(caller.user.clone()).or_insert_with(|| UserSessions { shard, sessions: Vec::new() });
         let exclusive = EXCLUSIVE_PLATFORMS.contains(&caller.platform.as_str());
+        let is_newer =
+            |live: &Live| live.device == caller.device && live.key != key && live.opened_at > caller.opened_at;
+        if user.sessions.iter().any(is_newer) {
+            return Recorded::Outdated;
+        }
         let (mut kicked, before) = (Vec::new(), user.sessions.len());
         user.sessions.retain(|live| {
             let replaced = live.device == caller.device || (exclusive && live.platform == caller.platform);
             if replaced && live.key != key {
-                kicked.push(live.key.clone());
+                kicked.push((live.key.clone(), live.device == caller.device));
             }
             !replaced
         });
@@ -114,15 +145,19 @@ impl Context {
         let replaced = before - user.sessions.len();
         let room = user.sessions.len() < self.cluster.config.sessions_per_user_max;
         if room {
-            user.sessions.push(Live { key, device: caller.device.clone(), platform: caller.platform.clone() });
+            let (device, platform) = (caller.device.clone(), caller.platform.clone());
+            user.sessions.push(Live { key, device, platform, opened_at: caller.opened_at });
             self.cluster.metrics.sessions.increment(1.0);
         }
         self.cluster.metrics.sessions.decrement(replaced as f64);
-        for key in kicked {
-            let status = Some(StatusCode::KickedByAnotherDevice.to_status());
+        for (key, same_device) in kicked {
+            // Which of two announced sessions of one device its client has left only clocks tell: whoever is wronged may come back.
+            let may_come_back = same_device && arrival == Arrival::Announced;
+            let status = if may_come_back { StatusCode::TimedOut } else { StatusCode::KickedByAnotherDevice };
+            let status = Some(status.to_status());
             self.tell_session(&key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
         }
-        room
+        if room { Recorded::Kept } else { Recorded::Refused }
     }
 
     fn let_in(&mut self, caller: &Caller, sync_version: u64) {
@@ -156,11 +191,14 @@ impl Context {
 
     /// A session that another owner registered before the shard moved here. Pushes may have been lost on the way.
     pub fn announce_session(&mut self, caller: Arc<Caller>) {
-        if !self.record(&caller) {
-            return;
-        }
-        if let Some(key) = &caller.session {
-            self.resync(&key.gateway.clone(), vec![key.session.0]);
+        let Some(key) = &caller.session else { return };
+        match self.record(&caller, Arrival::Announced) {
+            Recorded::Kept => self.resync(&key.gateway.clone(), vec![key.session.0]),
+            // It gets no pushes here: its client, if there still is one, has to come again.
+            Recorded::Outdated | Recorded::Refused => {
+                let status = Some(StatusCode::TimedOut.to_status());
+                self.tell_session(key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 #   bash deploy/test.sh            everything; the last line is "all tests passed"
 #
 # Needs Rust (rustup), and as root on Debian installs a C compiler and git if they are missing. Starts no service, uses no fixed
-# port, leaves no process behind. FUZZ_SECONDS (60) and E2E_LINES (200000) change the length of two steps.
+# port, leaves no process behind. SIMULATION_SEEDS (200), FUZZ_SECONDS (60) and E2E_LINES (200000) change the length of steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -63,6 +63,8 @@ step() {
 install_what_is_missing() {
     local missing=()
     command -v cc >/dev/null || missing+=(gcc libc6-dev)
+    # For the fuzzer's runtime.
+    command -v c++ >/dev/null || missing+=(g++)
     command -v git >/dev/null || missing+=(git)
     command -v perl >/dev/null || missing+=(perl-base)
     if [ "${#missing[@]}" -gt 0 ]; then
@@ -105,4 +107,5 @@ step "tests" cargo test --locked --workspace --no-fail-fast
 step "release build" cargo build --locked --release --workspace
 step "demo" target/release/imd demo
 step "end to end" bash deploy/e2e.sh
+step "simulation" target/release/imd simulate --seeds "${SIMULATION_SEEDS:-200}"
 step "fuzzing" bash deploy/fuzz.sh "${FUZZ_SECONDS:-60}"

@@ -338,10 +338,11 @@ impl Cluster {
 
     fn drop_dead_links(&self, view: &View) {
         let mut dead = Vec::new();
-        self.links.write().retain(|gateway, _| {
+        self.links.write().retain(|gateway, link| {
             let lives = view.instances.get(gateway).is_some_and(|instance| instance.role == Role::Gateway);
             if !lives {
                 dead.push(gateway.clone());
+                link.retire();
             }
             lives
         });

@@ -158,6 +158,13 @@ impl GatewayLink {
         self.sessions.write().remove(&session)
     }
 
+    /// Ends the connection that pumps. A link that answers no longer find must not be read either: its gateway would wait for ever. One
+    /// that lives after all (it registered after this view was made, or lost its lease) dials again and is admitted again.
+    pub fn retire(&self) {
+        self.connection.fetch_add(1, Ordering::AcqRel);
+        self.wake.notify_one();
+    }
+
     fn take_queue(&self) -> Vec<v1::RouterMessage> {
         let (mut messages, overflowed) = {
             let mut queue = self.queue.lock();
@@ -197,6 +204,10 @@ pub async fn serve(cluster: Arc<Cluster>, mut end: RouterEnd) {
     let Some(LinkItem::Hello(hello)) = end.receiver.recv().await else { return };
     let Some(link) = admit(&cluster, &hello) else { return };
     let connection = link.connection.fetch_add(1, Ordering::AcqRel) + 1;
+    // Retired between the two steps above: this connection would not be told.
+    if !cluster.links.read().get(&link.instance).is_some_and(|known| Arc::ptr_eq(known, &link)) {
+        return;
+    }
     let replay = {
         let mut numbering = link.numbering.lock();
         let knows_us = hello.peer_boot_id == cluster.config.boot.0;

@@ -2,7 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use im_proto::{Epoch, InstanceId, StatusCode, method::Method, v1, v1::router_message::Message as Down};
+use im_proto::{
+    Epoch, InstanceId, StatusCode,
+    link::channel::{LinkItem, pair},
+    method::Method,
+    v1,
+    v1::router_message::Message as Down,
+};
 use im_router::RouterConfig;
 use im_storage::{
     AppendRequest, Batch, Directory as _, FaultPlan, Faulty, Memory, MessageLog as _, Row, StateWrite, Store, Table,
@@ -328,4 +334,31 @@ async fn conversations_that_somebody_waits_for_are_opened_first() {
     }
     // Forty conversations and their forty-one users' own logs take half a second each, two at a time.
     assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
+}
+
+/// A gateway may dial before the router has seen that it registered: a view made before must not leave it with a link that takes
+/// what it says and answers nothing.
+#[tokio::test(start_paused = true)]
+async fn a_link_whose_gateway_no_view_shows_breaks_instead_of_falling_silent() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let (mut early, far) = pair(64);
+    router.accept_gateway(far);
+    let hello = v1::LinkHello {
+        instance_id: "early".to_owned(),
+        boot_id: 5,
+        cluster_id: "im".to_owned(),
+        ..v1::LinkHello::default()
+    };
+    early.sender.send(LinkItem::Hello(hello)).await.unwrap();
+    assert!(matches!(early.receiver.recv().await, Some(LinkItem::Hello(_))));
+    // Another one registers: a new view, still without the early one.
+    let mut other = world.gateway("other", &router).await;
+    let broken =
+        tokio::time::timeout(Duration::from_secs(60), async { while early.receiver.recv().await.is_some() {} });
+    assert!(broken.await.is_ok(), "the link is still there");
+    // Registered, it dials again and is served.
+    let mut early = world.gateway("early", &router).await;
+    early.open(&world, 1, "alice", "a1").await;
+    other.open(&world, 1, "bob", "b1").await;
 }

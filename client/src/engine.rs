@@ -304,6 +304,7 @@ async fn poll_renewal(renewal: &mut Option<TokenFuture>) -> Result<String, Strin
 /// One attempt: token, dial, `Hello`, `Welcome`.
 async fn attempt(config: Arc<ClientConfig>, endpoint: Endpoint) -> Result<(Connection, v1::Welcome), Failure> {
     let text = |text: String| Failure::Text(format!("{endpoint}: {text}"));
+    let opened_at_ms = config.environment.clock.now().as_millis();
     let whole = async {
         let token = match config.token.token().await {
             Ok(token) => token,
@@ -321,6 +322,7 @@ async fn attempt(config: Arc<ClientConfig>, endpoint: Endpoint) -> Result<(Conne
             client_name: config.client_name.clone(),
             client_version: config.client_version.clone(),
             features: Vec::new(),
+            opened_at_ms,
         };
         frame::encode_frame(&v1::ClientFrame::from(client_frame::Frame::Hello(hello)), &mut out);
         loop {

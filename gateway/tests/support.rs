@@ -256,6 +256,7 @@ impl Bench {
                 .expect("a good token")
                 .expires_at
                 .as_millis(),
+            ..v1::Identity::default()
         };
         FromRouter::Opened(v1::SessionOpened {
             session_id: open.session_id,
@@ -299,7 +300,7 @@ pub fn hello(token: String) -> ClientFrame {
         token,
         client_name: "test".to_owned(),
         client_version: "0".to_owned(),
-        features: Vec::new(),
+        ..v1::Hello::default()
     })
 }
 

@@ -38,7 +38,7 @@ impl Control {
             token,
             client_name: "loadtest".to_owned(),
             client_version: env!("CARGO_PKG_VERSION").to_owned(),
-            features: Vec::new(),
+            ..v1::Hello::default()
         };
         control.write(client_frame::Frame::Hello(hello)).await?;
         loop {

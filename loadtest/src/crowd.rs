@@ -254,7 +254,7 @@ impl Participants {
             token: participant.token.clone(),
             client_name: "loadtest".to_owned(),
             client_version: env!("CARGO_PKG_VERSION").to_owned(),
-            features: Vec::new(),
+            ..v1::Hello::default()
         };
         crate::wire::put_frame(&mut participant.control, v1::client_frame::Frame::Hello(hello));
     }

@@ -140,6 +140,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return Err(StatusCode::TooLarge.to_status());
         }
         let verified = self.inspect(&hello.token)?;
+        let own_clock = self.shared.environment.clock.now().as_millis();
+        let opened_at_ms = if hello.opened_at_ms > 0 { hello.opened_at_ms } else { own_clock };
         let open = v1::SessionOpen {
             session_id: self.session.id().0,
             token: hello.token,
@@ -147,6 +149,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             client_version: hello.client_version,
             remote_address: self.remote_address.to_string(),
             transport: self.peer_transport.as_str().to_owned(),
+            opened_at_ms,
         };
         let shard = self.shared.shards.shard_of(&self.shared.secret.self_id(&verified.user));
         self.stage = Stage::Opening;

@@ -15,6 +15,7 @@ use std::{
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use im_proto::key::{ClusterSecret, RouterSecret};
@@ -27,6 +28,10 @@ pub use keys::{Cluster, read_signing_key};
 /// a million leaves room for both. 2^40 revisions of a generation hold as many starts again, then the next generation begins.
 const REVISIONS_PER_START: u64 = 1 << 20;
 const STARTS_PER_GENERATION: u64 = 1 << 20;
+
+/// How long a second server waits before it says that there is a first.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Why a data directory cannot be used. Nothing was changed that a next start would miss.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +111,7 @@ impl DataLock {
             .write(true)
             .open(&path)
             .map_err(file::failed("open", &path))?;
-        match lock.try_lock() {
+        match lock_within(&lock, LOCK_PATIENCE) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(DataError::InUse { pid: running(&root), root }),
             Err(TryLockError::Error(error)) => return Err(file::failed("lock", &path)(error)),
@@ -135,6 +140,17 @@ impl DataLock {
         }
         Ok(DataDirectory { root, _lock, cluster, cluster_secret, router_secret, reset_key, verify_keys })
     }
+}
+
+/// A server that was just killed holds its lock until the system has taken it apart.
+fn lock_within(lock: &File, patience: Duration) -> Result<(), TryLockError> {
+    for _ in 0..patience.as_millis() / LOCK_INTERVAL.as_millis() {
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_INTERVAL),
+            decided => return decided,
+        }
+    }
+    lock.try_lock()
 }
 
 impl DataDirectory {

@@ -75,9 +75,16 @@ impl Router {
         }
         let (stop, stopping) = watch::channel(false);
         let (released, is_released) = watch::channel(false);
-        let ownership =
-            Ownership::new(cluster.clone(), store, registry.clone(), lease.clone(), raise_requests, stopping, released);
-        environment.spawn(ownership::follow_view(cluster.clone(), registry.clone(), lease));
+        let ownership = Ownership::new(
+            cluster.clone(),
+            store,
+            registry.clone(),
+            lease.clone(),
+            raise_requests,
+            stopping.clone(),
+            released,
+        );
+        environment.spawn(ownership::follow_view(cluster.clone(), registry.clone(), lease, stopping));
         environment.spawn(ownership.run());
         environment.spawn(peer_link::maintain(cluster.clone(), peers, registry.view()));
         Ok(Self { cluster, stop, released: is_released })

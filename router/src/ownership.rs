@@ -30,8 +30,9 @@ pub struct RaiseRequest {
     pub conversation: ConversationId,
 }
 
-/// Takes over each new view, and ends the router when its lease is dead. Never waits for anything else.
-pub async fn follow_view(cluster: Arc<Cluster>, registry: AnyRegistry, lease: Lease) {
+/// Takes over each new view, and ends the router when its lease is dead, unless it gave the lease up itself. Never waits for
+/// anything else.
+pub async fn follow_view(cluster: Arc<Cluster>, registry: AnyRegistry, lease: Lease, stop: watch::Receiver<bool>) {
     let mut view = registry.view();
     let mut lost = lease.lost();
     loop {
@@ -40,7 +41,9 @@ pub async fn follow_view(cluster: Arc<Cluster>, registry: AnyRegistry, lease: Le
         tokio::select! {
             biased;
             _ = lost.wait_for(|lost| *lost) => {
-                cluster.end(Ended::LeaseLost);
+                if !*stop.borrow() {
+                    cluster.end(Ended::LeaseLost);
+                }
                 return;
             }
             changed = view.changed() => {

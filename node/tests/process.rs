@@ -1,11 +1,19 @@
 //! `imd` as a process: exit codes, messages, files.
 
 use std::{
+    fs::File,
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    time::Duration,
 };
+
+use bytes::Bytes;
+use im_client::{Client, ClientConfig, Endpoint, Transport, Trust};
+use im_proto::v1;
+use prost::Message as _;
+use tokio::time::timeout;
 
 fn imd(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_imd")).args(arguments).env_clear().output().expect("imd runs")
@@ -62,6 +70,10 @@ struct Server {
     data: PathBuf,
 }
 
+fn log(data: &Path) -> PathBuf {
+    data.with_extension("log")
+}
+
 const ANY: [&str; 10] = [
     "--tcp",
     "127.0.0.1:0",
@@ -78,20 +90,26 @@ const ANY: [&str; 10] = [
 impl Server {
     /// Returns when `ready.json` names this process.
     fn start(data: &Path, arguments: &[&str]) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_imd"))
-            .args(["up", "--data", data.to_str().unwrap()])
-            .args(arguments)
-            .env_clear()
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_imd"));
+        command.args(["up", "--data", data.to_str().unwrap()]).args(arguments);
+        Self::run(data, command)
+    }
+
+    /// Runs a command that becomes a server.
+    fn run(data: &Path, mut command: Command) -> Self {
+        let log = File::create(log(data)).unwrap();
+        let child = command.env_clear().stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let mut server = Self { child, data: data.to_owned() };
         while server.ready()["pid"] != server.child.id() {
-            assert!(server.child.try_wait().unwrap().is_none(), "the server ended");
+            let ended = server.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the server ended: {}", server.said());
             std::thread::yield_now();
         }
         server
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(log(&self.data)).unwrap()
     }
 
     fn ready(&self) -> serde_json::Value {
@@ -199,4 +217,48 @@ fn what_the_environment_does_not_allow_is_one_line_that_names_it_and_exit_2() {
         let names = if data == below { below } else { option };
         assert!(said.contains(names) && said.lines().count() == 1, "{option}: {said}");
     }
+}
+
+/// A file that may not grow is a disk that is full. The shell's limit is in blocks of 512 bytes: one journal, which is preallocated
+/// with 64 MiB, and hardly more.
+const LIMITED: &str = "trap '' XFSZ; ulimit -f 131080; exec \"$0\" \"$@\"";
+const LARGE_BODY_BYTES: usize = 60_000;
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+async fn client(server: &Server, user: &str) -> Client {
+    let token = stdout(&imd(&["token", "--user", user, "--data", server.data.to_str().unwrap()])).trim().to_owned();
+    let endpoint = Endpoint::new(Transport::Tcp, server.address("tcp")).unwrap();
+    Client::connect(ClientConfig::new(vec![endpoint], token, &Trust::SystemRoots).unwrap()).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_full_disk_ends_the_server_with_1_and_nothing_acknowledged_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let mut command = Command::new("sh");
+    command.args(["-c", LIMITED, env!("CARGO_BIN_EXE_imd"), "up", "--data", data.to_str().unwrap()]).args(ANY);
+    let mut server = Server::run(&data, command);
+
+    let alice = client(&server, "alice").await;
+    let me = im_client::Target::Me;
+    let text = v1::Text { text: "x".repeat(LARGE_BODY_BYTES), ..v1::Text::default() };
+    let body = Bytes::from(v1::Body { content: Some(v1::body::Content::Text(text)) }.encode_to_vec());
+    // Far more than fits, many in flight. What gets no answer is tried again by the client for ever.
+    let mut pending = Vec::new();
+    while server.child.try_wait().unwrap().is_none() {
+        if let Ok(sent) = timeout(LOOK_INTERVAL, alice.enqueue(me.clone(), body.clone())).await {
+            pending.push(sent.unwrap());
+        }
+    }
+    let acknowledged =
+        pending.iter_mut().filter_map(|sent| sent.try_outcome()?.ok()).map(|sent| sent.seq).max().unwrap();
+    assert_eq!(server.child.wait().unwrap().code(), Some(1));
+    let said = server.said();
+    assert!(said.lines().last().unwrap().starts_with("imd: the store has stopped taking writes"), "{said}");
+    assert!(acknowledged > 500, "only {acknowledged} fitted into 64 MiB");
+    assert!(!data.join("ready.json").exists());
+
+    let server = Server::start(&data, &ANY);
+    let page = client(&server, "alice").await.history(me, acknowledged, acknowledged, 1, false).await.unwrap();
+    assert_eq!(page.entries.first().map(|entry| (entry.seq, entry.body.clone())), Some((acknowledged, body)));
 }

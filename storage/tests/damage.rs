@@ -66,6 +66,22 @@ async fn a_torn_tail_is_cut_off_and_every_commit_before_it_stays() {
 }
 
 #[tokio::test]
+async fn a_torn_tail_in_front_of_a_journal_that_was_only_begun_is_cut_off_too() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path().join("store");
+    let lengths = filled(&root).await;
+    // The last commit did not fit on the disk; the next journal was begun all the same, and nothing was written to it.
+    change(&root, "fjall/0.jnl", |journal| journal.truncate(lengths[lengths.len() - 1] as usize - 7));
+    fs::write(root.join("fjall/1.jnl"), vec![0; 1 << 20]).expect("written");
+    let copy = directory.path().join("copy");
+    copy_tree(&root, &copy).expect("copied");
+    assert_eq!(rows(&root).await, Ok((COMMITS - 1) * 5));
+    // As soon as it holds anything, what is broken before it was acknowledged.
+    change(&copy, "fjall/1.jnl", |journal| journal[0] = 1);
+    assert!(matches!(rows(&copy).await, Err(StoreError::Damaged(_))));
+}
+
+#[tokio::test]
 async fn damage_in_front_of_intact_commits_is_refused_and_named() {
     let directory = tempfile::tempdir().expect("a directory");
     let original = directory.path().join("original");

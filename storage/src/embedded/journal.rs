@@ -3,7 +3,7 @@
 //! fjall replays its journals up to the first thing that it cannot parse and cuts the rest off, whether that is the torn tail of a
 //! commit that was never synced or damage in front of commits that were acknowledged; and a torn commit whose frame is whole but
 //! whose content is not makes it refuse the directory. This check tells the two apart: there is one unsynced commit at most, and it
-//! is the last thing in the newest journal. So what is broken and has an intact commit behind it is damage and an error; what is
+//! is the last thing in the newest journal that holds anything. So what is broken and has an intact commit behind it is damage and an error; what is
 //! broken and has none is cut off here. Files that fjall would silently create again are required.
 //!
 //! Follows the journal format of fjall 3 (a commit is start, items, end with a checksum of the items).
@@ -36,15 +36,35 @@ pub(super) fn check_directory(path: &Path) -> Result<(), StoreError> {
         require(&entry.path().join("current"))?;
     }
     let journals = journals(path)?;
-    let Some((newest, older)) = journals.split_last() else {
-        return Err(restore(path, "it has no journal"));
-    };
-    let mut last_seqno = None;
-    for journal in older {
-        last_seqno = check_journal(journal, last_seqno, false)?;
+    // A journal is begun while the disk is full, too: behind the torn commit, and without one of its own.
+    let mut used = journals.len();
+    while let Some(journal) = journals.get(..used).and_then(<[PathBuf]>::last)
+        && used > 1
+        && is_blank(journal).map_err(|error| cannot_open(journal, &error))?
+    {
+        used -= 1;
     }
-    check_journal(newest, last_seqno, true)?;
+    if used == 0 {
+        return Err(restore(path, "it has no journal"));
+    }
+    let mut last_seqno = None;
+    for (journal, number) in journals[..used].iter().zip(1..) {
+        last_seqno = check_journal(journal, last_seqno, number == used)?;
+    }
     Ok(())
+}
+
+/// Whether a file holds nothing but preallocated space.
+fn is_blank(path: &Path) -> io::Result<bool> {
+    let mut file = fs::File::open(path)?;
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(true),
+            read if buffer[..read].iter().any(|byte| *byte != 0) => return Ok(false),
+            _ => {}
+        }
+    }
 }
 
 fn require(path: &Path) -> Result<(), StoreError> {

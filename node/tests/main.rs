@@ -1,7 +1,9 @@
 //! What holds for the workspace as a whole, and what `imd` does as a process.
 
+mod api;
 mod edges;
 mod process;
+mod server;
 mod tidy;
 
 use std::path::PathBuf;

@@ -1,35 +1,17 @@
 //! `imd` as a process: exit codes, messages, files.
 
 use std::{
-    fs::File,
-    io::{Read as _, Write as _},
     net::{TcpListener, TcpStream, UdpSocket},
-    path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::Command,
     time::Duration,
 };
 
 use bytes::Bytes;
-use im_client::{Client, ClientConfig, Endpoint, Transport, Trust};
 use im_proto::v1;
 use prost::Message as _;
 use tokio::time::timeout;
 
-fn imd(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_imd")).args(arguments).env_clear().output().expect("imd runs")
-}
-
-fn code(output: &Output) -> i32 {
-    output.status.code().expect("it was not killed")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
+use crate::server::{ANY, Server, code, imd, stderr, stdout};
 
 #[test]
 fn printed_defaults_pass_the_check() {
@@ -62,85 +44,6 @@ fn version_is_one_json_object() {
     let output = imd(&["version", "--json"]);
     let version: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(version["version"], env!("CARGO_PKG_VERSION"));
-}
-
-/// A server that is killed when the test is over.
-struct Server {
-    child: Child,
-    data: PathBuf,
-}
-
-fn log(data: &Path) -> PathBuf {
-    data.with_extension("log")
-}
-
-const ANY: [&str; 10] = [
-    "--tcp",
-    "127.0.0.1:0",
-    "--tls",
-    "127.0.0.1:0",
-    "--quic",
-    "127.0.0.1:0",
-    "--api",
-    "127.0.0.1:0",
-    "--http",
-    "127.0.0.1:0",
-];
-
-impl Server {
-    /// Returns when `ready.json` names this process.
-    fn start(data: &Path, arguments: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_imd"));
-        command.args(["up", "--data", data.to_str().unwrap()]).args(arguments);
-        Self::run(data, command)
-    }
-
-    /// Runs a command that becomes a server.
-    fn run(data: &Path, mut command: Command) -> Self {
-        let log = File::create(log(data)).unwrap();
-        let child = command.env_clear().stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        let mut server = Self { child, data: data.to_owned() };
-        while server.ready()["pid"] != server.child.id() {
-            let ended = server.child.try_wait().unwrap();
-            assert!(ended.is_none(), "the server ended: {}", server.said());
-            std::thread::yield_now();
-        }
-        server
-    }
-
-    fn said(&self) -> String {
-        std::fs::read_to_string(log(&self.data)).unwrap()
-    }
-
-    fn ready(&self) -> serde_json::Value {
-        let text = std::fs::read(self.data.join("ready.json")).unwrap_or_default();
-        serde_json::from_slice(&text).unwrap_or_default()
-    }
-
-    fn address(&self, name: &str) -> String {
-        self.ready()[name].as_str().unwrap().to_owned()
-    }
-
-    fn signal(&self, name: &str) {
-        let id = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
-    }
-
-    fn get(&self, path: &str) -> String {
-        let mut stream = TcpStream::connect(self.address("http")).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended as the test wanted it to.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 #[test]
@@ -180,8 +83,7 @@ fn a_killed_server_starts_again_on_its_data() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");
     let server = Server::start(&data, &ANY);
-    let token = stdout(&imd(&["token", "--user", "alice", "--data", data.to_str().unwrap()]));
-    assert_eq!(token.trim().split('.').count(), 3);
+    assert_eq!(server.token("alice").split('.').count(), 3);
     drop(server);
     assert!(data.join("ready.json").exists(), "SIGKILL leaves it behind");
     Server::start(&data, &ANY);
@@ -225,15 +127,6 @@ const LIMITED: &str = "trap '' XFSZ; ulimit -f 131080; exec \"$0\" \"$@\"";
 const LARGE_BODY_BYTES: usize = 60_000;
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-async fn client(server: &Server, user: &str) -> Client {
-    let token = stdout(&imd(&["token", "--user", user, "--data", server.data.to_str().unwrap()])).trim().to_owned();
-    let endpoint = Endpoint::new(Transport::Tcp, server.address("tcp")).unwrap();
-    let mut config = ClientConfig::new(vec![endpoint], token, &Trust::SystemRoots).unwrap();
-    // One message a commit, so that the store meets the end of the disk at whatever step comes next.
-    config.window = 1;
-    Client::connect(config).await.unwrap()
-}
-
 #[tokio::test]
 async fn a_full_disk_ends_the_server_with_1_and_nothing_acknowledged_is_lost() {
     let folder = tempfile::tempdir().unwrap();
@@ -242,7 +135,7 @@ async fn a_full_disk_ends_the_server_with_1_and_nothing_acknowledged_is_lost() {
     command.args(["-c", LIMITED, env!("CARGO_BIN_EXE_imd"), "up", "--data", data.to_str().unwrap()]).args(ANY);
     let mut server = Server::run(&data, command);
 
-    let alice = client(&server, "alice").await;
+    let alice = server.client("alice").await;
     let me = im_client::Target::Me;
     let text = v1::Text { text: "x".repeat(LARGE_BODY_BYTES), ..v1::Text::default() };
     let body = Bytes::from(v1::Body { content: Some(v1::body::Content::Text(text)) }.encode_to_vec());
@@ -262,6 +155,6 @@ async fn a_full_disk_ends_the_server_with_1_and_nothing_acknowledged_is_lost() {
     assert!(!data.join("ready.json").exists());
 
     let server = Server::start(&data, &ANY);
-    let page = client(&server, "alice").await.history(me, acknowledged, acknowledged, 1, false).await.unwrap();
+    let page = server.client("alice").await.history(me, acknowledged, acknowledged, 1, false).await.unwrap();
     assert_eq!(page.entries.first().map(|entry| (entry.seq, entry.body.clone())), Some((acknowledged, body)));
 }

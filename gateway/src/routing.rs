@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use im_proto::{InstanceId, SessionId, ShardId};
+use im_proto::{Epoch, InstanceId, SessionId, ShardId};
 use im_registry::{Role, View};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
@@ -31,14 +31,20 @@ const VISIT_RUN: usize = 256;
 /// The owners of all shards as far as links lead to them.
 #[derive(Default)]
 pub(crate) struct Routes {
-    owners: Vec<Option<Arc<Link>>>,
+    owners: Vec<Option<(Arc<Link>, Epoch)>>,
 }
 
 impl Routes {
     /// The link to the owner of a shard, whether it is up or not.
     pub fn owner(&self, shard: ShardId) -> Option<&Arc<Link>> {
         let index = usize::try_from(shard.0).ok()?;
-        self.owners.get(index)?.as_ref()
+        self.owners.get(index)?.as_ref().map(|(link, _)| link)
+    }
+
+    /// The epoch of the owner's claim. An owner that lost a shard and has it again has forgotten the shard's sessions.
+    pub fn epoch(&self, shard: ShardId) -> Option<Epoch> {
+        let index = usize::try_from(shard.0).ok()?;
+        self.owners.get(index)?.as_ref().map(|(_, epoch)| *epoch)
     }
 }
 
@@ -132,11 +138,14 @@ fn update(
             links.insert(instance.id.clone(), link);
         }
     }
-    let owner = |shard| view.owner(shard).and_then(|router| links.get(router)).cloned();
-    let owners: Vec<Option<Arc<Link>>> = shared.shards.shards().map(owner).collect();
+    let owner = |shard| {
+        let claim = view.claims.get(&shard)?;
+        Some((links.get(&claim.owner)?.clone(), claim.epoch))
+    };
+    let owners: Vec<Option<(Arc<Link>, Epoch)>> = shared.shards.shards().map(owner).collect();
     let known = shared.routing.routes();
-    let index = |link: &Option<Arc<Link>>| link.as_ref().map(|link| link.token().index());
-    if known.owners.len() == owners.len() && known.owners.iter().zip(&owners).all(|(a, b)| index(a) == index(b)) {
+    let claim = |owner: &Option<(Arc<Link>, Epoch)>| owner.as_ref().map(|(link, epoch)| (link.token().index(), *epoch));
+    if known.owners.len() == owners.len() && known.owners.iter().zip(&owners).all(|(a, b)| claim(a) == claim(b)) {
         return false;
     }
     *shared.routing.routes.write() = Arc::new(Routes { owners });

@@ -17,7 +17,7 @@ use std::{
     },
 };
 
-use im_proto::{ConversationId, SessionId, ShardId, StatusCode, Timestamp, UserId, v1};
+use im_proto::{ConversationId, Epoch, SessionId, ShardId, StatusCode, Timestamp, UserId, v1};
 use parking_lot::{Mutex, MutexGuard};
 use v1::{gateway_message::Message, server_frame::Frame};
 
@@ -54,6 +54,8 @@ struct State {
     opening: Option<Box<Opening>>,
     /// The user's owner knows the session through this.
     registered: Option<LinkToken>,
+    /// The claim under which it does.
+    registered_under: Option<Epoch>,
     /// Routers that know the session, the user's owner among them.
     presented: Vec<(LinkToken, Arc<Link>)>,
     /// An encoded `Capability`.
@@ -193,9 +195,9 @@ impl Session {
         state.version = version;
         let routes = shared.routing.routes();
         let home = state.shard.and_then(|shard| routes.owner(shard));
-        self.open_again(state, home, gather);
+        self.open_again(state, &routes, gather);
         if self.is_live() {
-            self.register_again(state, shared, home, gather, wakers);
+            self.register_again(state, shared, &routes, gather, wakers);
             self.give_up_calls(state, shared, home, wakers);
             self.send_again(state, shared, &routes, gather);
         }

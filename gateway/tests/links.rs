@@ -145,6 +145,19 @@ async fn the_users_owner_moves_and_learns_of_the_sessions() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_owner_that_gets_a_shard_back_is_told_of_the_sessions_again() {
+    let (bench, mut first) = Bench::with_router(config()).await;
+    let (_client, session_id) = bench.login(&mut first, "ann").await;
+    // The owner between them is never reached.
+    bench.owner("r2");
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    bench.owner("r1");
+    let announced = FromGateway::Announce(v1::SessionAnnounce { session_id, capability: Some(capability("ann")) });
+    assert_eq!(first.next().await, announced);
+    first.is_silent(Duration::from_secs(1)).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_owner_moves_during_the_handshake() {
     let (mut bench, mut first) = Bench::with_router(config()).await;
     let mut client = bench.connect();

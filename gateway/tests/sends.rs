@@ -257,5 +257,6 @@ async fn receipts_and_signals_are_forwarded_and_never_kept() {
     client.send(ClientFrame::Received(received)).await;
     client.is_alive().await;
     bench.owner("r1");
+    assert!(matches!(router.next().await, FromGateway::Announce(_)), "it had lost the shard meanwhile");
     router.is_silent(Duration::from_secs(5)).await;
 }

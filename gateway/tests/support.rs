@@ -153,7 +153,14 @@ impl Bench {
         view.instances = self.view.borrow().instances.clone();
         for shard in self.shards.shards() {
             let Some(owner) = owner(shard.0) else { continue };
-            let claim = Claim { shard, owner: id(&owner), epoch: Epoch(view.revision), predecessors: Vec::new() };
+            // A claim that stands keeps its epoch.
+            let before = self.view.borrow().claims.get(&shard).filter(|claim| claim.owner == id(&owner)).cloned();
+            let claim = before.unwrap_or_else(|| Claim {
+                shard,
+                owner: id(&owner),
+                epoch: Epoch(view.revision),
+                predecessors: Vec::new(),
+            });
             view.claims.insert(shard, claim);
             view.instances.entry(id(&owner)).or_insert_with(|| router_instance(&owner));
         }

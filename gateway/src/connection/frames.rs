@@ -153,7 +153,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         };
         let shard = self.shared.shards.shard_of(&self.shared.secret.self_id(&verified.user));
         self.stage = Stage::Opening;
-        let opening = Opening { open, version, sent_to: None };
+        let opening = Opening { open, version, sent_to: None, sent_under: None };
         self.session.open(&self.shared, verified.user, shard, verified.expires_at, opening);
         Ok(())
     }

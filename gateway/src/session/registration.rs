@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use im_proto::{PROTOCOL_VERSIONS, ShardId, StatusCode, Timestamp, UserId, v1};
+use im_proto::{Epoch, PROTOCOL_VERSIONS, ShardId, StatusCode, Timestamp, UserId, v1};
 use prost::Message as _;
 use v1::{gateway_message::Message, server_frame::Frame};
 
@@ -12,6 +12,7 @@ use crate::{
     connection::outbox::Wakers,
     gateway::Shared,
     link::{Link, LinkToken},
+    routing::Routes,
 };
 
 /// Between `Hello` and `Welcome`.
@@ -20,6 +21,8 @@ pub(crate) struct Opening {
     /// The version of the protocol that both sides speak.
     pub version: u32,
     pub sent_to: Option<(LinkToken, Arc<Link>)>,
+    /// The claim of the owner when it was sent.
+    pub sent_under: Option<Epoch>,
 }
 
 /// A token that the user's owner has not judged yet.
@@ -41,12 +44,13 @@ impl Session {
         state.opening = Some(Box::new(opening));
         let routes = shared.routing.routes();
         state.version = shared.routing.version();
-        self.open_again(&mut state, routes.owner(shard), &mut gather);
+        self.open_again(&mut state, &routes, &mut gather);
         gather.flush();
     }
 
-    pub(super) fn open_again(&self, state: &mut State, home: Option<&Arc<Link>>, gather: &mut Gather) {
-        let (Some(opening), Some(link)) = (&mut state.opening, home) else { return };
+    pub(super) fn open_again(&self, state: &mut State, routes: &Routes, gather: &mut Gather) {
+        let (Some(opening), Some(shard)) = (&mut state.opening, state.shard) else { return };
+        let Some(link) = routes.owner(shard) else { return };
         let token = link.token();
         let is_sent = opening.sent_to.as_ref().is_some_and(|(sent_to, _)| *sent_to == token);
         if is_sent || !link.is_up() {
@@ -59,6 +63,7 @@ impl Session {
         }
         gather.add(link, Message::Open(opening.open.clone()));
         opening.sent_to = Some((token, link.clone()));
+        opening.sent_under = routes.epoch(shard);
     }
 
     /// The user's owner has recorded the session.
@@ -73,12 +78,18 @@ impl Session {
         state.expires_at = Timestamp::from_millis(identity.expires_at_ms);
         state.capability = encoded(opened.capability.as_ref());
         state.registered = Some(from);
+        state.registered_under = opening.sent_under;
         state.presented = opening.sent_to.into_iter().collect();
         let welcome = self.welcome(shared, opening.version, opened.sync_version, &identity);
         // Live before the frame can be seen, so that nothing is refused that the client sends after it.
         self.live.store(true, std::sync::atomic::Ordering::Release);
         shared.metrics.sessions.increment(1.0);
         self.push(shared, welcome, wakers);
+        let now_under = state.shard.and_then(|shard| shared.routing.routes().epoch(shard));
+        if now_under != state.registered_under {
+            // The shard moved while the answer was on its way, perhaps there and back.
+            shared.routing.retry_later(self.id);
+        }
     }
 
     fn welcome(&self, shared: &Shared, version: u32, sync_version: u64, identity: &v1::Identity) -> Frame {
@@ -130,22 +141,24 @@ impl Session {
         &self,
         state: &mut State,
         shared: &Shared,
-        home: Option<&Arc<Link>>,
+        routes: &Routes,
         gather: &mut Gather,
         wakers: &mut Wakers,
     ) {
-        let Some(link) = home.filter(|link| link.is_up()) else { return };
+        let home = state.shard.and_then(|shard| Some((routes.owner(shard)?, routes.epoch(shard))));
+        let Some((link, under)) = home.filter(|(link, _)| link.is_up()) else { return };
         let token = link.token();
-        if state.registered != Some(token) {
+        if state.registered != Some(token) || state.registered_under != under {
             // Under a new owner the router tells the session to sync; what a link lost only this side knows.
-            if state.registered.is_some_and(|before| before.same_link(token)) {
+            if state.registered.is_some_and(|before| before != token && before.same_link(token)) {
                 shared.metrics.resyncs.increment(1);
                 let spread_ms = u32::try_from(shared.config.resync_spread_all.as_millis()).unwrap_or(u32::MAX);
                 let reason = v1::ResyncReason::LinkLost.into();
                 self.push(shared, Frame::Resync(v1::Resync { reason, spread_ms }), wakers);
             }
-            state.registered = Some(token);
-            // A router that the session was only presented to has not recorded it: it must be announced now.
+            (state.registered, state.registered_under) = (Some(token), under);
+            // A router that the session was only presented to has not recorded it: it must be announced now. So must one that had
+            // the shard before: it has forgotten its sessions.
             state.presented.retain(|(known, _)| *known != token);
             self.present(state, link, gather);
         }

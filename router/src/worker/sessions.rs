@@ -292,6 +292,7 @@ impl Context {
     /// A gateway is no longer registered: its sessions are gone.
     pub fn gateway_gone(&mut self, gateway: &InstanceId) {
         self.outgoing.remove(gateway);
+        self.shards.forget_early(|early| early.session.as_ref().is_some_and(|key| key.gateway == *gateway));
         self.retain_sessions(|_, live| live.gateway != *gateway);
     }
 

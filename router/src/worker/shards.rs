@@ -48,7 +48,13 @@ enum Shard {
 #[derive(Default)]
 pub struct Shards {
     shards: BTreeMap<ShardId, Shard>,
+    /// Sessions announced before this router knew that it has their shard: gateways may learn of a claim sooner than the claimer,
+    /// whose answer may be late or lost.
+    early: BTreeMap<ShardId, Vec<Arc<Caller>>>,
 }
+
+/// Early announcements of one shard. Beyond it they are dropped, and the gateways' next ones count.
+const EARLY_MAX: usize = 65_536;
 
 impl Shards {
     /// Whether requests for it are handled here.
@@ -96,6 +102,23 @@ impl Shards {
         }
     }
 
+    /// Keeps an announcement until the shard is served.
+    fn announced_early(&mut self, shard: ShardId, caller: Arc<Caller>) {
+        let early = self.early.entry(shard).or_default();
+        early.retain(|known| known.session != caller.session);
+        if early.len() < EARLY_MAX {
+            early.push(caller);
+        }
+    }
+
+    /// Forgets early announcements of sessions that have ended.
+    pub fn forget_early(&mut self, ended: impl Fn(&Caller) -> bool) {
+        self.early.retain(|_, early| {
+            early.retain(|caller| !ended(caller));
+            !early.is_empty()
+        });
+    }
+
     fn cancel(&self, shard: ShardId) {
         if let Some(Shard::Active { cancelled, .. }) = self.shards.get(&shard) {
             cancelled.store(true, Ordering::Release);
@@ -127,6 +150,9 @@ impl Worker {
         let before = self.context.shards.shards.insert(shard, Shard::Active { claim, cancelled: Arc::default() });
         for conversation in busy {
             self.open_later(conversation);
+        }
+        for caller in self.context.shards.early.remove(&shard).unwrap_or_default() {
+            self.context.announce_session(caller);
         }
         if let Some(Shard::Claimed { parked, .. }) = before {
             for input in parked {
@@ -296,11 +322,13 @@ impl Context {
                 let refused = v1::SessionRefused { session_id: open.session_id, status: Some(unavailable()) };
                 link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
             }
-            // The gateway announces its sessions again when it learns of the owner; the others lose nothing.
-            GatewayInput::Announce { .. }
-            | GatewayInput::Renew { .. }
-            | GatewayInput::Close { .. }
-            | GatewayInput::Signal { .. } => {}
+            GatewayInput::Announce { caller, .. } => {
+                let shard = self.cluster.shard_of(&caller.self_id);
+                self.shards.announced_early(shard, caller);
+            }
+            GatewayInput::Close { caller } => self.shards.forget_early(|early| early.session == caller.session),
+            // The gateway renews again at the owner; a signal is worth nothing later.
+            GatewayInput::Renew { .. } | GatewayInput::Signal { .. } => {}
         }
     }
 

@@ -26,7 +26,7 @@ use im_proto::environment::Spawn as _;
 use im_registry::Role;
 use tokio::{
     sync::{oneshot, watch},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 pub use report::command;
@@ -159,6 +159,7 @@ async fn whole(world: Arc<World>, people: Arc<People>) -> Vec<String> {
     // What is still to be sent then is sent after everything is healed.
     tokio::pin!(all);
     let in_time = timeout(LIFE_MAX, &mut all).await.is_ok();
+    sleep(world.plan.storm).await;
     stop.send_replace(true);
     let _ = faults.await;
     faults::heal(&world, &people).await;

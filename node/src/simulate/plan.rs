@@ -32,6 +32,8 @@ pub struct Plan {
     /// The longest pause between two faults; none: nothing goes wrong.
     pub fault_pause_ms: Option<u64>,
     pub rough_store: bool,
+    /// How long things go wrong after the last send: what is lost then, no later message brings to light.
+    pub storm: Duration,
 }
 
 impl Plan {
@@ -60,6 +62,7 @@ impl Plan {
             tight: dice.percent(40),
             fault_pause_ms: (!calm).then(|| *dice.pick(&[1_000, 2_500, 5_000])),
             rough_store: dice.percent(60),
+            storm: if dice.percent(50) { dice.millis(0, 12_000) } else { Duration::ZERO },
         }
     }
 }

@@ -7,13 +7,21 @@ use prost_reflect::{
     DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, MethodDescriptor, Value,
 };
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "defs/im/v1/options.proto",
     "defs/im/v1/body.proto",
     "defs/im/v1/client.proto",
     "defs/im/v1/api.proto",
     "defs/im/v1/peer.proto",
+    "defs/im/v1/link.proto",
 ];
+
+/// Its service carries links between processes of a cluster. It is no part of the api: its methods have no number and no audience.
+const LINK_FILE: &str = "im/v1/link.proto";
+
+/// What travels on links is encoded from batches that a replay buffer shares, so its types are not generated.
+const LINK_ITEMS: [(&str, &str); 3] =
+    [("GatewayLinkItem", "GatewayBatch"), ("RouterLinkItem", "RouterBatch"), ("PeerLinkItem", "PeerBatch")];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=defs");
@@ -24,6 +32,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build_server(grpc)
         .config(|config| {
             config.bytes(["."]);
+            for (item, batch) in LINK_ITEMS {
+                config
+                    .extern_path(format!(".im.v1.{item}"), format!("crate::link::wire::WireItem<crate::v1::{batch}>"));
+            }
         })
         .compile_protos(&FILES, &["defs"])?;
 
@@ -41,7 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn method_table(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
     let extension = pool.get_extension_by_name("im.v1.method").ok_or("options.proto has no `method` option")?;
     let mut rows = Vec::new();
-    for service in pool.services() {
+    for service in pool.services().filter(|service| service.parent_file().name() != LINK_FILE) {
         for method in service.methods() {
             let options = method.options();
             if !options.has_extension(&extension) {

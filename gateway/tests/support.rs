@@ -348,6 +348,7 @@ impl Router {
             peer_boot_id: hello.boot_id,
             received_through,
             cluster_id: cluster.to_owned(),
+            shards: hello.shards,
         };
         self.received_through = received_through;
         self.peer = Some(hello);

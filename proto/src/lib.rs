@@ -30,6 +30,11 @@ pub mod token;
 )]
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/im.v1.rs"));
+
+    /// What travels on links, named as in the schema.
+    pub type GatewayLinkItem = crate::link::wire::WireItem<GatewayBatch>;
+    pub type RouterLinkItem = crate::link::wire::WireItem<RouterBatch>;
+    pub type PeerLinkItem = crate::link::wire::WireItem<PeerBatch>;
 }
 
 /// The file descriptors of all `.proto` files, for gRPC reflection.

@@ -11,6 +11,7 @@
 //! Not here: who must be resynced after a loss. The sender knows what its messages were about.
 
 pub mod channel;
+pub mod wire;
 
 use std::collections::VecDeque;
 

@@ -35,8 +35,9 @@ use crate::{
 
 /// Replay buffer of one link.
 const REPLAY_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Messages of one batch on a link.
+/// Messages of one batch on a link, and bytes beyond which it takes no further one.
 const BATCH_MESSAGES_MAX: usize = 4096;
+const BATCH_BYTES_MAX: usize = 1024 * 1024;
 
 /// A gateway as this router sees it.
 pub struct GatewayLink {
@@ -168,12 +169,18 @@ impl GatewayLink {
     fn take_queue(&self) -> Vec<v1::RouterMessage> {
         let (mut messages, overflowed) = {
             let mut queue = self.queue.lock();
-            let messages: Vec<_> = if queue.messages.len() > BATCH_MESSAGES_MAX {
-                queue.messages.drain(..BATCH_MESSAGES_MAX).collect()
-            } else {
-                std::mem::take(&mut queue.messages)
+            let mut bytes = 0;
+            let fits = |message: &&v1::RouterMessage| {
+                let fits = bytes < BATCH_BYTES_MAX;
+                bytes += if fits { message_bytes(message) } else { 0 };
+                fits
             };
-            let bytes: usize = messages.iter().map(message_bytes).sum();
+            let count = queue.messages.iter().take(BATCH_MESSAGES_MAX).take_while(fits).count();
+            let messages: Vec<_> = if count == queue.messages.len() {
+                std::mem::take(&mut queue.messages)
+            } else {
+                queue.messages.drain(..count).collect()
+            };
             queue.bytes -= bytes.min(queue.bytes);
             (messages, std::mem::take(&mut queue.overflowed))
         };
@@ -221,6 +228,7 @@ pub async fn serve(cluster: Arc<Cluster>, mut end: RouterEnd) {
         peer_boot_id: link.boot,
         received_through: link.numbering.lock().incoming.received_through(),
         cluster_id: cluster.config.cluster_id.clone(),
+        shards: cluster.config.shards.get(),
     };
     if end.sender.send(LinkItem::Hello(answer)).await.is_err() {
         return;
@@ -237,6 +245,10 @@ fn admit(cluster: &Cluster, hello: &v1::LinkHello) -> Option<Arc<GatewayLink>> {
     let instance = InstanceId::parse(&hello.instance_id).ok()?;
     if hello.cluster_id != cluster.config.cluster_id {
         tracing::error!(gateway = %instance, theirs = %hello.cluster_id, "a gateway of another cluster was refused");
+        return None;
+    }
+    if hello.shards != cluster.config.shards.get() {
+        tracing::error!(gateway = %instance, theirs = hello.shards, "a gateway with another number of shards was refused");
         return None;
     }
     let mut links = cluster.links.write();

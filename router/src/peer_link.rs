@@ -32,6 +32,8 @@ use crate::{
 
 /// Messages that wait for one peer.
 const QUEUE_MESSAGES_MAX: usize = 65_536;
+/// Bytes of one batch beyond which it takes no further message.
+const BATCH_BYTES_MAX: usize = 1024 * 1024;
 /// Replay buffer of one direction.
 const REPLAY_BYTES_MAX: usize = 16 * 1024 * 1024;
 
@@ -87,12 +89,43 @@ impl PeerLink {
         true
     }
 
+    /// What fits into one batch.
+    fn take_queue(&self) -> Vec<v1::PeerMessage> {
+        let mut queue = self.queue.lock();
+        let mut bytes = 0;
+        let fits = |message: &&v1::PeerMessage| {
+            let fits = bytes < BATCH_BYTES_MAX;
+            bytes += message_bytes(message);
+            fits
+        };
+        let count = queue.iter().take_while(fits).count();
+        if count == queue.len() { std::mem::take(&mut *queue) } else { queue.drain(..count).collect() }
+    }
+
     /// Queues an answer. Answers are bounded by the requests that the other side may have open.
     pub fn answer(&self, request_id: u64, answer: Answer) {
         let message = Some(Message::Answer(answer_to_peer(answer)));
         self.queue.lock().push(v1::PeerMessage { shard: 0, request_id, message });
         self.wake.notify_one();
     }
+}
+
+/// Roughly; only what can be large is counted.
+fn message_bytes(message: &v1::PeerMessage) -> usize {
+    let variable = match &message.message {
+        Some(Message::Deliver(deliver)) => deliver.frame.len() + 32 * deliver.user_ids.len(),
+        Some(Message::Call(call)) => call.request.len(),
+        Some(Message::Effect(effect)) => effect.body.len(),
+        Some(Message::Heads(heads)) => 16 * heads.conversation_ids.len(),
+        Some(Message::Answer(v1::PeerAnswer { answer: Some(v1::peer_answer::Answer::Reply(reply)), .. })) => {
+            reply.len()
+        }
+        Some(Message::Answer(v1::PeerAnswer { answer: Some(v1::peer_answer::Answer::Heads(list)), .. })) => {
+            64 * list.heads.len()
+        }
+        _ => 0,
+    };
+    96 + variable
 }
 
 /// Keeps a link to every other router in the view.
@@ -197,15 +230,20 @@ fn own_hello(cluster: &Cluster, peer: &PeerLink) -> v1::LinkHello {
         peer_boot_id: numbering.boot,
         received_through: numbering.incoming.received_through(),
         cluster_id: cluster.config.cluster_id.clone(),
+        shards: cluster.config.shards.get(),
     }
 }
 
 async fn their_hello(cluster: &Cluster, end: &mut PeerEnd) -> Option<v1::LinkHello> {
     match end.receiver.recv().await {
-        Some(LinkItem::Hello(hello)) if hello.cluster_id == cluster.config.cluster_id => Some(hello),
         Some(LinkItem::Hello(hello)) => {
-            tracing::error!(theirs = %hello.cluster_id, "a router of another cluster was refused");
-            None
+            let config = &cluster.config;
+            let same = hello.cluster_id == config.cluster_id && hello.shards == config.shards.get();
+            if !same {
+                let (cluster, shards) = (&hello.cluster_id, hello.shards);
+                tracing::error!(cluster, shards, "a router of another cluster or number of shards was refused");
+            }
+            same.then_some(hello)
         }
         _ => None,
     }
@@ -308,7 +346,7 @@ fn send_next(
             peer.wake.notify_one();
             return false;
         }
-        let messages = std::mem::take(&mut *peer.queue.lock());
+        let messages = peer.take_queue();
         if messages.is_empty() {
             return false;
         }

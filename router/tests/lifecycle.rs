@@ -14,7 +14,7 @@ use im_storage::{
     AppendRequest, Batch, Directory as _, FaultPlan, Faulty, Memory, MessageLog as _, Row, StateWrite, Store, Table,
 };
 
-use crate::support::{CLUSTER, World, message, to, user};
+use crate::support::{CLUSTER, SHARDS, World, message, to, user};
 
 fn shard_partition(world: &World, id: &im_proto::ConversationId) -> [u8; 4] {
     world.config("any").shards.shard_of(id).0.to_be_bytes()
@@ -348,6 +348,7 @@ async fn a_link_whose_gateway_no_view_shows_breaks_instead_of_falling_silent() {
         instance_id: "early".to_owned(),
         boot_id: 5,
         cluster_id: "im".to_owned(),
+        shards: SHARDS,
         ..v1::LinkHello::default()
     };
     early.sender.send(LinkItem::Hello(hello)).await.unwrap();

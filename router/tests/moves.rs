@@ -11,7 +11,7 @@ use im_registry::{AnyRegistry, Reach, Registry as _};
 use im_storage::{FaultPlan, Faulty, Memory, Store};
 use tokio::sync::mpsc;
 
-use crate::support::{CLUSTER, World, message, user};
+use crate::support::{CLUSTER, SHARDS, World, message, user};
 
 /// The first of many users whose conversation belongs to a router.
 fn user_of(
@@ -78,6 +78,7 @@ fn peer_hello(name: &str) -> LinkItem<v1::PeerBatch> {
         instance_id: name.to_owned(),
         boot_id: 7,
         cluster_id: "im".to_owned(),
+        shards: SHARDS,
         ..v1::LinkHello::default()
     })
 }

@@ -78,13 +78,14 @@ pub fn user(name: &str) -> UserId {
     UserId::parse(name).unwrap()
 }
 
+pub const SHARDS: u32 = 4;
+
 pub struct World {
     pub environment: Environment,
     pub registry: InProcessRegistry,
     pub store: Store,
     pub key: SigningKey,
     pub peers: Arc<dyn Connector<PeerEnd>>,
-    shards: u32,
 }
 
 impl World {
@@ -96,14 +97,13 @@ impl World {
             store,
             key: SigningKey::from_pkcs8(der.as_ref()).unwrap(),
             peers: Arc::new(NoPeers),
-            shards: 4,
         }
     }
 
     pub fn config(&self, name: &str) -> RouterConfig {
         let instance = InstanceId::parse(name).unwrap();
         let mut config = RouterConfig::new(instance, BootId(1), CLUSTER.clone(), RouterSecret::new([9; 32]));
-        config.shards = ShardCount::new(self.shards).unwrap();
+        config.shards = ShardCount::new(SHARDS).unwrap();
         config.verify_keys = vec![self.key.verify_key()];
         config.workers = 2;
         config
@@ -151,6 +151,7 @@ impl World {
             instance_id: name.to_owned(),
             boot_id: 5,
             cluster_id: "im".to_owned(),
+            shards: SHARDS,
             ..v1::LinkHello::default()
         };
         gateway.end.sender.send(LinkItem::Hello(hello)).await.unwrap();

@@ -87,6 +87,7 @@ async fn dial(shared: &Shared, link: &Link, numbers: &Numbers) -> Result<(Gatewa
         peer_boot_id: numbers.router_boot,
         received_through: numbers.incoming.received_through(),
         cluster_id: shared.config.cluster_id.clone(),
+        shards: shared.shards.get(),
     };
     end.sender.send(LinkItem::Hello(hello)).await.map_err(|_| "closed before the hello".to_owned())?;
     let Some(LinkItem::Hello(hello)) = end.receiver.recv().await else {
@@ -94,6 +95,9 @@ async fn dial(shared: &Shared, link: &Link, numbers: &Numbers) -> Result<(Gatewa
     };
     if hello.cluster_id != shared.config.cluster_id {
         return Err(format!("it belongs to the cluster {:?}", hello.cluster_id));
+    }
+    if hello.shards != shared.shards.get() {
+        return Err(format!("it counts {} shards and this gateway {}", hello.shards, shared.shards.get()));
     }
     if hello.instance_id != link.router.as_str() {
         return Err(format!("it is the instance {:?}", hello.instance_id));

@@ -29,6 +29,7 @@ fn tables() -> Vec<(&'static str, String)> {
         ("bodies", message_table(&schema, "body.proto", |_| true)),
         ("api", message_table(&schema, "api.proto", |_| true)),
         ("peer", message_table(&schema, "peer.proto", |_| true)),
+        ("link", message_table(&schema, "link.proto", |_| true)),
         ("enums", enum_table(&schema)),
     ]
 }

@@ -33,6 +33,7 @@ types! {
     SessionSend SessionCall SessionReceived SessionSignal GatewayLoad RouterBatch RouterMessage SessionOpened SessionRefused
     SessionRenewed SendResult Deliver CallReply SessionsResync SessionKick SendReturned CapabilityWanted PeerBatch PeerMessage
     PeerDeliver PeerResyncShard PeerEffect PeerHeads PeerCall PeerAnswer HeadList Head
+    GatewayLinkItem RouterLinkItem PeerLinkItem
 }
 
 pub fn reencode(name: &str, bytes: &[u8]) -> Result<Vec<u8>, DecodeError> {

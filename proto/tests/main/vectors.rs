@@ -290,6 +290,14 @@ fn files(schema: &Schema, covered: &mut BTreeSet<(String, i32)>) -> Vec<File> {
             about: "Between routers: a batch of each message.",
             vectors: of_members(schema, "PeerMessage", covered, Wrap::Batch("PeerBatch")),
         },
+        File {
+            name: "link_items.txt",
+            about: "What travels on links over gRPC.",
+            vectors: ["GatewayLinkItem", "RouterLinkItem", "PeerLinkItem"]
+                .into_iter()
+                .flat_map(|item| of_members(schema, item, covered, Wrap::Nothing))
+                .collect(),
+        },
     ]
 }
 
@@ -322,7 +330,7 @@ fn load(file: &str) -> Vec<(String, String, Vec<u8>)> {
     vectors
 }
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "client_frames.txt",
     "server_frames.txt",
     "bodies.txt",
@@ -330,6 +338,7 @@ const FILES: [&str; 7] = [
     "gateway_batches.txt",
     "router_batches.txt",
     "peer_batches.txt",
+    "link_items.txt",
 ];
 
 #[test]

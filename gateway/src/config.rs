@@ -30,6 +30,8 @@ pub struct GatewayConfig {
     /// Frames of a connection in one second, beyond which it is not read until the second is over; 0 is no limit. The default is
     /// far above any client and keeps one connection from filling a core.
     pub frames_per_second_max: u32,
+    /// `Locate` of one address before `Hello` in one second; 0 is no limit. Not for the machine itself.
+    pub locates_per_second_max: u32,
     /// Bytes that wait to be written to one connection. Beyond them live pushes are dropped and end in a `Resync`; at twice this
     /// much the connection is closed. 1 MiB is 10,000 short messages.
     pub outbox_bytes_max: usize,
@@ -74,6 +76,7 @@ impl GatewayConfig {
             calls_in_flight_max: limits::CALLS_IN_FLIGHT_MAX,
             sends_per_second_max: 0,
             frames_per_second_max: 200_000,
+            locates_per_second_max: 10,
             outbox_bytes_max: 1024 * 1024,
             reply_bytes_max: 4 * 1024 * 1024,
             resync_spread_one: Duration::from_secs(1),

@@ -115,7 +115,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         metrics.accepted[peer.transport.index()].increment(1);
         metrics.connections.increment(1.0);
         let admitted = shared.admission.connection().and_then(|place| Ok((place, shared.admission.handshake()?)));
-        let session = Arc::new(Session::new(shared.sessions.next_id()));
+        let session = Arc::new(Session::new(shared.sessions.next_id(), peer.transport));
         let (place, handshake) = match admitted {
             Ok((place, handshake)) => {
                 shared.sessions.insert(session.clone());
@@ -312,7 +312,7 @@ fn refuse(shared: &Shared, session: &Session, refusal: Refusal) {
     let go_away = v1::GoAway {
         reason: Some(code.to_status()),
         reconnect_after_ms: u32::try_from(reconnect_after.as_millis()).unwrap_or(u32::MAX),
-        endpoints: Vec::new(),
+        endpoints: shared.neighbours.offer_others(&shared.environment, &shared.instance, session.transport()),
     };
     session.push(shared, Frame::GoAway(go_away), &mut Wakers::default());
     session.close(shared, code.retry_after(reconnect_after), &mut Wakers::default());

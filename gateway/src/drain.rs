@@ -58,7 +58,7 @@ fn tell(shared: &Shared, session: &Session) {
     let go_away = v1::GoAway {
         reason: Some(StatusCode::Draining.to_status()),
         reconnect_after_ms: u32::try_from(reconnect_after.as_millis()).unwrap_or(u32::MAX),
-        endpoints: Vec::new(),
+        endpoints: shared.neighbours.offer_others(&shared.environment, &shared.instance, session.transport()),
     };
     session.push(shared, Frame::GoAway(go_away), &mut wakers);
 }

@@ -16,6 +16,7 @@ mod gateway;
 mod link;
 pub mod listener;
 mod metrics;
+mod neighbours;
 mod routing;
 mod session;
 mod sessions;

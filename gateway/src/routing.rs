@@ -90,6 +90,7 @@ pub(crate) async fn follow(shared: Arc<Shared>, mut view: watch::Receiver<Arc<Vi
     let routing = &shared.routing;
     loop {
         let seen = view.borrow_and_update().clone();
+        shared.neighbours.update(&seen, &shared.instance);
         if update(&shared, &seen, &mut links, &mut last_index) {
             routing.version.fetch_add(1, Ordering::AcqRel);
             visit_all(&shared).await;

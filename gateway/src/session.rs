@@ -22,11 +22,15 @@ use parking_lot::{Mutex, MutexGuard};
 use v1::{gateway_message::Message, server_frame::Frame};
 
 use crate::{
-    connection::outbox::{Outbox, Pushed, Wakers},
+    connection::{
+        Transport,
+        outbox::{Outbox, Pushed, Wakers},
+    },
     gateway::Shared,
     link::{Link, LinkToken},
 };
 use calls::PendingCall;
+pub(crate) use calls::failed_reply;
 use gather::Gather;
 pub(crate) use registration::Opening;
 use registration::Renewing;
@@ -37,6 +41,7 @@ pub(crate) use sends::refusal;
 /// A session, from the accepted connection to its end.
 pub(crate) struct Session {
     id: SessionId,
+    transport: Transport,
     user: OnceLock<UserId>,
     /// `Welcome` was queued.
     live: AtomicBool,
@@ -79,8 +84,20 @@ pub(crate) enum Work {
 }
 
 impl Session {
-    pub fn new(id: SessionId) -> Self {
-        Self { id, user: OnceLock::new(), live: AtomicBool::new(false), outbox: Outbox::new(), state: Mutex::default() }
+    pub fn new(id: SessionId, transport: Transport) -> Self {
+        Self {
+            id,
+            transport,
+            user: OnceLock::new(),
+            live: AtomicBool::new(false),
+            outbox: Outbox::new(),
+            state: Mutex::default(),
+        }
+    }
+
+    /// What carries its connection.
+    pub fn transport(&self) -> Transport {
+        self.transport
     }
 
     pub fn id(&self) -> SessionId {

@@ -9,6 +9,7 @@ mod calls;
 mod drain;
 mod handshake;
 mod links;
+mod locate;
 mod pushes;
 mod sends;
 mod transports;

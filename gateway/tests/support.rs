@@ -167,6 +167,28 @@ impl Bench {
         self.view.send_replace(Arc::new(view));
     }
 
+    /// The registry shows more gateways: `g1` is the one under test.
+    pub fn gateways(&self, gateways: &[(&str, &str, bool)]) {
+        let mut view = View::clone(&self.view.borrow());
+        view.revision += 1;
+        for (name, zone, draining) in gateways {
+            let endpoint = |transport: &str| Endpoint {
+                transport: transport.to_owned(),
+                address: format!("{name}.{transport}:1"),
+            };
+            let endpoints = ["tcp", "tls", "quic", "http"].map(endpoint).into();
+            let instance = Instance {
+                role: Role::Gateway,
+                endpoints,
+                zone: (*zone).to_owned(),
+                draining: *draining,
+                ..router_instance(name)
+            };
+            view.instances.insert(id(name), instance);
+        }
+        self.view.send_replace(Arc::new(view));
+    }
+
     /// The router is gone from the registry, with its claims.
     pub fn remove_router(&self, router: &str) {
         let mut view = View::clone(&self.view.borrow());
@@ -220,8 +242,13 @@ impl Bench {
 
     /// A connection of a client that has said nothing yet, with room for this much between the two.
     pub fn connect_with_room(&self, room: usize) -> Client<DuplexStream> {
+        self.connect_as(room, Transport::Memory, [127, 0, 0, 1])
+    }
+
+    /// The same from some address, said to come by some transport.
+    pub fn connect_as(&self, room: usize, transport: Transport, address: [u8; 4]) -> Client<DuplexStream> {
         let (ours, theirs) = tokio::io::duplex(room);
-        let peer = PeerInfo { transport: Transport::Memory, remote_address: SocketAddr::from(([127, 0, 0, 1], 1)) };
+        let peer = PeerInfo { transport, remote_address: SocketAddr::from((address, 1)) };
         tokio::spawn(self.gateway.serve_stream(theirs, peer));
         Client::new(ours)
     }

@@ -30,6 +30,10 @@ limits! {
     PING_ECHO_BYTES_MAX: usize = 256;
     /// The name and the version that a client gives in its `Hello`, each.
     CLIENT_TEXT_BYTES_MAX: usize = 128;
+    /// The first pause before a client reconnects, in milliseconds, as a server without other settings names it.
+    RECONNECT_BASE_MS: u32 = 100;
+    /// The longest pause before a client reconnects, in milliseconds, as a server without other settings names it.
+    RECONNECT_MAX_MS: u32 = 10_000;
     /// A frame from a client that is not authenticated yet, without its length prefix.
     FRAME_BYTES_MAX_BEFORE_HELLO: usize = 64 * 1024;
     /// A frame of an authenticated connection, without its length prefix.

@@ -3,7 +3,7 @@
 //! A pure function of the user, the live gateways and their reported load: rendezvous hashing, gateways that take nothing new
 //! excluded. (Bounded load and zones come with several gateways; this is the trait's place.)
 
-use im_proto::{InstanceId, UserId, v1};
+use im_proto::{InstanceId, UserId, limits, v1};
 use im_registry::{Instance, Role};
 use std::sync::atomic::Ordering;
 use xxhash_rust::xxh3::xxh3_64;
@@ -12,9 +12,6 @@ use crate::cluster::Cluster;
 
 /// Endpoints offered to a caller without a token, and the most offered to anybody.
 const GATEWAYS_OFFERED: usize = 3;
-/// Reconnect back-off that clients are told.
-const RECONNECT_BASE_MS: u32 = 100;
-const RECONNECT_MAX_MS: u32 = 10_000;
 
 /// A gateway that placement may choose.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,7 +76,11 @@ pub fn locate(cluster: &Cluster, user: Option<&UserId>) -> v1::LocateReply {
                 })
         })
         .collect();
-    v1::LocateReply { endpoints, reconnect_base_ms: RECONNECT_BASE_MS, reconnect_max_ms: RECONNECT_MAX_MS }
+    v1::LocateReply {
+        endpoints,
+        reconnect_base_ms: limits::RECONNECT_BASE_MS,
+        reconnect_max_ms: limits::RECONNECT_MAX_MS,
+    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 use std::{cell::RefCell, time::Duration};
 
 use bytes::Bytes;
-use im_proto::{ConversationId, StatusCode, UserId, body, frame::Decoded, limits, token, v1};
+use im_proto::{ConversationId, StatusCode, UserId, body, frame::Decoded, limits, method::Method, token, v1};
+use prost::Message as _;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::Instant,
@@ -11,14 +12,7 @@ use tokio::{
 use v1::{client_frame::Frame as ClientFrame, server_frame::Frame};
 
 use super::{Connection, Stage};
-use crate::session::{Opening, Work, common_version, refusal};
-
-/// What a ping may carry.
-const ECHO_BYTES_MAX: usize = 256;
-/// A token has some hundred bytes.
-const TOKEN_BYTES_MAX: usize = 8 * 1024;
-/// Name and version of a client, for the log.
-const CLIENT_TEXT_BYTES_MAX: usize = 128;
+use crate::session::{Opening, Work, common_version, failed_reply, refusal};
 
 thread_local! {
     static WORK: RefCell<Vec<Work>> = const { RefCell::new(Vec::new()) };
@@ -107,6 +101,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match (self.stage, frame) {
             (_, ClientFrame::Ping(ping)) => self.ping(ping),
             (Stage::Hello, ClientFrame::Hello(hello)) => return self.hello(hello),
+            (Stage::Hello | Stage::Opening, ClientFrame::Call(call))
+                if Method::from_number(call.method) == Some(Method::PlacementLocate) =>
+            {
+                self.locate(call.request_id);
+            }
             (Stage::Hello | Stage::Opening, _) | (_, ClientFrame::Hello(_)) => return malformed(),
             (_, ClientFrame::Pong(_)) => {}
             (_, ClientFrame::Send(send)) => self.send(send, now, work),
@@ -128,15 +127,31 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn ping(&self, ping: v1::Ping) {
-        if ping.echo.len() > ECHO_BYTES_MAX {
+        if ping.echo.len() > limits::PING_ECHO_BYTES_MAX {
             return self.refuse_frame(2, StatusCode::TooLarge);
         }
         self.push(Frame::Pong(v1::Pong { echo: ping.echo }));
     }
 
+    /// For a client that has not said who it is: some gateways, it does not matter which.
+    fn locate(&self, request_id: u32) {
+        let shared = &self.shared;
+        if !shared.locates.take(&shared.environment, self.remote_address.ip()) {
+            return self.push(failed_reply(request_id, StatusCode::RateLimited.retry_after(SECOND)));
+        }
+        let reply = v1::LocateReply {
+            endpoints: shared.neighbours.offer(&shared.environment),
+            reconnect_base_ms: limits::RECONNECT_BASE_MS,
+            reconnect_max_ms: limits::RECONNECT_MAX_MS,
+        };
+        let payload = reply.encode_to_vec().into();
+        self.push(Frame::Reply(v1::Reply { request_id, status: None, payload, last: true }));
+    }
+
     fn hello(&mut self, hello: v1::Hello) -> Verdict {
         let Some(version) = common_version(&hello) else { return Err(StatusCode::WrongVersion.to_status()) };
-        if hello.client_name.len() > CLIENT_TEXT_BYTES_MAX || hello.client_version.len() > CLIENT_TEXT_BYTES_MAX {
+        let text_max = limits::CLIENT_TEXT_BYTES_MAX;
+        if hello.client_name.len() > text_max || hello.client_version.len() > text_max {
             return Err(StatusCode::TooLarge.to_status());
         }
         let verified = self.inspect(&hello.token)?;
@@ -160,7 +175,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Form and expiry; the signature is for the user's owner to check.
     fn inspect(&self, token: &str) -> Result<token::Verified, v1::Status> {
-        if token.len() > TOKEN_BYTES_MAX {
+        if token.len() > limits::TOKEN_BYTES_MAX {
             return Err(StatusCode::Unauthenticated.to_status());
         }
         token::inspect(token, self.shared.environment.clock.now()).map_err(|error| {

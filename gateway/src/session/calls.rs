@@ -88,6 +88,7 @@ impl Session {
     }
 }
 
-fn failed_reply(request_id: u32, status: v1::Status) -> Frame {
+/// A reply that carries nothing but a status.
+pub(crate) fn failed_reply(request_id: u32, status: v1::Status) -> Frame {
     Frame::Reply(v1::Reply { request_id, status: Some(status), payload: bytes::Bytes::new(), last: true })
 }

@@ -102,6 +102,12 @@ pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 21] {
             Slot::Rate(&mut config.sends_per_second_max, 0..=10_000_000),
         ),
         setting(
+            "gateway.locates_per_second_max",
+            "Locate of one address before Hello in one second, not counted for the machine itself; 0 is no limit.\n\
+             10: a start of the client takes one.",
+            Slot::Rate(&mut config.locates_per_second_max, 0..=1_000_000),
+        ),
+        setting(
             "gateway.frames_per_second_max",
             "Frames of a connection in one second, beyond which it is not read until the second is over; 0 is no limit.\n\
              200,000: far above any client, and below what fills a core.",

@@ -26,6 +26,7 @@ use crate::{
     checker::{Client, History},
     driver::{self, Micros},
     report::Latencies,
+    timeline::STALLED_AFTER,
 };
 
 /// Time without an entry for a gap before it is read from the history: acks and messages of one commit may cross.
@@ -57,6 +58,8 @@ pub struct Progress {
     pub live: AtomicU64,
     pub acknowledged: AtomicU64,
     pub delivered: AtomicU64,
+    /// Conversations whose oldest unacknowledged send waits for long.
+    pub stalled: AtomicU64,
     /// Messages sent, and everything not received yet: gaps, calls, unacknowledged sends.
     pub unsettled: AtomicU64,
 }
@@ -176,6 +179,7 @@ struct Published {
     acknowledged: u64,
     delivered: u64,
     unsettled: u64,
+    stalled: u64,
 }
 
 struct Scheduled {
@@ -289,15 +293,17 @@ impl Participants {
     }
 
     /// Tells the controller how far this thread is.
-    fn publish(&mut self) {
+    fn publish(&mut self, now: Micros) {
         let live = self.members.iter().filter(|member| member.state == State::Live).count() as u64;
         let unsettled = self.members.iter().map(|member| member.unsettled(&self.flows)).sum();
+        let stalled = self.members.iter().map(|member| member.stalled(now)).sum();
         let (acknowledged, delivered) = self.history.counts();
         let add = |total: &AtomicU64, published: &mut u64, now: u64| {
             total.fetch_add(now.wrapping_sub(*published), Ordering::Relaxed);
             *published = now;
         };
         add(&self.progress.live, &mut self.published.live, live);
+        add(&self.progress.stalled, &mut self.published.stalled, stalled);
         add(&self.progress.unsettled, &mut self.published.unsettled, unsettled);
         add(&self.progress.acknowledged, &mut self.published.acknowledged, acknowledged);
         add(&self.progress.delivered, &mut self.published.delivered, delivered);
@@ -355,6 +361,12 @@ impl Participant {
         }
     }
 
+    /// Its conversations that wait for an ack for long.
+    fn stalled(&self, now: Micros) -> u64 {
+        let oldest = self.lanes.iter().filter_map(|lane| lane.sending.as_ref()?.pending.front());
+        oldest.filter(|pending| pending.id.scheduled + STALLED_AFTER < now).count() as u64
+    }
+
     /// What this participant still waits for.
     fn unsettled(&self, flows: &[Flow]) -> u64 {
         let own = u64::from(self.state != State::Live) + u64::from(self.sync_at.is_some()) + self.calls.len() as u64;
@@ -405,7 +417,7 @@ impl driver::Crowd for Participants {
         }
         if now >= self.publish_at {
             self.publish_at = now + PUBLISH_EVERY;
-            self.publish();
+            self.publish(now);
         }
     }
 

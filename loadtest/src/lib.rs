@@ -17,6 +17,7 @@ mod report;
 mod scenario;
 mod server;
 mod stream;
+mod timeline;
 mod wire;
 
 use std::{io::Write as _, process::ExitCode};
@@ -80,6 +81,7 @@ async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
         Scenario::Fanout(common) => scenario::fanout::run(common).await,
         Scenario::Idle(common) => scenario::idle::run(common).await,
         Scenario::Crash { common, kills } => scenario::crash::run(common, *kills).await,
+        Scenario::Soak { common, marks } => scenario::soak::run(common, *marks).await,
         Scenario::CeilingServer { .. } => anyhow::bail!("the bare router has no report"),
     }
 }
@@ -88,7 +90,9 @@ impl Scenario {
     fn common(&self) -> Option<&Common> {
         match self {
             Scenario::Chat(common) | Scenario::Fanout(common) | Scenario::Idle(common) => Some(common),
-            Scenario::Ceiling { common, .. } | Scenario::Crash { common, .. } => Some(common),
+            Scenario::Ceiling { common, .. } | Scenario::Crash { common, .. } | Scenario::Soak { common, .. } => {
+                Some(common)
+            }
             Scenario::CeilingServer { .. } => None,
         }
     }

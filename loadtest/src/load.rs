@@ -201,10 +201,12 @@ async fn run_thread(
 /// One participant's connection, opened again when it is lost.
 async fn keep_connected(stage: Rc<Stage<Participants>>, thread: Rc<Thread>, member: usize) {
     let mut pause = RECONNECT.0;
+    // Another server after each end: the one before may be gone.
+    let mut server = member;
     while !stage.crowd.borrow().is_closing() {
         let address = {
             let endpoints = lock(&thread.endpoints);
-            endpoints.addresses[member % endpoints.addresses.len()].clone()
+            endpoints.addresses[server % endpoints.addresses.len()].clone()
         };
         let opened = {
             let Ok(_permit) = thread.opening.acquire().await else { return };
@@ -225,6 +227,7 @@ async fn keep_connected(stage: Rc<Stage<Participants>>, thread: Rc<Thread>, memb
             Err(_) => "cannot connect: timed out".to_owned(),
         };
         stage.crowd.borrow_mut().closed(member, &cause);
+        server += 1;
         if !thread.reconnect {
             return;
         }

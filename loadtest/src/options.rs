@@ -19,6 +19,7 @@ const EXAMPLES: &str = "Examples:
   loadtest fanout --members 1000 --json fanout.json
   loadtest crash --kills 50
   loadtest ceiling --durable
+  loadtest soak --server tcp://127.0.0.1:7200 --key signing.pk8 --seconds 60
 
 Exit codes: 0 done, 1 it could not run, 2 wrong usage, 3 a promise did not hold or the generator was the limit.";
 
@@ -48,6 +49,14 @@ pub enum Scenario {
         /// How often the server is killed.
         #[arg(long, default_value_t = 50)]
         kills: u32,
+    },
+    /// Continuous load on a running cluster (--server) while somebody else breaks it; everything is judged at the end.
+    Soak {
+        #[command(flatten)]
+        common: Common,
+        /// Each line of standard input is a mark in the timeline; the load ends with the input, not after --seconds.
+        #[arg(long)]
+        marks: bool,
     },
     /// The bare router itself; `ceiling` starts it.
     #[command(hide = true)]

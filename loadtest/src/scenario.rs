@@ -5,6 +5,7 @@ pub mod chat;
 pub mod crash;
 pub mod fanout;
 pub mod idle;
+pub mod soak;
 
 use std::{
     collections::BTreeMap,
@@ -109,7 +110,19 @@ impl Target {
     /// A connection for one call after the other.
     pub async fn control(&self, user: &str, device: &str) -> anyhow::Result<Control> {
         let connector = Connector::new(self.transport, self.endpoints.ca.as_deref())?;
-        Control::connect(&connector, &self.endpoints.addresses[0], self.credentials.token(user, device)?).await
+        self.reach(&connector, &self.credentials.token(user, device)?).await
+    }
+
+    /// A connection to the first server that takes one.
+    async fn reach(&self, connector: &Connector, token: &str) -> anyhow::Result<Control> {
+        let mut failed = None;
+        for address in &self.endpoints.addresses {
+            match Control::connect(connector, address, token.to_owned()).await {
+                Ok(control) => return Ok(control),
+                Err(error) => failed = Some(error),
+            }
+        }
+        Err(failed.unwrap_or_else(|| anyhow::anyhow!("no server is known")))
     }
 
     /// Reads every conversation back, for the checker to judge.
@@ -140,7 +153,7 @@ impl Target {
         (user, device): (&str, String),
     ) -> anyhow::Result<()> {
         let token = self.credentials.token(user, &device)?;
-        let mut control = Control::connect(connector, &self.endpoints.addresses[0], token).await?;
+        let mut control = self.reach(connector, &token).await?;
         let conversation = recorder.borrow_mut().conversation(id);
         let head = control
             .read_history(id, |message| recorder.borrow_mut().stored(conversation, Entry::from(message)))

@@ -19,6 +19,7 @@ use crate::{
     options::Common,
     report::{Latencies, Percentiles, Report},
     server::ServerProcess,
+    timeline::Timeline,
 };
 
 /// Pairs if the options do not say; both users of a pair send.
@@ -47,12 +48,15 @@ pub async fn run(options: &Common, kills: u32) -> anyhow::Result<Report> {
     let before = Reading::take(None);
     load.switches.measuring.store(true, Ordering::Relaxed);
     load.switches.sending.store(true, Ordering::Relaxed);
-    let outages = kill_repeatedly(&mut target, &load, kills, options.seed).await?;
+    let timeline = Timeline::start(Arc::clone(&load.progress));
+    let outages = kill_repeatedly(&mut target, &load, &timeline, kills, options.seed).await?;
     load.switches.measuring.store(false, Ordering::Relaxed);
     load.switches.sending.store(false, Ordering::Relaxed);
     let usage = Reading::take(None).since(&before);
     let settled = load.settled(SETTLE_WITHIN).await;
+    let recorded = timeline.finish();
     drop(progress);
+    eprint!("{}", recorded.plot());
     let outcome = load.finish()?;
     let mut report = new_report("crash", &target, options);
     report.connections = connections;
@@ -67,6 +71,7 @@ pub async fn run(options: &Common, kills: u32) -> anyhow::Result<Report> {
     if let serde_json::Value::Object(details) = &mut report.details {
         details.insert("kills".to_owned(), kills.into());
         details.insert("outage_us".to_owned(), serde_json::json!(outages));
+        details.insert("timeline".to_owned(), serde_json::json!(recorded));
         details.insert("disconnects".to_owned(), serde_json::json!(outcome.statistics.disconnects));
     }
     judge(&target, options, outcome, &mut report).await?;
@@ -80,7 +85,8 @@ pub async fn run(options: &Common, kills: u32) -> anyhow::Result<Report> {
 const POWER_LOSS: &str = "SIGKILL keeps the page cache: power loss is shown by `cargo test -p im-storage power_failure`, over a file \
      layer that drops what was not synced, with the seeds 0..32 and 100..103";
 
-async fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Result<(LoadPlan, usize)> {
+/// Pairs in both directions, and one group.
+pub async fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Result<(LoadPlan, usize)> {
     let members: Vec<String> = (0..(2 * pairs).min(GROUP)).map(|index| target.user(index)).collect();
     let group = create_group(target, &members).await?;
     // Several lanes share the session's limit of un-acknowledged sends.
@@ -106,7 +112,13 @@ async fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Result
 }
 
 /// Kills and restarts; for each kill how long it took from the kill to the first ack after it.
-async fn kill_repeatedly(target: &mut Target, load: &Load, kills: u32, seed: u64) -> anyhow::Result<Percentiles> {
+async fn kill_repeatedly(
+    target: &mut Target,
+    load: &Load,
+    timeline: &Timeline,
+    kills: u32,
+    seed: u64,
+) -> anyhow::Result<Percentiles> {
     let mut outages = Latencies::default();
     let mut random = seed | 1;
     wait_for(target, load, ACKS_BETWEEN_KILLS).await?;
@@ -118,6 +130,7 @@ async fn kill_repeatedly(target: &mut Target, load: &Load, kills: u32, seed: u64
         tokio::time::sleep(KILL_WITHIN * u32::try_from(random % 1000).unwrap_or(0) / 1000).await;
         let process = target.process.as_mut().context("there is no own server")?;
         let killed = Instant::now();
+        timeline.mark("SIGKILL");
         process.kill().await?;
         process.restart().await.with_context(|| format!("restart after kill {kill}"))?;
         target.endpoints = process.endpoints(target.transport).await?;

@@ -1,0 +1,83 @@
+//! Continuous load on a running cluster while somebody else breaks it.
+//!
+//! The same clients as in `crash`: pairs in both directions and one group, who reconnect, sync and repeat what was not
+//! acknowledged. Whoever makes the faults writes a line for each to standard input; the report has the timeline around them, and
+//! at the end every history is read back and judged.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use anyhow::bail;
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    time::Instant,
+};
+
+use super::{ProgressLine, Target, crash, judge, new_report, statistics};
+use crate::{load::Load, measure::Reading, options::Common, report::Report, timeline::Timeline};
+
+/// Pairs if the options do not say.
+const PAIRS: usize = 24;
+const LIVE_WITHIN: Duration = Duration::from_secs(60);
+/// After the last fault everything must come back within this.
+const SETTLE_WITHIN: Duration = Duration::from_secs(90);
+
+/// One run.
+pub async fn run(options: &Common, marks: bool) -> anyhow::Result<Report> {
+    if options.server.is_empty() {
+        bail!(
+            "soak needs a running cluster: name its gateways with --server; `loadtest crash` starts and kills its own server"
+        );
+    }
+    let target = Target::open(options).await?;
+    let (plan, connections) = crash::plan(&target, options, options.pair_count(PAIRS)).await?;
+    let load = Load::start(plan, target.endpoints.clone())?;
+    let progress = ProgressLine::start("soak", Arc::clone(&load.progress));
+    load.all_live(LIVE_WITHIN).await?;
+    let before = Reading::take(None);
+    let timeline = Timeline::start(Arc::clone(&load.progress));
+    load.switches.measuring.store(true, Ordering::Relaxed);
+    load.switches.sending.store(true, Ordering::Relaxed);
+    if marks {
+        take_marks(&timeline).await?;
+    } else {
+        tokio::time::sleep(options.time()).await;
+    }
+    load.switches.measuring.store(false, Ordering::Relaxed);
+    load.switches.sending.store(false, Ordering::Relaxed);
+    let usage = Reading::take(None).since(&before);
+    let begun = Instant::now();
+    let settled = load.settled(SETTLE_WITHIN).await;
+    let recorded = timeline.finish();
+    drop(progress);
+    let outcome = load.finish()?;
+    let mut report = new_report("soak", &target, options);
+    report.connections = connections;
+    report.usage(&usage, options.threads());
+    statistics(&mut report, &outcome.statistics, options, &usage);
+    // Connections break: that is the test, not an error.
+    report.error_causes = outcome.statistics.errors.clone();
+    if !settled {
+        *report.error_causes.entry("not settled after the end of the load".to_owned()).or_default() += 1;
+    }
+    report.errors = report.error_causes.values().sum();
+    eprint!("{}", recorded.plot());
+    if let serde_json::Value::Object(details) = &mut report.details {
+        details.insert("disconnects".to_owned(), serde_json::json!(outcome.statistics.disconnects));
+        details.insert("settled_ms".to_owned(), serde_json::json!(begun.elapsed().as_millis() as u64));
+        details.insert("timeline".to_owned(), serde_json::json!(recorded));
+    }
+    judge(&target, options, outcome, &mut report).await?;
+    Ok(report)
+}
+
+/// A mark a line, until the input ends.
+async fn take_marks(timeline: &Timeline) -> anyhow::Result<()> {
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    while let Some(line) = lines.next_line().await? {
+        timeline.mark(line.trim());
+    }
+    Ok(())
+}

@@ -119,7 +119,7 @@ take_lock() {
 port_taken() {
     local hex
     hex=$(printf '%04X' "$1")
-    cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -qE "^ *[0-9]+: [0-9A-F]+:$hex [0-9A-F:]+ 0A "
+    grep -qsE "^ *[0-9]+: [0-9A-F]+:$hex [0-9A-F:]+ 0A " /proc/net/tcp /proc/net/tcp6
 }
 
 # talk HOST PORT TEXT: sends it and prints what comes back until the other side closes, or for a second.

@@ -5,7 +5,7 @@
 java17() {
     local java
     for java in "${JAVA_HOME:+$JAVA_HOME/bin/java}" "$(command -v java)" /usr/lib/jvm/java-17-openjdk-*/bin/java; do
-        if [ -x "$java" ] && "$java" -version 2>&1 | head -n 1 | grep -qE '"(17|11)\.'; then
+        if [ -x "$java" ] && [[ $("$java" -version 2>&1) =~ \"(17|11)\. ]]; then
             echo "$java"
             return
         fi
@@ -39,15 +39,22 @@ install_packages() {
     fi
 }
 
-# install_missing cassandra|scylla: what the services need.
+# install_etcdctl: only snapshots need it.
+install_etcdctl() { command -v etcdctl >/dev/null || install_packages etcd-client; }
+
+# install_missing ROLE…: what etcd, redis, cassandra or scylla need.
 install_missing() {
-    local missing=()
-    command -v etcd >/dev/null || missing+=(etcd-server)
-    command -v redis-server >/dev/null || missing+=(redis-server)
-    if [ "$1" = cassandra ]; then
-        java17 >/dev/null || missing+=(openjdk-17-jdk-headless)
-        cassandra_has_jars || command -v mvn >/dev/null || missing+=(maven)
-    fi
+    local missing=() role
+    for role; do
+        case $role in
+            etcd) command -v etcd >/dev/null || missing+=(etcd-server) ;;
+            redis) command -v redis-server >/dev/null || missing+=(redis-server) ;;
+            cassandra)
+                java17 >/dev/null || missing+=(openjdk-17-jdk-headless)
+                cassandra_has_jars || command -v mvn >/dev/null || missing+=(maven)
+                ;;
+        esac
+    done
     install_packages "${missing[@]}"
-    [ "$1" != cassandra ] || java17 >/dev/null || fail "no Java 17 was found: set JAVA_HOME to one"
+    [[ " $* " != *" cassandra "* ]] || java17 >/dev/null || fail "no Java 17 was found: set JAVA_HOME to one"
 }

@@ -9,5 +9,5 @@ redis_start() {
 }
 
 redis_ready() {
-    talk 127.0.0.1 $((base + 20)) 'PING\r\nQUIT\r\n' | grep -q '+PONG'
+    [[ $(talk 127.0.0.1 $((base + 20)) 'PING\r\nQUIT\r\n') = *+PONG* ]]
 }

@@ -13,9 +13,11 @@ pub mod faulty;
 mod memory;
 pub mod model;
 mod order;
+pub mod scylla;
 pub mod sim;
 mod store;
 
+pub use self::scylla::{Scylla, ScyllaCredentials, ScyllaOptions};
 pub use embedded::{Embedded, EmbeddedOptions};
 pub use faulty::{FaultPlan, Faulty};
 pub use memory::Memory;

@@ -3,7 +3,7 @@
 use im_proto::{ConversationId, InstanceId};
 
 use crate::{
-    Directory, Embedded, Faulty, Memory, MessageLog, SimHandle,
+    Directory, Embedded, Faulty, Memory, MessageLog, Scylla, SimHandle,
     model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
 };
 
@@ -15,6 +15,8 @@ pub enum Store {
     /// One client's view of a simulated cluster.
     Sim(SimHandle),
     Faulty(Faulty),
+    /// ScyllaDB or Cassandra.
+    Scylla(Scylla),
 }
 
 impl From<Memory> for Store {
@@ -41,6 +43,12 @@ impl From<Faulty> for Store {
     }
 }
 
+impl From<Scylla> for Store {
+    fn from(store: Scylla) -> Self {
+        Self::Scylla(store)
+    }
+}
+
 /// Calls the same method of whichever backend it is.
 macro_rules! delegate {
     ($self:ident, $store:ident => $call:expr) => {
@@ -49,6 +57,7 @@ macro_rules! delegate {
             Self::Embedded($store) => $call,
             Self::Sim($store) => $call,
             Self::Faulty($store) => $call,
+            Self::Scylla($store) => $call,
         }
     };
 }

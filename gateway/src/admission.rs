@@ -2,12 +2,22 @@
 //!
 //! A permit is given back when it is dropped. Nothing here waits: who is over a bound is told so at once.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use tokio::sync::watch;
+
+/// A bound that nobody repeats is forgotten: then the routers are gone, and any gateway is better than none.
+const BOUND_HOLDS: Duration = Duration::from_secs(10);
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// Counts connections and handshakes.
 pub(crate) struct Admission {
@@ -15,6 +25,9 @@ pub(crate) struct Admission {
     handshakes_max: usize,
     connections: Arc<AtomicUsize>,
     handshakes: Arc<AtomicUsize>,
+    /// What the routers think is this gateway's share, and until when that holds, in milliseconds since boot.
+    bound: AtomicUsize,
+    bound_until_ms: AtomicU64,
     draining: AtomicBool,
     drain: watch::Sender<bool>,
 }
@@ -23,6 +36,8 @@ pub(crate) struct Admission {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     Full,
+    /// Above its share of the cluster's connections.
+    Uneven,
     TooManyHandshakes,
     Draining,
 }
@@ -51,15 +66,28 @@ impl Admission {
             handshakes_max,
             connections: Arc::default(),
             handshakes: Arc::default(),
+            bound: AtomicUsize::new(0),
+            bound_until_ms: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             drain: watch::Sender::new(false),
         }
     }
 
+    /// From now on newcomers are sent elsewhere while there are more connections than this; 0: no bound. Whoever sets it repeats it.
+    pub fn set_bound(&self, connections: usize, now: Duration) {
+        self.bound.store(connections, Ordering::Release);
+        self.bound_until_ms.store(millis(now + BOUND_HOLDS), Ordering::Release);
+    }
+
     /// A place for a connection.
-    pub fn connection(&self) -> Result<Permit, Refusal> {
+    pub fn connection(&self, now: Duration) -> Result<Permit, Refusal> {
         if self.is_draining() {
             return Err(Refusal::Draining);
+        }
+        let bound = self.bound.load(Ordering::Acquire);
+        let holds = bound > 0 && millis(now) < self.bound_until_ms.load(Ordering::Acquire);
+        if holds && self.connections() >= bound {
+            return Err(Refusal::Uneven);
         }
         Permit::acquire(&self.connections, self.connections_max).ok_or(Refusal::Full)
     }

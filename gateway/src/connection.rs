@@ -114,7 +114,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let metrics = &shared.metrics;
         metrics.accepted[peer.transport.index()].increment(1);
         metrics.connections.increment(1.0);
-        let admitted = shared.admission.connection().and_then(|place| Ok((place, shared.admission.handshake()?)));
+        let admitted = shared
+            .admission
+            .connection(shared.environment.clock.since_boot())
+            .and_then(|place| Ok((place, shared.admission.handshake()?)));
         let session = Arc::new(Session::new(shared.sessions.next_id(), peer.transport));
         let (place, handshake) = match admitted {
             Ok((place, handshake)) => {
@@ -303,6 +306,7 @@ fn refused_stream(error: &FrameError) -> v1::Status {
 fn refuse(shared: &Shared, session: &Session, refusal: Refusal) {
     let (counter, code) = match refusal {
         Refusal::Full => (&shared.metrics.refused_full, StatusCode::Overloaded),
+        Refusal::Uneven => (&shared.metrics.refused_uneven, StatusCode::Overloaded),
         Refusal::TooManyHandshakes => (&shared.metrics.refused_handshakes, StatusCode::Overloaded),
         Refusal::Draining => (&shared.metrics.refused_draining, StatusCode::Draining),
     };

@@ -3,11 +3,13 @@
 //! Connections push while they hold their session's lock, so what one session sends keeps its order. A link that lost something
 //! beyond replay starts a new *incarnation*: everything that was sent under an older [`LinkToken`] counts as not sent.
 
+mod audiences;
 pub(crate) mod dial;
 mod inbox;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use audiences::Audiences;
 use im_proto::{InstanceId, v1};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -44,6 +46,8 @@ pub(crate) struct Link {
     queue: Mutex<Vec<GatewayMessage>>,
     filled: Notify,
     queue_max: usize,
+    /// Used by the link's own task only.
+    audiences: Mutex<Audiences>,
 }
 
 /// The most that one batch holds: what a gRPC message and a router's inbox take at once.
@@ -62,6 +66,7 @@ impl Link {
             queue: Mutex::default(),
             filled: Notify::new(),
             queue_max,
+            audiences: Mutex::default(),
         }
     }
 
@@ -124,6 +129,7 @@ impl Link {
     fn reset(&self) {
         let mut queue = self.queue.lock();
         queue.clear();
+        self.audiences.lock().forget();
         self.incarnation.fetch_add(1, Ordering::AcqRel);
     }
 }

@@ -4,6 +4,7 @@
 
 mod support;
 
+mod audiences;
 mod bad_input;
 mod calls;
 mod drain;

@@ -207,6 +207,9 @@ batches! {
     };
     RouterBatch, |message| match &message.message {
         Some(v1::router_message::Message::Deliver(deliver)) => deliver.frame.len() + 8 * deliver.session_ids.len(),
+        Some(v1::router_message::Message::AudienceSet(audience)) => 8 * (audience.joined.len() + audience.left.len()),
+        Some(v1::router_message::Message::AudienceDeliver(deliver)) => deliver.frame.len(),
+        Some(v1::router_message::Message::Move(r#move)) => 8 * r#move.session_ids.len(),
         Some(v1::router_message::Message::CallReply(reply)) => reply.reply.len(),
         _ => 0,
     };

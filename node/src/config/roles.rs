@@ -50,7 +50,7 @@ impl Default for RouterTuning {
 
 /// What can be told a gateway.
 #[expect(clippy::too_many_lines, reason = "a list, not a procedure")]
-pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 21] {
+pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 22] {
     [
         setting(
             "gateway.connections_max",

@@ -30,8 +30,8 @@ types! {
     MarkReadRequest MarkReadReply GroupCreateRequest GroupCreateReply GroupInviteRequest GroupInviteReply GroupLeaveRequest
     GroupLeaveReply GroupMembersRequest GroupMembersReply GroupMember LocateRequest LocateReply Endpoint
     LinkHello Identity Capability GatewayBatch GatewayMessage SessionOpen SessionAnnounce SessionPresent SessionClose SessionRenew
-    SessionSend SessionCall SessionReceived SessionSignal GatewayLoad RouterBatch RouterMessage SessionOpened SessionRefused
-    SessionRenewed SendResult Deliver CallReply SessionsResync SessionKick SendReturned CapabilityWanted PeerBatch PeerMessage
+    SessionSend SessionCall SessionReceived SessionSignal GatewayLoad AudienceWanted RouterBatch RouterMessage SessionOpened SessionRefused
+    SessionRenewed SendResult Deliver AudienceSet AudienceDeliver SessionsMove LoadBound CallReply SessionsResync SessionKick SendReturned CapabilityWanted PeerBatch PeerMessage
     PeerDeliver PeerResyncShard PeerEffect PeerHeads PeerCall PeerAnswer HeadList Head
     GatewayLinkItem RouterLinkItem PeerLinkItem
 }

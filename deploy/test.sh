@@ -3,8 +3,9 @@
 #
 #   bash deploy/test.sh            everything; the last line is "all tests passed"
 #
-# Needs Rust (rustup), and as root on Debian installs a C compiler and git if they are missing. Starts no service, uses no fixed
-# port, leaves no process behind. SIMULATION_SEEDS (200), FUZZ_SECONDS (60) and E2E_LINES (200000) change the length of steps.
+# Needs Rust (rustup), and as root on Debian installs what else is missing: a C compiler, git, and the packages of the services that
+# it starts for itself (etcd, Redis and a CQL server: deploy/local/services). Takes free ports, leaves no process behind.
+# SIMULATION_SEEDS (200), FUZZ_SECONDS (60) and E2E_LINES (200000) change the length of steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,6 +30,7 @@ processes_of_this_run() {
 end() {
     local code=$? left
     trap - EXIT INT TERM
+    services down --purge || code=1
     left=$(processes_of_this_run)
     if [ -n "$left" ]; then
         echo "left behind, killed now:" >&2
@@ -58,6 +60,32 @@ step() {
     printf '\n== %s: %s\n' "$name" "$*"
     "$@" || { steps+=("FAILED $((SECONDS - begun)) s  $name"); return 1; }
     steps+=("$(printf 'ok %5d s  %s' $((SECONDS - begun)) "$name")")
+}
+
+# The services of this run, apart from those that a developer has running.
+services() {
+    deploy/local/services --dir "$PWD/target/local/test" "$@"
+}
+
+services_up() {
+    # What a run left that was killed.
+    services down --purge
+    services up
+}
+
+# The tests that talk to real services are marked `#[ignore = "needs …"]`: they run here, and fail where a service is missing.
+service_tests() {
+    local file package packages=()
+    while IFS= read -r file; do
+        package=$(sed -n '0,/^name = "\(.*\)"/s//\1/p' "${file%%/*}/Cargo.toml")
+        [[ " ${packages[*]} " = *" $package "* ]] || packages+=(--package "$package")
+    done < <(git grep -lE '#\[ignore = "needs (etcd|CQL|Redis|services)' -- '*.rs')
+    if [ "${#packages[@]}" -eq 0 ]; then
+        echo "no test is marked as one that needs services" >&2
+        return 1
+    fi
+    eval "$(services env)"
+    cargo test --locked --no-fail-fast "${packages[@]}" -- --ignored
 }
 
 install_what_is_missing() {
@@ -104,6 +132,8 @@ step "dependency tree" check_tree
 step "lints" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 # Unit, property, model, conformance, integration and doc tests.
 step "tests" cargo test --locked --workspace --no-fail-fast
+step "services" services_up
+step "tests on services" service_tests
 step "release build" cargo build --locked --release --workspace
 step "demo" target/release/imd demo
 step "end to end" bash deploy/e2e.sh

@@ -424,6 +424,8 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
         }
         // Receipts that others can see are a later part of the protocol; a client may send them already.
         FromGateway::Received(_) => {}
+        // This router names no audiences, so nobody can miss one.
+        FromGateway::AudienceWanted(_) => {}
         FromGateway::Load(load) => {
             link.load.store(load.connections, Ordering::Relaxed);
             link.capacity.store(if load.draining { 0 } else { load.capacity }, Ordering::Relaxed);

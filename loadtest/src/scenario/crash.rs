@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::time::Instant;
 
-use super::{ProgressLine, Target, fanout::create_group, judge, new_report, statistics};
+use super::{ProgressLine, Target, chat::schedule, fanout::create_group, judge, new_report, statistics};
 use crate::{
     crowd::{Flow, LanePlan, Plan, SendPlan, With},
     load::{Load, LoadPlan, total},
@@ -91,11 +91,13 @@ pub async fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Re
     let group = create_group(target, &members).await?;
     // Several lanes share the session's limit of un-acknowledged sends.
     let window = options.window.min(64);
+    let lanes = 2 * pairs + members.len();
     let mut flows = Vec::new();
     let mut sends = |receivers: usize| {
+        let every = schedule(options.rate, flows.len(), lanes);
         flows.push(Flow::new(receivers));
         let flow = u32::try_from(flows.len() - 1).unwrap_or(u32::MAX);
-        Some(SendPlan { flow, window, body_bytes: options.body, every: None })
+        Some(SendPlan { flow, window, body_bytes: options.body, every })
     };
     let mut threads: Vec<Vec<Plan>> = (0..options.threads()).map(|_| Vec::new()).collect();
     for index in 0..2 * pairs {
@@ -106,8 +108,14 @@ pub async fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Re
         }
         threads[index / 2 % options.threads()].push(Plan { token: target.token(&user)?, user, lanes });
     }
-    let plan =
-        LoadPlan { transport: target.transport, threads, flows, open_loop: false, reconnect: true, pin: options.pin };
+    let plan = LoadPlan {
+        transport: target.transport,
+        threads,
+        flows,
+        open_loop: options.rate.is_some(),
+        reconnect: true,
+        pin: options.pin,
+    };
     Ok((plan, 2 * pairs))
 }
 

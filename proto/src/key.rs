@@ -69,6 +69,11 @@ impl ClusterSecret {
         self.derive(b"self", &[user.as_str().as_bytes()])
     }
 
+    /// Tells whether two processes have the same secret, without telling the secret.
+    pub fn fingerprint(&self) -> [u8; ConversationId::BYTES] {
+        *self.derive(b"fingerprint", &[]).as_bytes()
+    }
+
     /// Keyed BLAKE3 over the parts, each behind its length as 4 bytes big-endian; the first 16 bytes.
     fn derive(&self, kind: &[u8], parts: &[&[u8]]) -> ConversationId {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);

@@ -5,6 +5,8 @@
 //! no answer but success says whether a write took effect.
 
 mod cells;
+pub mod cluster;
+mod coalesce;
 #[cfg(feature = "test-util")]
 pub mod conformance;
 mod dice;
@@ -18,6 +20,7 @@ pub mod sim;
 mod store;
 
 pub use self::scylla::{Scylla, ScyllaCredentials, ScyllaOptions};
+pub use cluster::{ClusterError, ClusterRow};
 pub use embedded::{Embedded, EmbeddedOptions};
 pub use faulty::{FaultPlan, Faulty};
 pub use memory::Memory;

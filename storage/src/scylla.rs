@@ -11,6 +11,7 @@
 //!
 //! Does not create or change the schema: see [`schema`].
 
+mod equal;
 mod failure;
 mod lane;
 mod log;
@@ -35,6 +36,7 @@ use scylla::client::session::Session;
 
 pub use self::options::{COMPACTION, ScyllaCredentials, ScyllaOptions};
 use self::{
+    equal::EqualReads,
     lane::Lane,
     metrics::{ErrorKind, Metrics},
     query::Prepared,
@@ -55,6 +57,7 @@ const FENCES_IN_FLIGHT: usize = 64;
 #[derive(Clone)]
 pub struct Scylla {
     inner: Arc<Inner>,
+    equal: Arc<EqualReads>,
     environment: Environment,
 }
 
@@ -93,7 +96,8 @@ impl Scylla {
             appends_waiting_bytes_max: options.appends_waiting_bytes,
             metrics,
         };
-        Ok(Self { inner: Arc::new(inner), environment })
+        let equal = Arc::new(EqualReads::new(&inner.metrics));
+        Ok(Self { inner: Arc::new(inner), equal, environment })
     }
 }
 
@@ -153,7 +157,7 @@ impl MessageLog for Scylla {
     }
 
     async fn read_tail(&self, conversation: ConversationId, bucket: BucketId) -> Result<Vec<StoredRow>, StoreError> {
-        self.inner.tail(conversation, bucket).await
+        self.equal.tail(&self.inner, conversation, bucket).await
     }
 
     async fn read_range(
@@ -163,11 +167,11 @@ impl MessageLog for Scylla {
         to: u64,
         limit: usize,
     ) -> Result<Vec<StoredRow>, StoreError> {
-        self.inner.range(conversation, (from, to), limit).await
+        self.equal.range(&self.inner, conversation, (from, to), limit).await
     }
 
     async fn read_keys(&self, conversation: ConversationId, from: u64, to: u64) -> Result<Vec<RowKey>, StoreError> {
-        self.inner.keys(conversation, (from, to)).await
+        self.equal.keys(&self.inner, conversation, (from, to)).await
     }
 
     async fn write_fences(&self, instances: &[InstanceId]) -> Result<(), StoreError> {
@@ -189,7 +193,7 @@ impl Directory for Scylla {
     }
 
     async fn read(&self, table: Table, partition: &[u8], key: &[u8]) -> Result<Option<StateRow>, StoreError> {
-        self.inner.state_read(table, partition, key).await
+        self.equal.state_read(&self.inner, table, partition, key).await
     }
 
     async fn scan(
@@ -199,6 +203,6 @@ impl Directory for Scylla {
         after: Option<&[u8]>,
         limit: usize,
     ) -> Result<Vec<StateRow>, StoreError> {
-        self.inner.state_scan(table, partition, after, limit).await
+        self.equal.state_scan(&self.inner, table, partition, after, limit).await
     }
 }

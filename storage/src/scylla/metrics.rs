@@ -56,6 +56,8 @@ pub(super) struct Metrics {
     requests: Vec<Counter>,
     seconds: Vec<Histogram>,
     errors: Vec<Counter>,
+    /// Reads that were answered by another one's query.
+    pub(super) coalesced: Counter,
     /// Rows of the log that were confirmed.
     pub(super) rows: Counter,
 }
@@ -74,6 +76,7 @@ impl Metrics {
                 .iter()
                 .map(|kind| metrics::counter!("im_storage_cql_errors_total", "kind" => kind.label()))
                 .collect(),
+            coalesced: metrics::counter!("im_storage_cql_coalesced_reads_total"),
             rows: metrics::counter!("im_storage_cql_committed_rows_total"),
         }
     }

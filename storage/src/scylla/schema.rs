@@ -180,8 +180,8 @@ async fn record(session: &Session, keyspace: &str, migration: &Migration, now: T
     statement.set_consistency(CONSISTENCY);
     statement.set_is_idempotent(true);
     let version = i32::try_from(migration.version).unwrap_or(i32::MAX);
-    // The first record of a version stays.
-    let values = (version, migration.name, CqlTimestamp(now.as_millis()), i64::MAX - now.as_millis());
+    // As everywhere: no timestamp of a clock.
+    let values = (version, migration.name, CqlTimestamp(now.as_millis()), 1_i64);
     session.execute_unpaged(&statement, values).await.map_err(session::cannot)?;
     Ok(())
 }

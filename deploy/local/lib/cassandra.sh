@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2154
-# Apache Cassandra 5.0 from its jars on Maven Central: nodes cql-1 … cql-N on 127.0.0.1 … 127.0.0.N, all on one port.
+# Apache Cassandra 5.0 from its jars on Maven Central: nodes cql-1 … cql-N, all on one port.
 #
 # It stands in for ScyllaDB where no ScyllaDB can be installed. Its commit log is synced before a write is answered (batch), so that
-# what a killed node had acknowledged is there when it comes back. Needs common.sh, install.sh, $here, $cql_nodes and $base.
+# what a killed node had acknowledged is there when it comes back. Needs common.sh, network.sh, install.sh, $here, $cql_nodes and $base.
 
 cassandra_version=5.0.9
 cassandra_jars=${IM_SERVICES_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/im-local-services}/cassandra-$cassandra_version
@@ -57,7 +57,7 @@ cassandra_jmx() { echo $((base + 40 + $1)); }
 cassandra_configuration() {
     local i=$1 node=$dir/cql-$1 j token seeds=()
     for ((j = 1; j <= cql_nodes; j++)); do
-        seeds+=("127.0.0.$j:$((base + 31))")
+        seeds+=("$(host "cql-$j"):$((base + 31))")
     done
     # shellcheck disable=SC2017 # the other order overflows
     token=$((-9223372036854775807 + (i - 1) * (9223372036854775807 / cql_nodes * 2)))
@@ -68,8 +68,8 @@ endpoint_snitch: SimpleSnitch
 seed_provider:
   - class_name: org.apache.cassandra.locator.SimpleSeedProvider
     parameters: [{ seeds: "$(IFS=, && echo "${seeds[*]}")" }]
-listen_address: 127.0.0.$i
-rpc_address: 127.0.0.$i
+listen_address: $(host "cql-$i")
+rpc_address: $(host "cql-$i")
 storage_port: $((base + 31))
 native_transport_port: $(cassandra_port)
 start_native_transport: true
@@ -125,7 +125,7 @@ cassandra_nodetool() {
     local i=$1 node=$dir/cql-$1 modules
     shift
     mapfile -t modules < <(cassandra_modules)
-    "$(java17)" -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Xmx64m "${modules[@]}" -Dcassandra.storagedir="$node" \
+    in_network "cql-$i" "$(java17)" -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Xmx64m "${modules[@]}" -Dcassandra.storagedir="$node" \
         -Duser.home="$node" -Dlogback.configurationFile="$node/logback.xml" -cp "$cassandra_jars/*" \
         org.apache.cassandra.tools.NodeTool -h 127.0.0.1 -p "$(cassandra_jmx "$i")" "$@"
 }

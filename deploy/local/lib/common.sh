@@ -56,7 +56,8 @@ part_launch() {
     (
         cd "$dir/$name" || exit 1
         # No lock of this script may live on in the server (8, 9: see take_lock).
-        exec setsid "$@"
+        # shellcheck disable=SC2046
+        exec setsid $(network_words "$name") "$@"
     ) >>"$dir/$name/log" 2>&1 </dev/null 7>&- 8>&- 9>&- &
     pid=$!
     echo "$pid $(process_field "$pid" start) $(boot_id)" >"$dir/$name/pid.new" && mv "$dir/$name/pid.new" "$dir/$name/pid"
@@ -120,6 +121,12 @@ port_taken() {
     local hex
     hex=$(printf '%04X' "$1")
     grep -qsE "^ *[0-9]+: [0-9A-F]+:$hex [0-9A-F:]+ 0A " /proc/net/tcp /proc/net/tcp6
+}
+
+# listens HOST PORT: a connection is accepted.
+listens() {
+    # shellcheck disable=SC2016
+    timeout 1 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$1" "$2" 2>/dev/null
 }
 
 # talk HOST PORT TEXT: sends it and prints what comes back until the other side closes, or for a second.

@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2154
-# etcd members etcd-1 … etcd-N of Debian's etcd-server, on 127.0.0.1. Needs common.sh, $members and $base.
+# etcd members etcd-1 … etcd-N of Debian's etcd-server. Needs common.sh, network.sh, $members and $base.
 
-etcd_client() { echo "127.0.0.1:$((base + $1))"; }
-etcd_peer() { echo "127.0.0.1:$((base + 10 + $1))"; }
+etcd_client() { echo "$(host "etcd-$1"):$((base + $1))"; }
+etcd_peer() { echo "$(host "etcd-$1"):$((base + 10 + $1))"; }
 
 etcd_urls() {
     local i all=()
@@ -43,7 +43,7 @@ etcd_start() {
 
 # etcd_healthy I: it answers, and a quorum stands behind it.
 etcd_healthy() {
-    [[ $(talk 127.0.0.1 $((base + $1)) 'GET /health HTTP/1.0\r\n\r\n') = *'"health":"true"'* ]]
+    [[ $(talk "$(host "etcd-$1")" $((base + $1)) 'GET /health HTTP/1.0\r\n\r\n') = *'"health":"true"'* ]]
 }
 
 # etcd_ready I: healthy; or, while too few members run for a quorum, listening.
@@ -55,7 +55,7 @@ etcd_ready() {
     if [ $((running * 2)) -gt "$members" ]; then
         etcd_healthy "$1"
     else
-        port_taken $((base + $1))
+        listens "$(host "etcd-$1")" $((base + $1))
     fi
 }
 

@@ -42,13 +42,13 @@ choose_ports() {
     fail "no block of free ports from $1 to 32000: choose one with --port-base"
 }
 
-# Fails when a NAME of the command line is no part.
+# known_names [WORD…]: fails when a NAME of the command line is no part and none of the words.
 known_names() {
     local name
     [ "${#names[@]}" -gt 0 ] || wrong "$command needs the NAME of a part"
     need_settings
     for name in "${names[@]}"; do
-        is_part "$name" || wrong "no part is named '$name', but these are: $(all_parts | tr '\n' ' ')"
+        is_part "$name" || [[ " $* " = *" $name "* ]] || wrong "no part is named '$name', but these are: $(all_parts | tr '\n' ' ')"
     done
 }
 
@@ -69,8 +69,9 @@ start() {
     case $(part_state "$name") in
         stopped) part_signal "$name" CONT && say "$name was stopped and goes on" ;;
         dead)
+            network_join "$name"
             for port in $(part_ports "$name"); do
-                ! port_taken "$port" ||
+                [ "$network" = bridge ] || ! port_taken "$port" ||
                     fail "port $port of $name is taken by another program (ss -ltnp | grep $port): end it, or use another --dir"
             done
             part_start "$name"

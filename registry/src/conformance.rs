@@ -18,10 +18,10 @@ pub trait Fixture {
     type Registry: Registry;
 
     /// Another process of the cluster.
-    fn process(&self, name: &str) -> Self::Registry;
+    fn process(&self, name: &str) -> impl Future<Output = Self::Registry>;
 
     /// Breaks or heals the way between a process and the registry.
-    fn set_connected(&self, process: &Self::Registry, connected: bool);
+    fn set_connected(&self, name: &str, connected: bool);
 
     /// Time of the clock that [`Lease::deadline`] refers to.
     fn since_boot(&self) -> Duration;
@@ -33,24 +33,26 @@ pub const TTL: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(30);
 const SHARD: ShardId = ShardId(7);
 
-/// All checks, each on a fresh registry.
-pub async fn all<F: Fixture, New: Future<Output = F>>(mut fresh: impl FnMut() -> New) {
-    epochs_increase_strictly_per_shard(&fresh().await).await;
-    a_claim_needs_the_shard_to_be_free(&fresh().await).await;
-    predecessors_name_all_others_until_cut(&fresh().await).await;
-    a_release_takes_the_owner_off_the_list(&fresh().await).await;
-    a_changed_claim_cannot_be_cut_released_or_raised(&fresh().await).await;
-    a_lease_that_is_not_renewed_is_lost(&fresh().await).await;
-    a_deadline_moves_only_with_renewals(&fresh().await).await;
-    an_expired_lease_cannot_claim(&fresh().await).await;
-    a_watch_sees_all_changes(&fresh().await).await;
-    too_many_shards_are_refused(&fresh().await).await;
-    an_instance_id_is_registered_once(&fresh().await).await;
+/// All checks, each on a fresh registry, side by side: most of them wait for time to pass.
+pub async fn all<F: Fixture, New: Future<Output = F>>(fresh: impl Fn() -> New) {
+    tokio::join!(
+        async { epochs_increase_strictly_per_shard(&fresh().await).await },
+        async { a_claim_needs_the_shard_to_be_free(&fresh().await).await },
+        async { predecessors_name_all_others_until_cut(&fresh().await).await },
+        async { a_release_takes_the_owner_off_the_list(&fresh().await).await },
+        async { a_changed_claim_cannot_be_cut_released_or_raised(&fresh().await).await },
+        async { a_lease_that_is_not_renewed_is_lost(&fresh().await).await },
+        async { a_deadline_moves_only_with_renewals(&fresh().await).await },
+        async { an_expired_lease_cannot_claim(&fresh().await).await },
+        async { a_watch_sees_all_changes(&fresh().await).await },
+        async { too_many_shards_are_refused(&fresh().await).await },
+        async { an_instance_id_is_registered_once(&fresh().await).await },
+    );
 }
 
 /// Every claim and every raise of a shard has a greater epoch than all before.
 pub async fn epochs_increase_strictly_per_shard<F: Fixture>(fixture: &F) {
-    let registry = fixture.process("a");
+    let registry = fixture.process("a").await;
     let lease = register(&registry, "a").await;
     let mut last = Epoch(0);
     for _ in 0..5 {
@@ -66,7 +68,7 @@ pub async fn epochs_increase_strictly_per_shard<F: Fixture>(fixture: &F) {
 
 /// Only one of two claimers gets a shard; the holder is told again that it has it.
 pub async fn a_claim_needs_the_shard_to_be_free<F: Fixture>(fixture: &F) {
-    let (first, second) = (fixture.process("a"), fixture.process("b"));
+    let (first, second) = (fixture.process("a").await, fixture.process("b").await);
     let (first_lease, second_lease) = (register(&first, "a").await, register(&second, "b").await);
     let claimed = claim(&first, &first_lease, SHARD).await;
     let outcomes = second.claim(&second_lease, &[SHARD, ShardId(8)]).await.expect("claim");
@@ -78,12 +80,12 @@ pub async fn a_claim_needs_the_shard_to_be_free<F: Fixture>(fixture: &F) {
 /// A claim names every other instance that ever held the shard since the last cut; expiry does not shorten the list.
 pub async fn predecessors_name_all_others_until_cut<F: Fixture>(fixture: &F) {
     for name in ["a", "b"] {
-        let registry = fixture.process(name);
+        let registry = fixture.process(name).await;
         let lease = register(&registry, name).await;
         claim(&registry, &lease, SHARD).await;
         registry.revoke(&lease).await.expect("revoke");
     }
-    let registry = fixture.process("c");
+    let registry = fixture.process("c").await;
     let lease = register(&registry, "c").await;
     let claimed = claim(&registry, &lease, SHARD).await;
     assert_eq!(claimed.predecessors, [id("a"), id("b")], "a dead owner stays on the list");
@@ -92,14 +94,14 @@ pub async fn predecessors_name_all_others_until_cut<F: Fixture>(fixture: &F) {
     assert_eq!(registry.cut_predecessors(&[raised]).await.expect("cut"), [true]);
     assert!(claim(&registry, &lease, SHARD).await.predecessors.is_empty(), "a cut leaves the claimer alone");
     registry.revoke(&lease).await.expect("revoke");
-    let registry = fixture.process("d");
+    let registry = fixture.process("d").await;
     let lease = register(&registry, "d").await;
     assert_eq!(claim(&registry, &lease, SHARD).await.predecessors, [id("c")], "the list begins again at the cut");
 }
 
 /// After a planned move the new owner has nobody to fence, and those before the releaser stay.
 pub async fn a_release_takes_the_owner_off_the_list<F: Fixture>(fixture: &F) {
-    let (first, second, third) = (fixture.process("a"), fixture.process("b"), fixture.process("c"));
+    let (first, second, third) = (fixture.process("a").await, fixture.process("b").await, fixture.process("c").await);
     let first_lease = register(&first, "a").await;
     claim(&first, &first_lease, SHARD).await;
     first.revoke(&first_lease).await.expect("revoke");
@@ -116,7 +118,7 @@ pub async fn a_release_takes_the_owner_off_the_list<F: Fixture>(fixture: &F) {
 
 /// What is guarded by a claim fails once the claim changed.
 pub async fn a_changed_claim_cannot_be_cut_released_or_raised<F: Fixture>(fixture: &F) {
-    let (first, second) = (fixture.process("a"), fixture.process("b"));
+    let (first, second) = (fixture.process("a").await, fixture.process("b").await);
     let first_lease = register(&first, "a").await;
     let old = claim(&first, &first_lease, SHARD).await;
     first.revoke(&first_lease).await.expect("revoke");
@@ -130,12 +132,12 @@ pub async fn a_changed_claim_cannot_be_cut_released_or_raised<F: Fixture>(fixtur
 
 /// Cut off, a process loses its lease at the TTL: others see it go, its claims are free, and it learns of it after it is back.
 pub async fn a_lease_that_is_not_renewed_is_lost<F: Fixture>(fixture: &F) {
-    let (cut_off, other) = (fixture.process("a"), fixture.process("b"));
+    let (cut_off, other) = (fixture.process("a").await, fixture.process("b").await);
     let (lease, other_lease) = (register(&cut_off, "a").await, register(&other, "b").await);
     claim(&cut_off, &lease, SHARD).await;
     sleep(3 * TTL).await;
     assert!(!*lease.lost().borrow(), "a lease is kept alive");
-    fixture.set_connected(&cut_off, false);
+    fixture.set_connected("a", false);
     let cut_at = Instant::now();
     wait(&mut other.view(), |view| !view.instances.contains_key(&id("a"))).await;
     assert!(cut_at.elapsed() <= TTL + Duration::from_secs(1), "a lease ends at its TTL");
@@ -143,21 +145,21 @@ pub async fn a_lease_that_is_not_renewed_is_lost<F: Fixture>(fixture: &F) {
     assert!(!*lease.lost().borrow(), "nobody has told the process yet");
     assert!(matches!(cut_off.claim(&lease, &[SHARD]).await, Err(RegistryError::Unavailable(_))));
     assert_eq!(claim(&other, &other_lease, SHARD).await.predecessors, [id("a")]);
-    fixture.set_connected(&cut_off, true);
+    fixture.set_connected("a", true);
     let mut lost = lease.lost();
     timeout(PATIENCE, lost.wait_for(|lost| *lost)).await.expect("the process learns that its lease is dead").ok();
 }
 
 /// The deadline is the send time of the last renewal that was answered, plus less than the TTL.
 pub async fn a_deadline_moves_only_with_renewals<F: Fixture>(fixture: &F) {
-    let registry = fixture.process("a");
+    let registry = fixture.process("a").await;
     let lease = register(&registry, "a").await;
     for _ in 0..6 {
         sleep(TTL / 2).await;
         let left = lease.deadline().checked_sub(fixture.since_boot());
         assert!(left.is_some_and(|left| left < TTL), "a lease that is kept alive has a deadline ahead, within the TTL");
     }
-    fixture.set_connected(&registry, false);
+    fixture.set_connected("a", false);
     let deadline = lease.deadline();
     sleep(TTL / 2).await;
     assert_eq!(lease.deadline(), deadline, "without an answer the deadline stays");
@@ -165,11 +167,11 @@ pub async fn a_deadline_moves_only_with_renewals<F: Fixture>(fixture: &F) {
 
 /// A dead lease can do nothing, also before its holder knows.
 pub async fn an_expired_lease_cannot_claim<F: Fixture>(fixture: &F) {
-    let registry = fixture.process("a");
+    let registry = fixture.process("a").await;
     let lease = register(&registry, "a").await;
-    fixture.set_connected(&registry, false);
+    fixture.set_connected("a", false);
     sleep(2 * TTL).await;
-    fixture.set_connected(&registry, true);
+    fixture.set_connected("a", true);
     let lost = Err(RegistryError::LeaseLost(id("a")));
     assert_eq!(registry.claim(&lease, &[SHARD]).await, lost);
     assert_eq!(registry.update(&lease, instance("a")).await, Err(RegistryError::LeaseLost(id("a"))));
@@ -180,7 +182,7 @@ pub async fn an_expired_lease_cannot_claim<F: Fixture>(fixture: &F) {
 
 /// A view follows registrations, updates, claims, raises, releases and ends of leases, and catches up after a break.
 pub async fn a_watch_sees_all_changes<F: Fixture>(fixture: &F) {
-    let (watching, acting) = (fixture.process("w"), fixture.process("a"));
+    let (watching, acting) = (fixture.process("w").await, fixture.process("a").await);
     let mut view = watching.view();
     let lease = register(&acting, "a").await;
     wait(&mut view, |view| view.of_role(Role::Router).any(|instance| instance.id == id("a"))).await;
@@ -191,19 +193,19 @@ pub async fn a_watch_sees_all_changes<F: Fixture>(fixture: &F) {
     let raised = acting.raise_epoch(&claimed).await.expect("raise").expect("unchanged");
     wait(&mut view, |view| view.claims.get(&SHARD).is_some_and(|claim| claim.epoch == raised.epoch)).await;
     let before = view.borrow().revision;
-    fixture.set_connected(&watching, false);
+    fixture.set_connected("w", false);
     acting.release(&[raised]).await.expect("release");
     acting.revoke(&lease).await.expect("revoke");
     sleep(Duration::from_secs(1)).await;
     assert_eq!(view.borrow().owner(SHARD), Some(&id("a")), "a process that is cut off sees nothing new");
-    fixture.set_connected(&watching, true);
+    fixture.set_connected("w", true);
     wait(&mut view, |view| view.owner(SHARD).is_none() && view.instances.is_empty()).await;
     assert!(view.borrow().revision > before, "the revision grows");
 }
 
 /// More shards than a transaction holds are refused as a whole.
 pub async fn too_many_shards_are_refused<F: Fixture>(fixture: &F) {
-    let registry = fixture.process("a");
+    let registry = fixture.process("a").await;
     let lease = register(&registry, "a").await;
     let shards: Vec<ShardId> = (0..=64).map(ShardId).collect();
     assert_eq!(shards.len(), CLAIMS_PER_CALL_MAX + 1);
@@ -218,7 +220,7 @@ pub async fn too_many_shards_are_refused<F: Fixture>(fixture: &F) {
 
 /// Two processes cannot be one instance.
 pub async fn an_instance_id_is_registered_once<F: Fixture>(fixture: &F) {
-    let (first, second) = (fixture.process("a"), fixture.process("b"));
+    let (first, second) = (fixture.process("a").await, fixture.process("b").await);
     let lease = register(&first, "same").await;
     assert!(matches!(second.register(instance("same"), TTL).await, Err(RegistryError::InUse(_))));
     first.revoke(&lease).await.expect("revoke");

@@ -7,10 +7,12 @@
 pub mod any;
 #[cfg(feature = "test-util")]
 pub mod conformance;
+pub mod etcd;
 pub mod in_process;
 pub mod model;
 
 pub use any::AnyRegistry;
+pub use etcd::{ClusterRecord, ConnectError, EtcdOptions, EtcdRegistry, EtcdTls, EtcdUser};
 pub use in_process::{InProcessHandle, InProcessRegistry, Reach};
 pub use model::{Claim, ClaimOutcome, Endpoint, Instance, Lease, RegistryError, Role, View};
 

@@ -119,6 +119,12 @@ impl Lease {
     }
 }
 
+/// The deadline, in milliseconds of `Clock::since_boot`, after a renewal that was sent at `sent_at`. The margin of a fifth of the TTL
+/// covers clocks that run at different speeds.
+pub(crate) fn deadline_after(sent_at: Duration, ttl: Duration) -> u64 {
+    u64::try_from((sent_at + ttl - ttl / 5).as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Why the registry gave no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -132,6 +138,10 @@ pub enum RegistryError {
     /// More shards than [`CLAIMS_PER_CALL_MAX`](crate::CLAIMS_PER_CALL_MAX); nothing was changed.
     #[error("one call takes at most {} shards, not {found}", crate::CLAIMS_PER_CALL_MAX)]
     TooManyShards { found: usize },
+    /// The registry must not be used as it is: it lost its data, was restored, or belongs to another generation. Nothing was
+    /// changed. A person has to look; the text says what to do.
+    #[error("the registry must not be used as it is: {0}")]
+    Refused(String),
     /// Another process uses what this one wants.
     #[error("{0}")]
     InUse(String),

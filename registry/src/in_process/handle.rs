@@ -15,7 +15,9 @@ use tokio::{
 };
 
 use super::Core;
-use crate::{CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Instance, Lease, Registry, RegistryError, View};
+use crate::{
+    CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Instance, Lease, Registry, RegistryError, View, model::deadline_after,
+};
 
 /// How a process reaches the core. Only `Up` carries news of changes and moves a lease's deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,12 +126,6 @@ impl InProcessHandle {
     }
 }
 
-/// The deadline, in milliseconds of `Clock::since_boot`, after a renewal that was sent at `sent_at`. The margin of a fifth of the TTL
-/// covers clocks that run at different speeds.
-fn deadline_after(sent_at: Duration, ttl: Duration) -> u64 {
-    u64::try_from((sent_at + ttl - ttl / 5).as_millis()).unwrap_or(u64::MAX)
-}
-
 /// Each process watches all leases, so that one ends also when its own process is gone.
 async fn expire_leases(core: Arc<Core>) {
     let mut grants = core.grants.subscribe();
@@ -167,7 +163,7 @@ impl Registry for InProcessHandle {
         let registered = self.call(CALL_TIMEOUT, |core| {
             let lease = core.state.lock().register(instance, ttl, Instant::now())?;
             core.grants.send_modify(|grants| *grants += 1);
-            Ok(lease)
+            Ok::<u64, RegistryError>(lease)
         });
         let lease = registered.await??;
         let deadline_ms = Arc::new(AtomicU64::new(deadline_after(sent_at, ttl)));

@@ -1,0 +1,75 @@
+//! What every test needs: an environment and things to register.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use im_proto::{
+    BootId, InstanceId, Timestamp,
+    environment::{Clock, Environment, Random, Spawn, Task},
+};
+use im_registry::{Instance, Role};
+use tokio::time::Instant;
+
+/// Real or paused time, whichever the runtime has.
+pub struct Surroundings {
+    started: Instant,
+    drawn: AtomicU64,
+}
+
+impl Surroundings {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { started: Instant::now(), drawn: AtomicU64::new(4) })
+    }
+
+    pub fn environment(self: &Arc<Self>) -> Environment {
+        Environment { clock: self.clone(), random: self.clone(), tasks: self.clone() }
+    }
+}
+
+impl Clock for Surroundings {
+    fn now(&self) -> Timestamp {
+        Timestamp::default()
+    }
+
+    fn since_boot(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+impl Random for Surroundings {
+    fn next_u64(&self) -> u64 {
+        // Any sequence that differs will do.
+        self.drawn.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed)
+    }
+}
+
+impl Spawn for Surroundings {
+    fn spawn(&self, task: Task) {
+        tokio::spawn(task);
+    }
+}
+
+pub fn id(name: &str) -> InstanceId {
+    InstanceId::parse(name).expect("an instance id")
+}
+
+pub fn instance(role: Role, name: &str) -> Instance {
+    Instance {
+        id: id(name),
+        boot: BootId(1),
+        role,
+        endpoints: Vec::new(),
+        zone: String::new(),
+        version: String::new(),
+        draining: false,
+    }
+}
+
+pub fn router(name: &str) -> Instance {
+    instance(Role::Router, name)
+}

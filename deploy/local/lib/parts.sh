@@ -65,7 +65,7 @@ start() {
     local name=$1 port
     mkdir -p "$dir/$name"
     # A part is launched by one run at a time.
-    take_lock 8 "$dir/$name/lock"
+    take_lock 8 "$dir/$name/start.lock"
     case $(part_state "$name") in
         stopped) part_signal "$name" CONT && say "$name was stopped and goes on" ;;
         dead)

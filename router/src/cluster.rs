@@ -255,6 +255,9 @@ impl Cluster {
             }
         };
         if !peer.send(message.to_peer(shard, request_id)) {
+            if let ShardMessage::Deliver(delivery) = message {
+                self.metrics.deliveries_dropped.increment(delivery.users.len() as u64);
+            }
             self.answered(request_id, Err(unavailable()));
         }
     }
@@ -332,7 +335,13 @@ impl Cluster {
         *self.owners.write() = owners.clone();
         *self.view.write() = view.clone();
         self.drop_dead_links(view);
-        self.incoming_peers.lock().retain(|router, _| view.instances.contains_key(router));
+        self.incoming_peers.lock().retain(|router, peer| {
+            let lives = view.instances.contains_key(router);
+            if !lives {
+                peer.retire();
+            }
+            lives
+        });
         self.resync_moved_shards(&owners);
     }
 

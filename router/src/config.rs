@@ -42,6 +42,9 @@ pub struct RouterConfig {
     pub evict_after: Duration,
     /// A batch that the store did not confirm for this long is given up by raising the epoch.
     pub append_patience: Duration,
+    /// How long the store may take to answer a call; then it counts as unconfirmed and is tried again. Far above what a store takes that
+    /// works, and below the patience with a batch, so that each batch is tried twice.
+    pub store_timeout: Duration,
     /// How long an answer of another router is waited for.
     pub peer_timeout: Duration,
     /// Clients spread their sync over this after a resync.
@@ -75,6 +78,7 @@ impl RouterConfig {
             quiet_after: Duration::from_secs(60),
             evict_after: Duration::from_secs(300),
             append_patience: Duration::from_secs(15),
+            store_timeout: Duration::from_secs(10),
             peer_timeout: Duration::from_secs(10),
             resync_spread: Duration::from_millis(500),
             link_queue_bytes_max: 64 * 1024 * 1024,

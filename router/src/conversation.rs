@@ -3,6 +3,10 @@
 //! Entries go through three stages: *assigned* (numbered, in `queue`), *in flight* (one batch handed to the store), *committed*.
 //! Losing the shard or raising the epoch drops the first two; what is committed is in the store.
 
+mod outbox;
+
+pub use outbox::Outbox;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::Arc,
@@ -14,12 +18,7 @@ use im_storage::{Batch, Row};
 use tokio::time::Instant;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
-use crate::{
-    caller::Caller,
-    message::{Effect, ReplyTo},
-    state::State,
-    worker::waiting::Request,
-};
+use crate::{caller::Caller, message::ReplyTo, state::State, worker::waiting::Request};
 
 /// Who hears of an entry once it is committed.
 #[derive(Debug)]
@@ -153,60 +152,6 @@ impl Dedupe {
     }
 }
 
-/// Effects that were not answered yet, for each target in the order of their entries.
-#[derive(Debug, Default)]
-pub struct Outbox {
-    waiting: BTreeMap<ConversationId, VecDeque<Effect>>,
-    /// Targets whose first effect is on its way.
-    outstanding: BTreeSet<ConversationId>,
-}
-
-impl Outbox {
-    /// Queues an effect behind those of the same target, unless it is there already.
-    pub fn push(&mut self, effect: Effect) {
-        let queue = self.waiting.entry(effect.target).or_default();
-        if queue.back().is_none_or(|last| last.origin_seq < effect.origin_seq) {
-            queue.push_back(effect);
-        }
-    }
-
-    /// The first effects of all targets that have none on its way, now on their way.
-    pub fn take_sendable(&mut self) -> Vec<Effect> {
-        let mut out = Vec::new();
-        for (target, queue) in &self.waiting {
-            if let Some(first) = queue.front()
-                && self.outstanding.insert(*target)
-            {
-                out.push(first.clone());
-            }
-        }
-        out
-    }
-
-    /// An answer came; a failed effect is sent again by the next [`Self::take_sendable`].
-    pub fn answered(&mut self, target: &ConversationId, origin_seq: u64, done: bool) {
-        self.outstanding.remove(target);
-        if done && let Some(queue) = self.waiting.get_mut(target) {
-            while queue.front().is_some_and(|effect| effect.origin_seq <= origin_seq) {
-                queue.pop_front();
-            }
-            if queue.is_empty() {
-                self.waiting.remove(target);
-            }
-        }
-    }
-
-    /// The first entry with an effect that is not done.
-    pub fn first_waiting(&self) -> Option<u64> {
-        self.waiting.values().filter_map(|queue| queue.front()).map(|effect| effect.origin_seq).min()
-    }
-
-    /// Nothing is outstanding.
-    pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-}
-
 /// How far a user has read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
@@ -251,11 +196,48 @@ pub struct Conversation {
     pub last_use: Instant,
     /// Members by the owner of their shard, for the current owners and members.
     pub routes: crate::worker::fan_out::Routes,
+    /// When the worker looks after it next.
+    pub look_at: Option<Instant>,
     /// It is in the worker's list of conversations that want a batch.
     pub dirty: bool,
 }
 
 impl Conversation {
+    /// One without entries.
+    pub fn new(id: ConversationId, shard: ShardId, epoch: Epoch) -> Self {
+        let now = Instant::now();
+        Self {
+            id,
+            shard,
+            epoch,
+            first_seq: 1,
+            committed: 0,
+            committed_counted: 0,
+            assigned: 0,
+            assigned_counted: 0,
+            last_sent_at: Timestamp::default(),
+            last_event: 0,
+            deciding: State::default(),
+            settled: State::default(),
+            members_version: 1,
+            queue: VecDeque::new(),
+            in_flight: None,
+            dedupe: Dedupe::default(),
+            waiters: BTreeMap::new(),
+            busy: Busy::Quiet,
+            outbox: Outbox::default(),
+            unapplied: BTreeSet::new(),
+            applied_written: 0,
+            cursors: BTreeMap::new(),
+            cursors_dirty: BTreeSet::new(),
+            last_entry: now,
+            last_use: now,
+            routes: crate::worker::fan_out::Routes::default(),
+            look_at: None,
+            dirty: false,
+        }
+    }
+
     /// Whether the user is in it, on the state that decides.
     pub fn is_member(&self, user: &UserId) -> bool {
         self.deciding.members.contains_key(user)

@@ -5,11 +5,12 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use im_storage::{MessageLog as _, Store, StoreError};
+use im_storage::StoreError;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     cluster::{self, Cluster, Ended},
+    deadline::StoreCalls,
     worker::input::Input,
 };
 
@@ -48,7 +49,7 @@ impl FenceService {
 }
 
 /// Reads until the router ends.
-pub async fn run(cluster: Arc<Cluster>, store: Store, mut requests: mpsc::UnboundedReceiver<FenceRequest>) {
+pub async fn run(cluster: Arc<Cluster>, store: StoreCalls, mut requests: mpsc::UnboundedReceiver<FenceRequest>) {
     let mut waiting = Vec::new();
     while requests.recv_many(&mut waiting, usize::MAX).await > 0 {
         if !read_clean(&cluster, &store).await {
@@ -73,7 +74,7 @@ pub async fn run(cluster: Arc<Cluster>, store: Store, mut requests: mpsc::Unboun
 }
 
 /// Reads until there is an answer; ends the router if it is fenced.
-async fn read_clean(cluster: &Cluster, store: &Store) -> bool {
+async fn read_clean(cluster: &Cluster, store: &StoreCalls) -> bool {
     let mut pause = Duration::from_millis(5);
     loop {
         cluster.metrics.fence_reads.increment(1);

@@ -22,22 +22,24 @@ use im_proto::{
     token, v1,
     v1::{gateway_message::Message as FromGateway, router_message::Message as ToGateway},
 };
+use metrics::Counter;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{Notify, mpsc};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::MissedTickBehavior,
+};
 
 use crate::{
     api,
     caller::{Caller, SessionKey},
     cluster::Cluster,
+    link_queue::{ACKNOWLEDGE_EVERY, Acknowledged, LinkQueue, Weighed as _},
     message::{Answer, AnswerValue, ReplyTo},
     worker::input::{GatewayInput, Input},
 };
 
 /// Replay buffer of one link.
 const REPLAY_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Messages of one batch on a link, and bytes beyond which it takes no further one.
-const BATCH_MESSAGES_MAX: usize = 4096;
-const BATCH_BYTES_MAX: usize = 1024 * 1024;
 
 /// A gateway as this router sees it.
 pub struct GatewayLink {
@@ -48,6 +50,8 @@ pub struct GatewayLink {
     opening: Mutex<BTreeSet<SessionId>>,
     queue: Mutex<Queue>,
     queue_bytes_max: usize,
+    /// Pushes that were dropped for want of room.
+    dropped: Counter,
     wake: Notify,
     numbering: Mutex<Numbering>,
     /// Only the newest connection pumps.
@@ -58,8 +62,7 @@ pub struct GatewayLink {
 
 #[derive(Default)]
 struct Queue {
-    messages: Vec<v1::RouterMessage>,
-    bytes: usize,
+    messages: LinkQueue<v1::RouterMessage>,
     /// Live pushes were dropped; all sessions of the gateway must resync.
     overflowed: bool,
 }
@@ -67,10 +70,11 @@ struct Queue {
 struct Numbering {
     outgoing: Outgoing<Arc<v1::RouterBatch>>,
     incoming: Incoming,
+    acknowledged: Acknowledged,
 }
 
 impl GatewayLink {
-    fn new(instance: InstanceId, boot: u64, queue_bytes_max: usize) -> Self {
+    fn new(instance: InstanceId, boot: u64, queue_bytes_max: usize, dropped: Counter) -> Self {
         Self {
             instance,
             boot,
@@ -78,10 +82,12 @@ impl GatewayLink {
             opening: Mutex::default(),
             queue: Mutex::default(),
             queue_bytes_max,
+            dropped,
             wake: Notify::new(),
             numbering: Mutex::new(Numbering {
                 outgoing: Outgoing::new(REPLAY_BYTES_MAX),
                 incoming: Incoming::default(),
+                acknowledged: Acknowledged::default(),
             }),
             connection: AtomicU64::new(0),
             load: AtomicU64::new(0),
@@ -96,13 +102,13 @@ impl GatewayLink {
         }
         let mut queue = self.queue.lock();
         for message in messages {
-            let bytes = message_bytes(&message);
-            let droppable = matches!(message.message, Some(ToGateway::Deliver(_)));
-            if droppable && queue.bytes + bytes > self.queue_bytes_max {
+            if let Some(ToGateway::Deliver(deliver)) = &message.message
+                && queue.messages.bytes() + message.bytes() > self.queue_bytes_max
+            {
                 queue.overflowed = true;
+                self.dropped.increment(deliver.session_ids.len() as u64);
                 continue;
             }
-            queue.bytes += bytes;
             queue.messages.push(message);
         }
         drop(queue);
@@ -169,20 +175,7 @@ impl GatewayLink {
     fn take_queue(&self) -> Vec<v1::RouterMessage> {
         let (mut messages, overflowed) = {
             let mut queue = self.queue.lock();
-            let mut bytes = 0;
-            let fits = |message: &&v1::RouterMessage| {
-                let fits = bytes < BATCH_BYTES_MAX;
-                bytes += if fits { message_bytes(message) } else { 0 };
-                fits
-            };
-            let count = queue.messages.iter().take(BATCH_MESSAGES_MAX).take_while(fits).count();
-            let messages: Vec<_> = if count == queue.messages.len() {
-                std::mem::take(&mut queue.messages)
-            } else {
-                queue.messages.drain(..count).collect()
-            };
-            queue.bytes -= bytes.min(queue.bytes);
-            (messages, std::mem::take(&mut queue.overflowed))
+            (queue.messages.take_batch(), std::mem::take(&mut queue.overflowed))
         };
         if overflowed {
             messages.push(self.resync_all(v1::ResyncReason::SlowConsumer));
@@ -195,14 +188,6 @@ impl GatewayLink {
         session_ids.sort_unstable();
         let resync = Some(v1::Resync { reason: reason.into(), spread_ms: 1000 });
         v1::RouterMessage { message: Some(ToGateway::Resync(v1::SessionsResync { session_ids, resync })) }
-    }
-}
-
-fn message_bytes(message: &v1::RouterMessage) -> usize {
-    match &message.message {
-        Some(ToGateway::Deliver(deliver)) => 64 + deliver.frame.len() + 8 * deliver.session_ids.len(),
-        Some(ToGateway::CallReply(reply)) => 64 + reply.reply.len(),
-        _ => 96,
     }
 }
 
@@ -255,8 +240,11 @@ fn admit(cluster: &Cluster, hello: &v1::LinkHello) -> Option<Arc<GatewayLink>> {
     match links.get(&instance) {
         Some(link) if link.boot == hello.boot_id => Some(link.clone()),
         _ => {
-            let link = Arc::new(GatewayLink::new(instance.clone(), hello.boot_id, cluster.config.link_queue_bytes_max));
-            links.insert(instance, link.clone());
+            let (room, dropped) = (cluster.config.link_queue_bytes_max, cluster.metrics.deliveries_dropped.clone());
+            let link = Arc::new(GatewayLink::new(instance.clone(), hello.boot_id, room, dropped));
+            if let Some(former) = links.insert(instance, link.clone()) {
+                former.retire();
+            }
             Some(link)
         }
     }
@@ -272,6 +260,8 @@ async fn pump(
 ) {
     // Messages may have been queued for this gateway before a wake was stored.
     let mut waits = true;
+    let mut acknowledge = tokio::time::interval(ACKNOWLEDGE_EVERY);
+    acknowledge.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut ended = cluster.ended();
     loop {
         tokio::select! {
@@ -303,6 +293,10 @@ async fn pump(
                 }
                 waits = true;
             }
+            _ = acknowledge.tick() => {
+                let numbering = &mut *link.numbering.lock();
+                waits |= numbering.acknowledged.tick(&numbering.incoming);
+            }
         }
     }
 }
@@ -325,10 +319,11 @@ fn send_next(
         return false;
     }
     let messages = link.take_queue();
-    if messages.is_empty() {
+    let numbering = &mut *numbering;
+    if messages.is_empty() && !numbering.acknowledged.is_due() {
         return false;
     }
-    let acknowledged_through = numbering.incoming.received_through();
+    let acknowledged_through = numbering.acknowledged.told(&numbering.incoming);
     let first_number = numbering.outgoing.next_number();
     let batch = Arc::new(v1::RouterBatch { first_number, acknowledged_through, messages });
     numbering.outgoing.push(batch.clone());
@@ -339,10 +334,13 @@ fn send_next(
 /// Handles an arrived batch; `false` if the link must be reset.
 fn take_batch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, batch: &Arc<v1::GatewayBatch>) -> bool {
     let (arrival, lost) = {
-        let mut numbering = link.numbering.lock();
+        let numbering = &mut *link.numbering.lock();
         numbering.outgoing.acknowledge(batch.acknowledged_through);
-        let lost = batch.first_number > numbering.incoming.received_through() + 1;
-        (numbering.incoming.arrive(batch.first_number, Batch::messages(batch)), lost)
+        let count = Batch::messages(batch);
+        let lost = count > 0 && batch.first_number > numbering.incoming.received_through() + 1;
+        let arrival = numbering.incoming.arrive(batch.first_number, count);
+        numbering.acknowledged.arrived(&numbering.incoming, batch.bytes());
+        (arrival, lost)
     };
     let Arrival::Handle { skip } = arrival else {
         tracing::warn!(gateway = %link.instance, first = batch.first_number, "a gap in a link's numbers; the link is reset");

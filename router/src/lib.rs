@@ -9,9 +9,11 @@ mod caller;
 mod cluster;
 pub mod config;
 mod conversation;
+mod deadline;
 mod fence;
 mod gateway_link;
 pub mod grpc;
+mod link_queue;
 mod message;
 mod metrics;
 mod open;
@@ -34,7 +36,7 @@ use im_registry::{AnyRegistry, Instance, Lease, Registry as _, RegistryError};
 use im_storage::Store;
 use tokio::sync::watch;
 
-use self::{cluster::Cluster, fence::FenceService, ownership::Ownership, worker::Worker};
+use self::{cluster::Cluster, deadline::StoreCalls, fence::FenceService, ownership::Ownership, worker::Worker};
 
 /// A running router. Cheap to clone; it runs until [`Router::stop`], or until it ends by itself ([`Router::ended`]).
 #[derive(Clone)]
@@ -57,6 +59,7 @@ impl Router {
         let lease: Lease = registry.register(instance, config.lease_ttl).await?;
         let (senders, receivers): (Vec<_>, Vec<_>) = (0..config.workers.max(1)).map(|_| cluster::inbox()).unzip();
         let config = RouterConfig { workers: config.workers.max(1), ..config };
+        let store = StoreCalls::new(store, config.store_timeout);
         let cluster = Arc::new(Cluster::new(config, environment.clone(), senders.clone()));
         let (fence, requests) = FenceService::new();
         environment.spawn(fence::run(cluster.clone(), store.clone(), requests));

@@ -208,3 +208,8 @@ pub fn answer_from_peer(answer: v1::PeerAnswer) -> Answer {
 pub fn unavailable() -> v1::Status {
     StatusCode::Unavailable.retry_after(std::time::Duration::from_millis(200))
 }
+
+/// The answer of one whose queue is full.
+pub fn overloaded() -> v1::Status {
+    StatusCode::Overloaded.retry_after(std::time::Duration::from_millis(200))
+}

@@ -14,16 +14,14 @@ use std::{
 
 use bytes::Bytes;
 use im_proto::{ConversationId, Epoch, Timestamp, UserId, limits, v1};
-use im_storage::{
-    AppendRequest, Batch, BucketId, Directory as _, MessageLog as _, Row, RowKey, StateRow, StateWrite, Store,
-    StoreError, StoredRow, Table,
-};
+use im_storage::{AppendRequest, Batch, BucketId, Row, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table};
 use prost::Message as _;
 use tokio::sync::mpsc;
 
 use crate::{
     cluster::Cluster,
     conversation::Cursor,
+    deadline::StoreCalls,
     fence::FenceService,
     message::Effect,
     state::{self, ConversationValue, Kind, ListRow, ListValue, Member, MemberValue, State},
@@ -72,7 +70,7 @@ pub enum OpenError {
 /// An open under way.
 pub struct Open {
     pub cluster: Arc<Cluster>,
-    pub store: Store,
+    pub store: StoreCalls,
     pub fence: FenceService,
     pub id: ConversationId,
     pub epoch: Epoch,
@@ -192,7 +190,9 @@ impl Open {
                     let _ = sender.try_send(results);
                 }),
             );
-            match receiver.recv().await.and_then(|results| results.into_iter().next()) {
+            // Past the deadline nobody listens any more: a late result of this attempt is lost, whatever it says.
+            let answer = tokio::time::timeout(self.store.deadline(), receiver.recv()).await;
+            match answer.ok().flatten().and_then(|results| results.into_iter().next()) {
                 Some((_, Ok(()))) => return Ok(()),
                 Some((_, Err(StoreError::Unconfirmed(_)))) | None => {}
                 Some((_, Err(error))) => return Err(self.alarm(error.to_string())),
@@ -321,7 +321,9 @@ impl Open {
     async fn load_members(&self, state: &mut State) -> Result<(), OpenError> {
         for row in self.scan(Table::Members).await? {
             let user = std::str::from_utf8(&row.key).ok().and_then(|text| UserId::parse(text).ok());
-            if let (Some(user), Ok(value)) = (user, MemberValue::decode(row.value)) {
+            if let (Some(user), Ok(value)) = (user, MemberValue::decode(row.value))
+                && !value.left
+            {
                 let role = value.role.try_into().unwrap_or(v1::Role::Member);
                 let member = Member { role, joined_seq: value.joined_seq, joined_counted: value.joined_counted };
                 state.members.insert(user, member);

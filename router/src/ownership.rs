@@ -11,11 +11,12 @@ use im_proto::{ConversationId, InstanceId, ShardId, shard::rendezvous_owner};
 use im_registry::{
     AnyRegistry, CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Lease, Registry as _, RegistryError, Role, View,
 };
-use im_storage::{Directory as _, MessageLog as _, Store, StoreError, Table};
+use im_storage::{StoreError, Table};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     cluster::{Cluster, Ended},
+    deadline::StoreCalls,
     worker::input::Input,
 };
 
@@ -55,10 +56,18 @@ pub async fn follow_view(cluster: Arc<Cluster>, registry: AnyRegistry, lease: Le
     }
 }
 
+/// What came of putting a claim again.
+enum Raised {
+    /// `None`: the claim is lost.
+    Outcome(Option<Claim>),
+    /// Nobody knows, and nobody needs to any more.
+    Stopping,
+}
+
 /// The part of a router that owns its claims.
 pub struct Ownership {
     cluster: Arc<Cluster>,
-    store: Store,
+    store: StoreCalls,
     registry: AnyRegistry,
     lease: Lease,
     held: BTreeMap<ShardId, Claim>,
@@ -73,7 +82,7 @@ pub struct Ownership {
 impl Ownership {
     pub fn new(
         cluster: Arc<Cluster>,
-        store: Store,
+        store: StoreCalls,
         registry: AnyRegistry,
         lease: Lease,
         raises: mpsc::UnboundedReceiver<RaiseRequest>,
@@ -119,7 +128,11 @@ impl Ownership {
         let raised = match current {
             // Raised for another conversation meanwhile: that epoch is greater than the one of the batch.
             Some(current) if current.epoch > claim.epoch => Some(current),
-            Some(current) => self.raise_claim(&current).await,
+            Some(current) => match self.raise_claim(&current).await {
+                Raised::Outcome(outcome) => outcome,
+                // The conversation is closed already and goes with its shard.
+                Raised::Stopping => return,
+            },
             None => None,
         };
         match &raised {
@@ -133,28 +146,45 @@ impl Ownership {
         self.tell(shard, move |worker| worker.epoch_raised(conversation, raised));
     }
 
-    async fn raise_claim(&self, claim: &Claim) -> Option<Claim> {
+    /// Tries until the registry answers or the router stops.
+    async fn raise_claim(&mut self, claim: &Claim) -> Raised {
         let mut pause = Duration::from_millis(50);
         loop {
             match self.registry.raise_epoch(claim).await {
-                Ok(Some(raised)) => return Some(raised),
+                Ok(Some(raised)) => return Raised::Outcome(Some(raised)),
                 Ok(None) => match self.registry.claim(&self.lease, &[claim.shard]).await {
                     // Still ours: an earlier raise had taken effect.
                     Ok(outcomes) => {
-                        return outcomes.into_iter().find_map(|outcome| match outcome {
+                        return Raised::Outcome(outcomes.into_iter().find_map(|outcome| match outcome {
                             ClaimOutcome::Claimed(found) if found.epoch > claim.epoch => Some(found),
                             _ => None,
-                        });
+                        }));
                     }
-                    Err(RegistryError::LeaseLost(_)) => return None,
+                    Err(RegistryError::LeaseLost(_)) => return Raised::Outcome(None),
                     Err(_) => {}
                 },
-                Err(RegistryError::LeaseLost(_)) => return None,
+                Err(RegistryError::LeaseLost(_)) => return Raised::Outcome(None),
                 Err(_) => {}
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(1));
+            if self.pause(&mut pause).await {
+                return Raised::Stopping;
+            }
         }
+    }
+
+    /// Waits before something is tried again; `true` if the router stops or has ended.
+    async fn pause(&mut self, pause: &mut Duration) -> bool {
+        let jitter = self.cluster.environment.jitter(*pause);
+        let mut ended = self.cluster.ended();
+        tokio::select! {
+            biased;
+            _ = ended.wait_for(Option::is_some) => return true,
+            // Nobody may be left who could stop it: that is no stop.
+            Ok(_) = self.stop.wait_for(|stop| *stop) => return true,
+            () = tokio::time::sleep(*pause + jitter) => {}
+        }
+        *pause = (*pause * 2).min(Duration::from_secs(1));
+        false
     }
 
     async fn reconcile(&mut self, view: &View) {
@@ -246,16 +276,13 @@ impl Ownership {
         loop {
             match self.store.write_fences(&list).await {
                 Ok(()) => break,
-                Err(StoreError::Unconfirmed(_)) => {
-                    tokio::time::sleep(pause + self.cluster.environment.jitter(pause)).await;
-                    pause = (pause * 2).min(Duration::from_secs(1));
-                }
+                Err(StoreError::Unconfirmed(_)) => {}
                 Err(error) => {
                     self.cluster.end(Ended::StoreStopped(error.to_string()));
                     return false;
                 }
             }
-            if self.cluster.ended().borrow().is_some() {
+            if self.pause(&mut pause).await {
                 return false;
             }
         }
@@ -270,12 +297,10 @@ impl Ownership {
         let cut = loop {
             match self.registry.cut_predecessors(&claims).await {
                 Ok(cut) => break cut,
-                Err(_) if self.cluster.ended().borrow().is_some() => return,
-                Err(error) => {
-                    tracing::debug!(%error, "the predecessor lists could not be cut; trying again");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_secs(1));
-                }
+                Err(error) => tracing::debug!(%error, "the predecessor lists could not be cut; trying again"),
+            }
+            if self.pause(&mut pause).await {
+                return;
             }
         };
         for (claim, unchanged) in claims.into_iter().zip(cut) {
@@ -346,7 +371,7 @@ impl Ownership {
     }
 }
 
-async fn busy_conversations(store: &Store, shard: ShardId) -> Result<Vec<ConversationId>, StoreError> {
+async fn busy_conversations(store: &StoreCalls, shard: ShardId) -> Result<Vec<ConversationId>, StoreError> {
     let partition = shard.0.to_be_bytes();
     let mut busy: Vec<ConversationId> = Vec::new();
     loop {

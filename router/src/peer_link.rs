@@ -23,17 +23,21 @@ use im_proto::{
 };
 use im_registry::{Role, View};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::MissedTickBehavior,
+};
 
 use crate::{
     cluster::Cluster,
+    link_queue::{ACKNOWLEDGE_EVERY, Acknowledged, LinkQueue},
     message::{Answer, ReplyTo, ShardMessage, answer_from_peer, answer_to_peer, unavailable},
 };
 
 /// Messages that wait for one peer.
 const QUEUE_MESSAGES_MAX: usize = 65_536;
-/// Bytes of one batch beyond which it takes no further message.
-const BATCH_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of these.
+const QUEUE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Replay buffer of one direction.
 const REPLAY_BYTES_MAX: usize = 16 * 1024 * 1024;
 
@@ -41,7 +45,7 @@ const REPLAY_BYTES_MAX: usize = 16 * 1024 * 1024;
 pub struct PeerLink {
     pub instance: InstanceId,
     boot: u64,
-    queue: Mutex<Vec<v1::PeerMessage>>,
+    queue: Mutex<LinkQueue<v1::PeerMessage>>,
     wake: Notify,
     numbering: Mutex<Numbering>,
     connection: AtomicU64,
@@ -55,6 +59,7 @@ struct Numbering {
     incoming: Incoming,
     /// The boot of the other side that `incoming` counts.
     boot: u64,
+    acknowledged: Acknowledged,
 }
 
 impl PeerLink {
@@ -68,6 +73,7 @@ impl PeerLink {
                 outgoing: Outgoing::new(REPLAY_BYTES_MAX),
                 incoming: Incoming::default(),
                 boot: 0,
+                acknowledged: Acknowledged::default(),
             }),
             connection: AtomicU64::new(0),
             overflowed: AtomicBool::new(false),
@@ -79,7 +85,7 @@ impl PeerLink {
     pub fn send(&self, message: v1::PeerMessage) -> bool {
         {
             let mut queue = self.queue.lock();
-            if queue.len() >= QUEUE_MESSAGES_MAX {
+            if queue.len() >= QUEUE_MESSAGES_MAX || queue.bytes() >= QUEUE_BYTES_MAX {
                 self.overflowed.store(true, Ordering::Release);
                 return false;
             }
@@ -89,43 +95,19 @@ impl PeerLink {
         true
     }
 
-    /// What fits into one batch.
-    fn take_queue(&self) -> Vec<v1::PeerMessage> {
-        let mut queue = self.queue.lock();
-        let mut bytes = 0;
-        let fits = |message: &&v1::PeerMessage| {
-            let fits = bytes < BATCH_BYTES_MAX;
-            bytes += message_bytes(message);
-            fits
-        };
-        let count = queue.iter().take_while(fits).count();
-        if count == queue.len() { std::mem::take(&mut *queue) } else { queue.drain(..count).collect() }
-    }
-
     /// Queues an answer. Answers are bounded by the requests that the other side may have open.
     pub fn answer(&self, request_id: u64, answer: Answer) {
         let message = Some(Message::Answer(answer_to_peer(answer)));
         self.queue.lock().push(v1::PeerMessage { shard: 0, request_id, message });
         self.wake.notify_one();
     }
-}
 
-/// Roughly; only what can be large is counted.
-fn message_bytes(message: &v1::PeerMessage) -> usize {
-    let variable = match &message.message {
-        Some(Message::Deliver(deliver)) => deliver.frame.len() + 32 * deliver.user_ids.len(),
-        Some(Message::Call(call)) => call.request.len(),
-        Some(Message::Effect(effect)) => effect.body.len(),
-        Some(Message::Heads(heads)) => 16 * heads.conversation_ids.len(),
-        Some(Message::Answer(v1::PeerAnswer { answer: Some(v1::peer_answer::Answer::Reply(reply)), .. })) => {
-            reply.len()
-        }
-        Some(Message::Answer(v1::PeerAnswer { answer: Some(v1::peer_answer::Answer::Heads(list)), .. })) => {
-            64 * list.heads.len()
-        }
-        _ => 0,
-    };
-    96 + variable
+    /// Ends the connection that pumps, as that of a link on which answers no longer find their way. A router that lives after all dials
+    /// again and is admitted again.
+    pub fn retire(&self) {
+        self.connection.fetch_add(1, Ordering::AcqRel);
+        self.wake.notify_one();
+    }
 }
 
 /// Keeps a link to every other router in the view.
@@ -208,7 +190,8 @@ async fn run_dialled(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, mut end: Peer
         return;
     }
     let Some(theirs) = their_hello(cluster, &mut end).await else { return };
-    run(cluster, peer, &theirs, &mut end).await;
+    let connection = peer.connection.fetch_add(1, Ordering::AcqRel) + 1;
+    run(cluster, peer, connection, &theirs, &mut end).await;
 }
 
 /// Serves a link that another router has dialled, until it breaks.
@@ -219,7 +202,12 @@ pub async fn serve(cluster: Arc<Cluster>, mut end: PeerEnd) {
     if end.sender.send(LinkItem::Hello(own_hello(&cluster, &peer))).await.is_err() {
         return;
     }
-    run(&cluster, &peer, &theirs, &mut end).await;
+    let connection = peer.connection.fetch_add(1, Ordering::AcqRel) + 1;
+    // Retired between the two steps above: this connection would not be told.
+    if cluster.incoming_peers.lock().get(&other).is_none_or(|known| !Arc::ptr_eq(known, &peer)) {
+        return;
+    }
+    run(&cluster, &peer, connection, &theirs, &mut end).await;
 }
 
 fn own_hello(cluster: &Cluster, peer: &PeerLink) -> v1::LinkHello {
@@ -249,8 +237,7 @@ async fn their_hello(cluster: &Cluster, end: &mut PeerEnd) -> Option<v1::LinkHel
     }
 }
 
-async fn run(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, theirs: &v1::LinkHello, end: &mut PeerEnd) {
-    let connection = peer.connection.fetch_add(1, Ordering::AcqRel) + 1;
+async fn run(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, connection: u64, theirs: &v1::LinkHello, end: &mut PeerEnd) {
     let replay = resume(peer, theirs, cluster.config.boot.0).unwrap_or_else(|| {
         cluster.resync_router(&peer.instance);
         Vec::new()
@@ -266,7 +253,9 @@ fn incoming_peer(cluster: &Cluster, other: &InstanceId, boot: u64) -> Arc<PeerLi
         Some(peer) if peer.boot == boot => peer.clone(),
         _ => {
             let peer = Arc::new(PeerLink::new(other.clone(), boot));
-            incoming.insert(other.clone(), peer.clone());
+            if let Some(former) = incoming.insert(other.clone(), peer.clone()) {
+                former.retire();
+            }
             peer
         }
     }
@@ -278,6 +267,7 @@ fn resume(peer: &PeerLink, theirs: &v1::LinkHello, own_boot: u64) -> Option<Vec<
     if numbering.boot != theirs.boot_id {
         numbering.boot = theirs.boot_id;
         numbering.incoming = Incoming::default();
+        numbering.acknowledged = Acknowledged::default();
     }
     let received = im_proto::link::received_of_boot(theirs, im_proto::BootId(own_boot));
     numbering.incoming.reconnected();
@@ -293,6 +283,8 @@ async fn pump(
     end: &mut PeerEnd,
 ) {
     let mut waits = true;
+    let mut acknowledge = tokio::time::interval(ACKNOWLEDGE_EVERY);
+    acknowledge.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut ended = cluster.ended();
     loop {
         tokio::select! {
@@ -323,6 +315,10 @@ async fn pump(
                 }
                 waits = true;
             }
+            _ = acknowledge.tick() => {
+                let numbering = &mut *peer.numbering.lock();
+                waits |= numbering.acknowledged.tick(&numbering.incoming);
+            }
         }
     }
 }
@@ -346,11 +342,12 @@ fn send_next(
             peer.wake.notify_one();
             return false;
         }
-        let messages = peer.take_queue();
-        if messages.is_empty() {
+        let numbering = &mut *numbering;
+        let messages = peer.queue.lock().take_batch();
+        if messages.is_empty() && !numbering.acknowledged.is_due() {
             return false;
         }
-        let acknowledged_through = numbering.incoming.received_through();
+        let acknowledged_through = numbering.acknowledged.told(&numbering.incoming);
         let first_number = numbering.outgoing.next_number();
         let batch = Arc::new(v1::PeerBatch { first_number, acknowledged_through, messages });
         numbering.outgoing.push(batch.clone());
@@ -364,9 +361,11 @@ fn send_next(
 
 fn take_batch(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, batch: &Arc<v1::PeerBatch>) -> bool {
     let arrival = {
-        let mut numbering = peer.numbering.lock();
+        let numbering = &mut *peer.numbering.lock();
         numbering.outgoing.acknowledge(batch.acknowledged_through);
-        numbering.incoming.arrive(batch.first_number, Batch::messages(batch))
+        let arrival = numbering.incoming.arrive(batch.first_number, Batch::messages(batch));
+        numbering.acknowledged.arrived(&numbering.incoming, batch.bytes());
+        arrival
     };
     let Arrival::Handle { skip } = arrival else {
         tracing::warn!(router = %peer.instance, "a gap in a link's numbers; the link is reset");

@@ -106,6 +106,9 @@ pub struct MemberValue {
     pub joined_seq: u64,
     #[prost(uint64, tag = "3")]
     pub joined_counted: u64,
+    /// Has been a member and is none any more.
+    #[prost(bool, tag = "4")]
+    pub left: bool,
 }
 
 /// The value of `Table::UserConversations`.
@@ -237,13 +240,10 @@ fn apply_event(
             if state.members.get(&user).is_some_and(|member| member.joined_seq < row.seq) {
                 state.members.remove(&user);
             }
-            out.writes.push(StateWrite {
-                table: Table::Members,
-                partition: id.to_bytes(),
-                key: Bytes::copy_from_slice(user.as_str().as_bytes()),
-                value: None,
-                timestamp: row.seq,
-            });
+            // The row stays, so that a repeat of what the user sent before is known for what it is.
+            let value = MemberValue { left: true, ..MemberValue::default() };
+            let key = Bytes::copy_from_slice(user.as_str().as_bytes());
+            out.writes.push(write(Table::Members, id, key, value.encode_to_vec(), row.seq));
             let gone = v1::ConversationLeft { conversation_id: id.to_bytes(), left_seq: row.seq };
             out.effects.push(effect(id, &user, row.seq, Event::ConversationLeft(gone), secret));
         }
@@ -263,7 +263,8 @@ fn join(
 ) {
     let Ok(user) = UserId::parse(name) else { return };
     let member = Member { role, joined_seq: row.seq, joined_counted: row.counted };
-    let value = MemberValue { role: role.into(), joined_seq: member.joined_seq, joined_counted: member.joined_counted };
+    let (joined_seq, joined_counted) = (member.joined_seq, member.joined_counted);
+    let value = MemberValue { role: role.into(), joined_seq, joined_counted, left: false };
     let key = Bytes::copy_from_slice(user.as_str().as_bytes());
     out.writes.push(write(Table::Members, id, key, value.encode_to_vec(), row.seq));
     out.effects.push(joined(id, &user, v1::ConversationKind::Group, &state.name, "", row.seq, secret));

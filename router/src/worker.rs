@@ -4,6 +4,7 @@
 //! batches of everything that was assigned meanwhile and hands them to the store at once. Results come back as inputs. What needs
 //! the store or the registry runs in a task whose outcome comes back as a step ([`Context::then`]).
 
+pub mod conversations;
 pub mod input;
 pub mod waiting;
 
@@ -17,33 +18,41 @@ mod heads;
 mod history;
 pub mod idle;
 mod opening;
+mod repeats;
 mod sends;
 mod sessions;
 mod shards;
 mod signals;
 mod sync;
 
-use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    future::Future,
+    sync::Arc,
+    time::Duration,
+};
 
 use foldhash::quality::FixedState;
 use im_proto::{ConversationId, InstanceId, v1};
 use im_registry::Lease;
-use im_storage::{AppendDone, AppendRequest, MessageLog as _, Store};
+use im_storage::{AppendDone, AppendRequest};
 use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior},
 };
 
 use self::{
+    conversations::{Conversations, Schedule},
     input::{GatewayInput, Input},
     sessions::Users,
     shards::Shards,
-    waiting::{OpenQueue, Slot},
+    waiting::OpenQueue,
 };
 use crate::{
     caller::SessionKey,
     cluster::Cluster,
     conversation::Conversation,
+    deadline::StoreCalls,
     fence::FenceService,
     message::{ReplyTo, ShardMessage},
     ownership::RaiseRequest,
@@ -54,14 +63,11 @@ const INPUTS_PER_TURN: usize = 1024;
 /// Between looks at idle conversations, unanswered effects and cursors.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Conversations by id.
-pub type Conversations = HashMap<ConversationId, Slot, FixedState>;
-
 /// All of a worker but its conversations, so that both can be borrowed at once.
 pub struct Context {
     pub index: usize,
     pub cluster: Arc<Cluster>,
-    pub store: Store,
+    pub store: StoreCalls,
     raises: mpsc::UnboundedSender<RaiseRequest>,
     pub fence: FenceService,
     pub lease: Lease,
@@ -69,6 +75,7 @@ pub struct Context {
     shards: Shards,
     users: Users,
     opens: OpenQueue,
+    schedule: Schedule,
     /// Conversations with assigned entries and no batch in flight.
     dirty: Vec<ConversationId>,
     /// Which conversation a submitted batch belongs to.
@@ -77,13 +84,16 @@ pub struct Context {
     /// Batches that the store has confirmed since the last fence request.
     confirmed: Vec<(ConversationId, u64)>,
     /// Batches that wait for a fence read, by ticket.
-    fencing: std::collections::VecDeque<(u64, Vec<(ConversationId, u64)>)>,
+    fencing: VecDeque<(u64, Vec<(ConversationId, u64)>)>,
     next_ticket: u64,
     submissions: Vec<AppendRequest>,
+    /// Until when each batch that was handed to the store must be answered, in the order of the deadlines.
+    append_deadlines: VecDeque<(Instant, u64)>,
     append_done: AppendDone,
     /// For gateways, by their instance.
     outgoing: HashMap<InstanceId, Vec<v1::RouterMessage>, FixedState>,
     history: history::Reads,
+    scans: repeats::ScanBudgets,
     stopped: bool,
 }
 
@@ -97,13 +107,14 @@ impl Worker {
     pub fn new(
         index: usize,
         cluster: Arc<Cluster>,
-        store: Store,
+        store: StoreCalls,
         raises: mpsc::UnboundedSender<RaiseRequest>,
         fence: FenceService,
         lease: Lease,
         inbox: mpsc::UnboundedSender<Input>,
     ) -> Self {
         let done = inbox.clone();
+        let shards = cluster.config.shards;
         let append_done: AppendDone = Arc::new(move |results| {
             // A worker that has ended no longer wants results.
             let _ = done.send(Input::Appended(results));
@@ -120,19 +131,22 @@ impl Worker {
                 shards: Shards::default(),
                 users: Users::default(),
                 opens: OpenQueue::default(),
+                schedule: Schedule::default(),
                 dirty: Vec::new(),
                 tokens: HashMap::default(),
                 next_token: 1,
                 confirmed: Vec::new(),
-                fencing: std::collections::VecDeque::new(),
+                fencing: VecDeque::new(),
                 next_ticket: 1,
                 submissions: Vec::new(),
+                append_deadlines: VecDeque::new(),
                 append_done,
                 outgoing: HashMap::default(),
                 history: history::Reads::default(),
+                scans: repeats::ScanBudgets::default(),
                 stopped: false,
             },
-            conversations: HashMap::default(),
+            conversations: Conversations::new(shards),
         }
     }
 
@@ -225,6 +239,8 @@ impl Worker {
         let context = &mut self.context;
         if !context.submissions.is_empty() {
             let submissions = std::mem::take(&mut context.submissions);
+            let deadline = context.now() + context.store.deadline();
+            context.append_deadlines.extend(submissions.iter().map(|request| (deadline, request.token)));
             context.store.submit(submissions, context.append_done.clone());
         }
         if !context.confirmed.is_empty() {

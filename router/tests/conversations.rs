@@ -162,7 +162,7 @@ async fn a_group_is_created_once_and_only_members_write() {
     assert_eq!(created, again);
     let id = ConversationId::from_slice(&created.conversation_id).unwrap();
     gateway.send(3, id, message("x", "c1", "hi", "", 0)).await;
-    assert_eq!(gateway.ack("c1").await.status.unwrap().code, StatusCode::NotAMember.number());
+    assert_eq!(gateway.ack("c1").await.status.unwrap().code, StatusCode::NotFound.number());
     let invite = v1::GroupInviteRequest {
         conversation_id: id.to_bytes(),
         members: vec!["carol".to_owned()],
@@ -178,7 +178,7 @@ async fn a_group_is_created_once_and_only_members_write() {
     let left: v1::GroupLeaveReply = gateway.call(3, Method::GroupLeave, &leave).await.unwrap();
     assert_eq!(left.seq, 4);
     gateway.send(3, id, message("x", "c3", "hi", "", 0)).await;
-    assert_eq!(gateway.ack("c3").await.status.unwrap().code, StatusCode::NotAMember.number());
+    assert_eq!(gateway.ack("c3").await.status.unwrap().code, StatusCode::NotFound.number());
     let members = v1::GroupMembersRequest { conversation_id: id.to_bytes(), ..Default::default() };
     let list: v1::GroupMembersReply = gateway.call(1, Method::GroupMembers, &members).await.unwrap();
     let names: Vec<&str> = list.members.iter().map(|member| member.user_id.as_str()).collect();

@@ -241,7 +241,7 @@ async fn a_client_that_leaves_during_its_handshake_leaves_no_session() {
 }
 
 /// A store that refuses everything from when it is told to.
-fn faulty(world: &mut World) -> Faulty {
+pub fn faulty(world: &mut World) -> Faulty {
     let store = Faulty::new(world.store.clone(), 1, FaultPlan::none(), world.environment.tasks.clone());
     world.store = Store::from(store.clone());
     store

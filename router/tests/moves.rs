@@ -73,7 +73,7 @@ impl Connector<PeerEnd> for Dialled {
     }
 }
 
-fn peer_hello(name: &str) -> LinkItem<v1::PeerBatch> {
+pub fn peer_hello(name: &str) -> LinkItem<v1::PeerBatch> {
     LinkItem::Hello(v1::LinkHello {
         instance_id: name.to_owned(),
         boot_id: 7,

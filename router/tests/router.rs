@@ -6,3 +6,5 @@ mod conversations;
 mod lifecycle;
 mod moves;
 mod ownership;
+mod patience;
+mod repeats;

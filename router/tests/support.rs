@@ -239,6 +239,19 @@ impl TestGateway {
         .await
     }
 
+    /// The ack of a message that has the same id in several conversations.
+    pub async fn ack_of(&mut self, id: ConversationId, client_message_id: &'static str) -> v1::SendAck {
+        self.expect("ack", |message| match message {
+            Down::SendResult(v1::SendResult { ack: Some(ack), .. })
+                if ack.client_message_id == client_message_id && ack.conversation_id == id.to_bytes() =>
+            {
+                Some(ack.clone())
+            }
+            _ => None,
+        })
+        .await
+    }
+
     /// The next frames pushed, decoded, and to which sessions.
     pub async fn pushed(&mut self) -> (Vec<u64>, Vec<v1::Message>) {
         let deliver = self

@@ -52,7 +52,7 @@ proptest! {
                     expected.entry(target).or_default().push_back(next);
                 }
                 1 => {
-                    for effect in outbox.take_sendable() {
+                    for effect in outbox.take_sendable(usize::MAX) {
                         let target = effect.target.as_bytes()[0];
                         prop_assert!(flying.insert(target, effect.origin_seq).is_none(), "two on their way");
                         prop_assert_eq!(expected[&target].front(), Some(&effect.origin_seq));
@@ -94,4 +94,23 @@ fn sender_and_client_message_id_do_not_run_into_each_other() {
     let a = UserId::parse("a").unwrap();
     assert_ne!(Dedupe::key(&ab, b"c"), Dedupe::key(&a, b"bc"));
     assert_ne!(Dedupe::key(&a, b"1"), Dedupe::key(&a, b"2"));
+}
+
+#[test]
+fn effects_that_fail_do_not_hold_up_those_of_other_targets() {
+    let mut outbox = Outbox::default();
+    for target in 1..=4 {
+        outbox.push(effect(target, 1));
+    }
+    let mut tried = std::collections::BTreeSet::new();
+    for _ in 0..2 {
+        let sent = outbox.take_sendable(2);
+        assert_eq!(sent.len(), 2);
+        assert!(outbox.take_sendable(2).is_empty(), "two are on their way");
+        for effect in sent {
+            tried.insert(effect.target);
+            outbox.answered(&effect.target, 1, false);
+        }
+    }
+    assert_eq!(tried.len(), 4);
 }

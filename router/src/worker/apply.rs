@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use im_proto::{ConversationId, StatusCode, v1::EntryKind};
-use im_storage::{Directory as _, StateWrite, StoreError};
+use im_storage::{StateWrite, StoreError};
 use prost::Message as _;
 
 use super::{
@@ -16,9 +16,12 @@ use super::{
 use crate::{
     cluster::Ended,
     conversation::{Assigned, Completion, Conversation},
-    message::{AnswerValue, Effect, ReplyTo, ShardMessage},
+    message::{AnswerValue, Effect, ReplyTo, ShardMessage, overloaded},
     state::{Consequences, EntryMeta, Kind},
 };
+
+/// Effects of one conversation that are under way: an invitation of a thousand must not fill the queues of other routers.
+const EFFECTS_AT_A_TIME: usize = 256;
 
 impl Context {
     /// Writes state rows, again and again until confirmed, then runs a step.
@@ -73,7 +76,7 @@ impl Context {
 
     /// Sends the effects that none of the same target precedes.
     pub fn send_effects(&mut self, conversation: &mut Conversation) {
-        for effect in conversation.outbox.take_sendable() {
+        for effect in conversation.outbox.take_sendable(EFFECTS_AT_A_TIME) {
             self.cluster.metrics.effects_sent.increment(1);
             let shard = self.cluster.shard_of(&effect.target);
             let reply_to =
@@ -99,6 +102,10 @@ impl Context {
             }
             return;
         }
+        if conversation.queue.len() >= self.cluster.config.conversation_queue_max {
+            // The outbox of the other log sends it again.
+            return self.cluster.answer(reply_to, Err(overloaded()));
+        }
         let user_id =
             if conversation.deciding.kind == Kind::Empty { effect.target_user.to_string() } else { String::new() };
         let meta = EntryMeta { user_id, origin: effect.origin.to_bytes(), origin_seq: effect.origin_seq };
@@ -117,8 +124,10 @@ impl Worker {
         conversation.outbox.answered(target, origin_seq, done);
         if done {
             self.context.send_effects(conversation);
+        } else {
+            // It goes out again with the next tick.
+            self.context.look_soon(conversation);
         }
-        // One that failed goes out again with the next tick.
     }
 
     /// Handles a request now, or when its conversation is open.

@@ -93,13 +93,13 @@ impl Context {
             body: request.body,
             after: bytes::Bytes::new(),
             known_seq: request.known_seq,
+            sought_through: 0,
         };
         self.send(conversation, call.caller.clone(), send, SendAnswer::Reply(reply_to));
         Ok(())
     }
 
     fn call_mark_read(&mut self, conversation: &mut Conversation, call: &Call, seq: u64, reply_to: ReplyTo) {
-        use im_storage::MessageLog as _;
         let user = call.caller.user.clone();
         if !conversation.settled.members.contains_key(&user) {
             return self.cluster.answer(reply_to, Err(StatusCode::NotFound.to_status()));

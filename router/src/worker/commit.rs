@@ -37,30 +37,41 @@ impl Worker {
         }
     }
 
-    /// The store has answered for a batch.
+    /// The store has answered for a batch. A token that is not known is that of an attempt that was given up.
     pub fn appended(&mut self, token: u64, result: Result<(), StoreError>) {
-        let Some(id) = self.context.tokens.get(&token).copied() else { return };
-        let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else {
-            self.context.tokens.remove(&token);
-            return;
-        };
+        let Some(id) = self.context.tokens.remove(&token) else { return };
+        let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else { return };
         let Some(in_flight) = conversation.in_flight.as_mut().filter(|in_flight| in_flight.token == token) else {
-            self.context.tokens.remove(&token);
             return;
         };
         match result {
             Ok(()) => {
-                self.context.tokens.remove(&token);
                 in_flight.confirmed = true;
                 self.context.await_fence(conversation);
             }
-            Err(StoreError::Unconfirmed(reason)) => self.append_again(id, token, &reason),
+            Err(StoreError::Unconfirmed(reason)) => self.append_again(id, &reason),
             Err(error) => self.context.cluster.end(Ended::StoreStopped(error.to_string())),
         }
     }
 
-    /// No answer but success is definite: the identical batch again, or, if that is hopeless, a greater epoch.
-    fn append_again(&mut self, id: ConversationId, token: u64, reason: &str) {
+    /// Batches that the store has not answered in time are not confirmed: a result that comes later is ignored, whatever it says.
+    pub fn expire_appends(&mut self) {
+        let now = self.context.now();
+        while let Some((deadline, token)) = self.context.append_deadlines.front().copied() {
+            let is_open = self.context.tokens.contains_key(&token);
+            if is_open && deadline > now {
+                return;
+            }
+            self.context.append_deadlines.pop_front();
+            if is_open {
+                let reason = format!("no answer within {:?}", self.context.store.deadline());
+                self.appended(token, Err(StoreError::Unconfirmed(reason)));
+            }
+        }
+    }
+
+    /// No answer but success is definite: the identical batch again under a new token, or, if that is hopeless, a greater epoch.
+    fn append_again(&mut self, id: ConversationId, reason: &str) {
         let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else { return };
         let Some(in_flight) = conversation.in_flight.as_mut() else { return };
         self.context.cluster.metrics.batches_retried.increment(1);
@@ -69,6 +80,10 @@ impl Worker {
             return self.raise(id);
         }
         in_flight.attempts += 1;
+        let token = self.context.next_token;
+        self.context.next_token += 1;
+        self.context.tokens.insert(token, id);
+        in_flight.token = token;
         let longest = RETRY_FIRST.saturating_mul(1 << in_flight.attempts.min(6)).min(RETRY_LONGEST);
         let pause = longest / 2 + self.context.cluster.environment.jitter(longest / 2);
         self.context.then(tokio::time::sleep(pause), move |worker, ()| {
@@ -220,6 +235,9 @@ impl Context {
             }
         }
         fan_out::deliver(self, conversation, &delivered);
+        if self.wants_marks(conversation) {
+            self.look_soon(conversation);
+        }
         if !conversation.queue.is_empty() {
             self.mark_dirty(conversation);
         }
@@ -244,6 +262,7 @@ impl Context {
     /// Drops what is not committed: its senders are told, or their gateways keep it for the next owner.
     pub fn drop_speculative(&mut self, conversation: &mut Conversation) {
         let id = conversation.id;
+        self.schedule.forget(conversation);
         let in_flight = conversation.in_flight.take();
         if let Some(in_flight) = &in_flight {
             self.tokens.remove(&in_flight.token);

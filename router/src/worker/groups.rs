@@ -13,7 +13,7 @@ use super::{Context, waiting::Request};
 use crate::{
     caller::Caller,
     conversation::{Assigned, Completion, Conversation, ReplyKind},
-    message::{AnswerValue, Call, ReplyTo, unavailable},
+    message::{AnswerValue, Call, ReplyTo, overloaded, unavailable},
     state::Kind,
 };
 
@@ -79,7 +79,7 @@ impl Context {
         self.assign_event(conversation, &caller, Event::MembersJoined(joined), ReplyKind::GroupInvite, reply_to);
     }
 
-    /// Takes the caller out. Who is out already gets the same answer.
+    /// Takes the caller out.
     pub fn group_leave(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo) {
         let caller = call.caller.clone();
         if conversation.deciding.kind != Kind::Group {
@@ -152,6 +152,9 @@ impl Context {
         kind: ReplyKind,
         reply_to: ReplyTo,
     ) {
+        if conversation.queue.len() >= self.cluster.config.conversation_queue_max {
+            return self.cluster.answer(reply_to, Err(overloaded()));
+        }
         let none = Bytes::new();
         let row = self.next_row(
             conversation,

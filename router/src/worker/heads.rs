@@ -1,7 +1,8 @@
 //! Heads: where conversations end and how far a user has read. From memory for open conversations, from head rows for quiet ones.
 
+use futures::{StreamExt as _, TryStreamExt as _};
 use im_proto::{ConversationId, StatusCode, UserId, v1};
-use im_storage::{Directory as _, Store, StoreError, Table};
+use im_storage::{StoreError, Table};
 use prost::Message as _;
 use tokio::sync::oneshot;
 
@@ -12,12 +13,15 @@ use super::{
 };
 use crate::{
     conversation::{Busy, Conversation, Cursor},
+    deadline::StoreCalls,
     fence::FenceService,
     message::{AnswerValue, HeadsQuery, ReplyTo, unavailable},
 };
 
 /// Conversations of one query.
 const CONVERSATIONS_MAX: usize = 1024;
+/// Reads of one query that are under way: enough to hide the store's latency, few beside those of other queries.
+const READS_AT_A_TIME: usize = 32;
 
 /// The head of an open conversation, for a user.
 pub fn head_of(conversation: &Conversation, user: &UserId) -> v1::Head {
@@ -66,7 +70,7 @@ impl Worker {
 }
 
 async fn gather(
-    store: &Store,
+    store: &StoreCalls,
     fence: &FenceService,
     past_lease: bool,
     user: &UserId,
@@ -74,16 +78,14 @@ async fn gather(
     opening: Vec<oneshot::Receiver<v1::Head>>,
     quiet: Vec<ConversationId>,
 ) -> Result<Vec<v1::Head>, StoreError> {
-    for id in quiet {
-        heads.push(quiet_head(store, id).await?);
-    }
+    heads.extend(at_a_time(quiet.into_iter().map(|id| quiet_head(store, id))).await?);
     for receiver in opening {
         let gone = |_| StoreError::Unconfirmed("the worker has ended".to_owned());
         heads.push(receiver.await.map_err(gone)?);
     }
-    for head in &mut heads {
-        merge_cursor(store, user, head).await?;
-    }
+    let mut heads = at_a_time(heads.into_iter().map(|head| merge_cursor(store, user, head))).await?;
+    // Which read was answered first is nobody's business.
+    heads.sort_unstable_by(|one, other| one.conversation_id.cmp(&other.conversation_id));
     // What was read counts only if nobody else owned the shard meanwhile.
     if past_lease && !fence.clean().await {
         return Err(StoreError::Unconfirmed("the router has ended".to_owned()));
@@ -91,7 +93,14 @@ async fn gather(
     Ok(heads)
 }
 
-async fn quiet_head(store: &Store, id: ConversationId) -> Result<v1::Head, StoreError> {
+/// Runs reads, a bounded number at a time.
+async fn at_a_time<T>(
+    reads: impl Iterator<Item: Future<Output = Result<T, StoreError>>>,
+) -> Result<Vec<T>, StoreError> {
+    futures::stream::iter(reads).buffer_unordered(READS_AT_A_TIME).try_collect().await
+}
+
+async fn quiet_head(store: &StoreCalls, id: ConversationId) -> Result<v1::Head, StoreError> {
     let row = store.read(Table::Heads, id.as_bytes(), b"").await?;
     let value = row.and_then(|row| HeadValue::decode(row.value).ok()).unwrap_or_default();
     Ok(v1::Head {
@@ -104,7 +113,7 @@ async fn quiet_head(store: &Store, id: ConversationId) -> Result<v1::Head, Store
 }
 
 /// The stored cursor may be ahead of the one in memory, which knows only what moved since the conversation was opened.
-async fn merge_cursor(store: &Store, user: &UserId, head: &mut v1::Head) -> Result<(), StoreError> {
+async fn merge_cursor(store: &StoreCalls, user: &UserId, mut head: v1::Head) -> Result<v1::Head, StoreError> {
     let row = store.read(Table::Cursors, &head.conversation_id, user.as_str().as_bytes()).await?;
     if let Some(row) = row
         && row.timestamp > head.read_seq
@@ -113,7 +122,7 @@ async fn merge_cursor(store: &Store, user: &UserId, head: &mut v1::Head) -> Resu
         head.read_seq = row.timestamp;
         head.read_counted = value.counted;
     }
-    Ok(())
+    Ok(head)
 }
 
 impl Context {

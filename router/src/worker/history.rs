@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use im_proto::{ConversationId, StatusCode, limits, v1};
-use im_storage::{MessageLog as _, Store, StoreError, StoredRow};
+use im_storage::{StoreError, StoredRow};
 use prost::Message as _;
 
 use super::{Context, fan_out};
 use crate::{
     caller::Caller,
     conversation::Conversation,
+    deadline::StoreCalls,
     message::{AnswerValue, ReplyTo, unavailable},
 };
 
@@ -129,7 +130,7 @@ const REPLY_BYTES_MAX: usize = 4 * 1024 * 1024;
 const READ_ROWS: u64 = 128;
 
 /// Reads piece by piece, from the end that is wanted first, until all is there or the answer is full.
-async fn read_rows(store: &Store, key: ReadKey) -> Result<Vec<StoredRow>, StoreError> {
+async fn read_rows(store: &StoreCalls, key: ReadKey) -> Result<Vec<StoredRow>, StoreError> {
     let mut pieces: VecDeque<Vec<StoredRow>> = VecDeque::new();
     let (mut from, mut to, mut bytes) = (key.from, key.to, 0);
     while from <= to && bytes < REPLY_BYTES_MAX {

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use im_proto::{ConversationId, UserId};
+use im_proto::UserId;
 use im_storage::{StateWrite, Table};
 use prost::Message as _;
 
-use super::{Context, Worker, waiting::Slot};
+use super::{Context, TICK, Worker, waiting::Slot};
 use crate::conversation::{Busy, Conversation};
 
 /// The applied mark is written at least this often, so that an open applies few entries again.
@@ -36,24 +36,24 @@ pub struct CursorValue {
 }
 
 impl Worker {
-    /// Looks after all open conversations. Its cost is a pass over the map, twice a second.
+    /// Looks after what goes by the clock. Conversations whose moment has not come cost nothing.
     pub fn tick(&mut self) {
         if self.context.index == 0 {
             self.context.cluster.sweep_awaited();
         }
         self.context.flush_resyncs();
-        // The order of the map is the same in every run: its hasher is fixed.
-        let ids: Vec<ConversationId> = self.conversations.keys().copied().collect();
-        let mut evict = Vec::new();
-        for id in ids {
+        self.expire_appends();
+        let now = self.context.now();
+        self.context.scans.sweep(now);
+        while let Some(id) = self.context.schedule.next_due(now) {
             let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else { continue };
+            conversation.look_at = None;
             self.context.look_after(conversation);
             if self.context.may_leave(conversation) {
-                evict.push(id);
+                self.drop_conversation(&id);
+            } else {
+                self.context.plan_look(conversation);
             }
-        }
-        for id in evict {
-            self.drop_conversation(&id);
         }
         if self.has_releases() {
             self.finish_releases();
@@ -65,8 +65,7 @@ impl Worker {
 impl Context {
     fn look_after(&mut self, conversation: &mut Conversation) {
         self.send_effects(conversation);
-        let mark = conversation.applied().min(conversation.outbox_done());
-        if mark >= conversation.applied_written + APPLIED_EVERY {
+        if self.wants_marks(conversation) {
             self.write_marks(conversation, |_| {});
         }
         let quiet = conversation.last_entry.elapsed() >= self.cluster.config.quiet_after;
@@ -80,16 +79,44 @@ impl Context {
         }
     }
 
+    /// The applied marks are far behind.
+    pub fn wants_marks(&self, conversation: &Conversation) -> bool {
+        conversation.committed >= conversation.applied_written + APPLIED_EVERY
+            && conversation.applied().min(conversation.outbox_done()) >= conversation.applied_written + APPLIED_EVERY
+    }
+
+    /// Looks after a conversation with the next tick.
+    pub fn look_soon(&mut self, conversation: &mut Conversation) {
+        let now = self.now();
+        self.schedule.look_by(conversation, now);
+    }
+
+    /// Plans the next look: not before its burst may end or it may leave, as far as can be told now.
+    pub fn plan_look(&mut self, conversation: &mut Conversation) {
+        let soon = self.now() + TICK;
+        let at = match conversation.busy {
+            Busy::Quiet => conversation.last_use + self.stays(conversation),
+            Busy::Confirmed { .. } | Busy::Inherited { .. } => {
+                conversation.last_entry + self.cluster.config.quiet_after
+            }
+            Busy::Writing | Busy::Ending => soon,
+        };
+        self.schedule.look_by(conversation, at.max(soon));
+    }
+
+    /// How long a quiet conversation stays. Anybody may name conversations that do not exist: these do not stay.
+    fn stays(&self, conversation: &Conversation) -> Duration {
+        if conversation.assigned == 0 { Duration::ZERO } else { self.cluster.config.evict_after }
+    }
+
     fn may_leave(&self, conversation: &Conversation) -> bool {
-        // Anybody may name conversations that do not exist: these do not stay.
-        let stays = if conversation.assigned == 0 { Duration::ZERO } else { self.cluster.config.evict_after };
         conversation.busy == Busy::Quiet
             && conversation.is_settled()
             && conversation.waiters.is_empty()
             && conversation.cursors_dirty.is_empty()
             && conversation.outbox.is_empty()
             && conversation.unapplied.is_empty()
-            && conversation.last_use.elapsed() >= stays
+            && conversation.last_use.elapsed() >= self.stays(conversation)
     }
 
     /// Cursors first, confirmed, then the applied marks: an open moves the senders' own cursors again for all entries above the mark.

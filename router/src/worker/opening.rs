@@ -9,7 +9,7 @@ use super::{
     waiting::{Request, Slot},
 };
 use crate::{
-    conversation::{Busy, Conversation, Dedupe, Outbox, Seen},
+    conversation::{Busy, Conversation, Dedupe, Seen},
     open::{Open, OpenError, Opened},
 };
 
@@ -125,6 +125,7 @@ impl Worker {
             fan_out::deliver(&mut self.context, &mut conversation, &rewritten);
         }
         self.context.send_effects(&mut conversation);
+        self.context.plan_look(&mut conversation);
         self.context.cluster.metrics.conversations_open.increment(1.0);
         self.conversations.insert(id, Slot::Open(conversation));
         for request in waiting {
@@ -144,36 +145,20 @@ impl Context {
                 dedupe.insert(Dedupe::key(sender, &key.client_message_id), seen, opened.head);
             }
         }
-        let now = self.now();
         Conversation {
-            id,
-            shard: self.cluster.shard_of(&id),
-            epoch,
             first_seq: opened.first_seq,
             committed: opened.head,
             committed_counted: opened.counted,
             assigned: opened.head,
             assigned_counted: opened.counted,
             last_sent_at: opened.last_sent_at,
-            last_event: 0,
             deciding: opened.state.clone(),
             settled: opened.state.clone(),
-            members_version: 1,
-            queue: VecDeque::new(),
-            in_flight: None,
             dedupe,
-            waiters: std::collections::BTreeMap::new(),
             // The burst of the last owner is taken over and ended in its time.
             busy: opened.busy_since.map_or(Busy::Quiet, |since| Busy::Inherited { since }),
-            outbox: Outbox::default(),
-            unapplied: std::collections::BTreeSet::new(),
             applied_written: opened.applied,
-            cursors: std::collections::BTreeMap::new(),
-            cursors_dirty: std::collections::BTreeSet::new(),
-            last_entry: now,
-            last_use: now,
-            routes: fan_out::Routes::default(),
-            dirty: false,
+            ..Conversation::new(id, self.cluster.shard_of(&id), epoch)
         }
     }
 

@@ -4,25 +4,35 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use im_proto::{
-    ConversationId, StatusCode, UserId, limits,
+    ConversationId, StatusCode, UserId,
     v1::{self, EntryKind, router_message::Message as ToGateway},
 };
-use im_storage::{MessageLog as _, Row};
+use im_storage::Row;
 use prost::Message as _;
 
 use super::{
-    Context, Worker, commit,
-    waiting::{Request, SendAnswer, SendRequest, Slot},
+    Context, Worker,
+    waiting::{Request, SendAnswer, SendRequest},
 };
 use crate::{
     caller::Caller,
     conversation::{Assigned, Completion, Conversation, Dedupe, ReplyKind, Seen},
-    message::{AnswerValue, unavailable},
+    message::{AnswerValue, overloaded},
     state::{EntryMeta, Kind},
 };
 
 /// Entry flag: it counts as unread.
 pub const FLAG_COUNTED: u32 = 1;
+
+/// Whether somebody may write into a conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Permission {
+    Given,
+    /// Not in the group; perhaps once was.
+    NotNow,
+    /// Cannot ever have written here.
+    Never,
+}
 
 impl Worker {
     /// A `Send` frame.
@@ -32,7 +42,7 @@ impl Worker {
             _ => None,
         };
         let v1::Send { client_message_id, body, after, known_seq, .. } = send;
-        let send = SendRequest { peer, client_message_id, body, after, known_seq };
+        let send = SendRequest { peer, client_message_id, body, after, known_seq, sought_through: 0 };
         self.request(id, Request::Send { caller, send, answer: SendAnswer::Session });
     }
 }
@@ -46,32 +56,29 @@ impl Context {
         send: SendRequest,
         answer: SendAnswer,
     ) {
-        let refusal = self.permission(conversation, &caller, &send);
-        // Who was never let in learns nothing. Who has left a group may have sent this before, and a refusal says that it is not stored.
-        if let Some(refusal) = refusal.filter(|refusal| *refusal != StatusCode::NotAMember) {
-            return self.refuse_send(conversation, caller, send, answer, refusal);
+        let permission = self.permission(conversation, &caller, &send);
+        if permission == Permission::Never {
+            return self.refuse_send(conversation, caller, send, answer);
         }
+        // A repeat gets the answer of the first try, even if its sender has left since: a refusal would say that it is not stored.
         let key = Dedupe::key(&caller.user, &send.client_message_id);
         if let Some(seen) = conversation.dedupe.get(key) {
             return self.repeated(conversation, caller, send, answer, seen);
         }
         if conversation.dedupe.floor > send.known_seq {
-            return self.scan(conversation, caller, send, answer);
+            return match permission {
+                Permission::NotNow => self.scan_for_former(conversation, caller, send, answer),
+                Permission::Given | Permission::Never => self.scan(conversation, caller, send, answer),
+            };
         }
-        if let Some(refusal) = refusal {
-            return self.refuse_send(conversation, caller, send, answer, refusal);
+        if permission == Permission::NotNow {
+            return self.refuse_send(conversation, caller, send, answer);
         }
         if !send.after.is_empty() && conversation.dedupe.get(Dedupe::key(&caller.user, &send.after)).is_none() {
-            return self.answer_send(
-                conversation,
-                &caller,
-                send.client_message_id,
-                answer,
-                StatusCode::OutOfOrder.to_status(),
-            );
+            return self.seek_predecessor(conversation, caller, send, answer);
         }
         if conversation.queue.len() >= self.cluster.config.conversation_queue_max {
-            let status = StatusCode::Overloaded.retry_after(std::time::Duration::from_millis(200));
+            let status = overloaded();
             return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
         }
         self.cluster.metrics.sends_accepted.increment(1);
@@ -155,27 +162,28 @@ impl Context {
         self.mark_dirty(conversation);
     }
 
-    /// Why the sender may not write here, if so.
-    fn permission(&self, conversation: &Conversation, caller: &Caller, send: &SendRequest) -> Option<StatusCode> {
-        match &conversation.deciding.kind {
+    /// Whether the sender may write here.
+    fn permission(&self, conversation: &Conversation, caller: &Caller, send: &SendRequest) -> Permission {
+        let is_one_of_two = match &conversation.deciding.kind {
             Kind::Empty => {
                 let named = send.peer.as_ref().unwrap_or(&caller.user);
-                let named_id = self.cluster.config.cluster_secret.direct_id(&caller.user, named);
-                if named_id == conversation.id { None } else { Some(StatusCode::NotFound) }
+                self.cluster.config.cluster_secret.direct_id(&caller.user, named) == conversation.id
             }
-            Kind::Direct(one, other) => (caller.user != *one && caller.user != *other).then_some(StatusCode::NotFound),
-            Kind::SelfLog(owner) => (caller.user != *owner).then_some(StatusCode::NotFound),
-            Kind::Group => (!conversation.is_member(&caller.user)).then_some(StatusCode::NotAMember),
-        }
+            Kind::Direct(one, other) => caller.user == *one || caller.user == *other,
+            Kind::SelfLog(owner) => caller.user == *owner,
+            Kind::Group if conversation.is_member(&caller.user) => true,
+            Kind::Group => return Permission::NotNow,
+        };
+        if is_one_of_two { Permission::Given } else { Permission::Never }
     }
 
-    fn refuse_send(
+    /// Whether it exists is nothing to who may not write here.
+    pub fn refuse_send(
         &mut self,
         conversation: &mut Conversation,
         caller: Arc<Caller>,
         send: SendRequest,
         answer: SendAnswer,
-        status: StatusCode,
     ) {
         // A refusal that rests on entries that are not committed yet waits for them.
         if conversation.last_event > conversation.committed {
@@ -183,116 +191,8 @@ impl Context {
             return conversation.waiters.entry(conversation.last_event).or_default().push(again);
         }
         self.cluster.metrics.sends_refused.increment(1);
-        self.answer_send(conversation, &caller, send.client_message_id, answer, status.to_status());
-    }
-
-    /// A client message id that was seen before: the same answer, once that entry is committed; another body is refused.
-    fn repeated(
-        &mut self,
-        conversation: &mut Conversation,
-        caller: Arc<Caller>,
-        send: SendRequest,
-        answer: SendAnswer,
-        seen: Seen,
-    ) {
-        self.cluster.metrics.sends_repeated.increment(1);
-        let Some(body_hash) = seen.body_hash else {
-            return self.read_repeated(conversation, caller, send, answer, seen);
-        };
-        if body_hash != Dedupe::body_hash(&send.body) {
-            let status = StatusCode::PreconditionFailed.to_status();
-            return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
-        }
-        let completion = match answer {
-            SendAnswer::Session => Completion::Ack { caller, client_message_id: send.client_message_id },
-            SendAnswer::Reply(reply_to) => Completion::Reply { reply_to, kind: ReplyKind::Send },
-        };
-        if seen.seq > conversation.committed {
-            conversation.waiters.entry(seen.seq).or_default().push(completion);
-        } else {
-            commit::complete_at(self, &conversation.id, seen.seq, seen.sent_at, completion);
-        }
-    }
-
-    /// The entry was read back without its body: read it whole, then compare.
-    fn read_repeated(
-        &mut self,
-        conversation: &Conversation,
-        caller: Arc<Caller>,
-        send: SendRequest,
-        answer: SendAnswer,
-        seen: Seen,
-    ) {
-        let (store, id) = (self.store.clone(), conversation.id);
-        let read = async move { store.read_range(id, seen.seq, seen.seq, 1).await };
-        self.then(read, move |worker, outcome| {
-            let row = outcome.ok().and_then(|rows| rows.into_iter().next()).map(|stored| stored.row);
-            let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id) else {
-                return worker.request(id, Request::Send { caller, send, answer });
-            };
-            let Some(row) = row else { return worker.context.give_back(id, Request::Send { caller, send, answer }) };
-            let body_hash = Dedupe::body_hash(&row.body);
-            let key = Dedupe::key(&caller.user, &send.client_message_id);
-            conversation.dedupe.set_body_hash(key, body_hash, row.sent_at);
-            let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash: Some(body_hash) };
-            worker.context.repeated(conversation, caller, send, answer, seen);
-        });
-    }
-
-    /// The map of client message ids does not reach down to what the client knew: look into the log, or let the client look.
-    fn scan(&mut self, conversation: &mut Conversation, caller: Arc<Caller>, send: SendRequest, answer: SendAnswer) {
-        let (from, to) = (send.known_seq + 1, conversation.dedupe.floor);
-        if to - send.known_seq > limits::DEDUPE_SCAN_ENTRIES_MAX {
-            return self.answer_send(
-                conversation,
-                &caller,
-                send.client_message_id,
-                answer,
-                StatusCode::SyncFirst.to_status(),
-            );
-        }
-        let (store, id) = (self.store.clone(), conversation.id);
-        let (user, wanted) = (caller.user.clone(), send.client_message_id.clone());
-        let read = async move {
-            let keys = store.read_keys(id, from, to).await?;
-            let found = keys
-                .iter()
-                .find(|key| key.sender.as_ref() == Some(&user) && key.client_message_id == wanted)
-                .map(|key| key.seq);
-            Ok::<_, im_storage::StoreError>(found)
-        };
-        self.then(read, move |worker, outcome| worker.scanned(id, caller, send, answer, to, outcome));
-    }
-}
-
-impl Worker {
-    fn scanned(
-        &mut self,
-        id: ConversationId,
-        caller: Arc<Caller>,
-        mut send: SendRequest,
-        answer: SendAnswer,
-        scanned_to: u64,
-        outcome: Result<Option<u64>, im_storage::StoreError>,
-    ) {
-        let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else {
-            return self.request(id, Request::Send { caller, send, answer });
-        };
-        match outcome {
-            Ok(Some(seq)) => {
-                let seen = Seen { seq, sent_at: conversation.last_sent_at, body_hash: None };
-                self.context.repeated(conversation, caller, send, answer, seen);
-            }
-            Ok(None) => {
-                // Everything up to here was looked at; what came after is in the map, unless the map moved on meanwhile.
-                send.known_seq = scanned_to;
-                self.context.send(conversation, caller, send, answer);
-            }
-            Err(_) => {
-                let id = send.client_message_id;
-                self.context.answer_send(conversation, &caller, id, answer, unavailable());
-            }
-        }
+        let status = StatusCode::NotFound.to_status();
+        self.answer_send(conversation, &caller, send.client_message_id, answer, status);
     }
 }
 

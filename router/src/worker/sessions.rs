@@ -53,6 +53,8 @@ enum Recorded {
 pub struct Users {
     /// Ordered, so that a pass over it is the same in every run of a simulation.
     users: BTreeMap<UserId, UserSessions>,
+    /// The same users, so that losing one shard costs nothing for the others.
+    by_shard: BTreeMap<ShardId, BTreeSet<UserId>>,
     /// Shards whose sessions must sync.
     to_resync: BTreeSet<ShardId>,
 }
@@ -60,6 +62,38 @@ pub struct Users {
 struct UserSessions {
     shard: ShardId,
     sessions: Vec<Live>,
+}
+
+impl Users {
+    fn entry(&mut self, user: &UserId, shard: ShardId) -> &mut UserSessions {
+        self.users.entry(user.clone()).or_insert_with(|| {
+            self.by_shard.entry(shard).or_default().insert(user.clone());
+            UserSessions { shard, sessions: Vec::new() }
+        })
+    }
+
+    /// Removes sessions of a user; returns how many.
+    fn remove(&mut self, user: &UserId, gone: impl Fn(&Live) -> bool) -> usize {
+        let Some(entry) = self.users.get_mut(user) else { return 0 };
+        let before = entry.sessions.len();
+        entry.sessions.retain(|live| !gone(live));
+        let removed = before - entry.sessions.len();
+        if entry.sessions.is_empty() {
+            let shard = entry.shard;
+            self.users.remove(user);
+            if let Some(users) = self.by_shard.get_mut(&shard) {
+                users.remove(user);
+                if users.is_empty() {
+                    self.by_shard.remove(&shard);
+                }
+            }
+        }
+        removed
+    }
+
+    fn of_shard(&self, shard: ShardId) -> impl Iterator<Item = &UserSessions> {
+        self.by_shard.get(&shard).into_iter().flatten().filter_map(|user| self.users.get(user))
+    }
 }
 
 impl Worker {
@@ -125,8 +159,7 @@ impl Context {
     fn record(&mut self, caller: &Caller, arrival: Arrival) -> Recorded {
         let Some(key) = caller.session.clone() else { return Recorded::Refused };
         let shard = self.cluster.shard_of(&caller.self_id);
-        let user =
-            self.users.users.entry(caller.user.clone()).or_insert_with(|| UserSessions { shard, sessions: Vec::new() });
+        let user = self.users.entry(&caller.user, shard);
         let exclusive = EXCLUSIVE_PLATFORMS.contains(&caller.platform.as_str());
         let is_newer =
             |live: &Live| live.device == caller.device && live.key != key && live.opened_at > caller.opened_at;
@@ -180,13 +213,8 @@ impl Context {
     /// A session ended. Removal is by session, so a slow disconnect cannot remove its successor.
     pub fn close_session(&mut self, caller: &Caller) {
         let Some(key) = &caller.session else { return };
-        let Some(user) = self.users.users.get_mut(&caller.user) else { return };
-        let before = user.sessions.len();
-        user.sessions.retain(|live| live.key != *key);
-        self.cluster.metrics.sessions.decrement((before - user.sessions.len()) as f64);
-        if user.sessions.is_empty() {
-            self.users.users.remove(&caller.user);
-        }
+        let removed = self.users.remove(&caller.user, |live| live.key == *key);
+        self.cluster.metrics.sessions.decrement(removed as f64);
     }
 
     /// A session that another owner registered before the shard moved here. Pushes may have been lost on the way.
@@ -195,11 +223,15 @@ impl Context {
         match self.record(&caller, Arrival::Announced) {
             Recorded::Kept => self.resync(&key.gateway.clone(), vec![key.session.0]),
             // It gets no pushes here: its client, if there still is one, has to come again.
-            Recorded::Outdated | Recorded::Refused => {
-                let status = Some(StatusCode::TimedOut.to_status());
-                self.tell_session(key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
-            }
+            Recorded::Outdated | Recorded::Refused => self.come_again(&caller),
         }
+    }
+
+    /// Ends a session that is not recorded; its client may connect again.
+    pub fn come_again(&mut self, caller: &Caller) {
+        let Some(key) = &caller.session else { return };
+        let status = Some(StatusCode::TimedOut.to_status());
+        self.tell_session(key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
     }
 
     /// A token for a session that lives: same user and device, a later expiry.
@@ -267,7 +299,7 @@ impl Context {
             return;
         }
         let mut by_gateway: BTreeMap<InstanceId, Vec<u64>> = BTreeMap::new();
-        for user in self.users.users.values().filter(|user| shards.contains(&user.shard)) {
+        for user in shards.iter().flat_map(|shard| self.users.of_shard(*shard)) {
             for live in &user.sessions {
                 by_gateway.entry(live.key.gateway.clone()).or_default().push(live.key.session.0);
             }
@@ -286,25 +318,22 @@ impl Context {
 
     /// A shard's users are another owner's now.
     pub fn forget_users_of(&mut self, shard: ShardId) {
-        self.retain_sessions(|user, _| user != shard);
+        let users: Vec<UserId> = self.users.by_shard.get(&shard).into_iter().flatten().cloned().collect();
+        self.remove_sessions(users, |_| true);
     }
 
     /// A gateway is no longer registered: its sessions are gone.
     pub fn gateway_gone(&mut self, gateway: &InstanceId) {
         self.outgoing.remove(gateway);
         self.shards.forget_early(|early| early.session.as_ref().is_some_and(|key| key.gateway == *gateway));
-        self.retain_sessions(|_, live| live.gateway != *gateway);
+        let is_there = |live: &Live| live.key.gateway == *gateway;
+        let users = self.users.users.iter().filter(|(_, user)| user.sessions.iter().any(is_there));
+        let users: Vec<UserId> = users.map(|(user, _)| user.clone()).collect();
+        self.remove_sessions(users, is_there);
     }
 
-    fn retain_sessions(&mut self, keep: impl Fn(ShardId, &SessionKey) -> bool) {
-        let mut removed = 0;
-        self.users.users.retain(|_, user| {
-            let before = user.sessions.len();
-            let shard = user.shard;
-            user.sessions.retain(|live| keep(shard, &live.key));
-            removed += before - user.sessions.len();
-            !user.sessions.is_empty()
-        });
+    fn remove_sessions(&mut self, users: Vec<UserId>, gone: impl Fn(&Live) -> bool + Copy) {
+        let removed: usize = users.iter().map(|user| self.users.remove(user, gone)).sum();
         self.cluster.metrics.sessions.decrement(removed as f64);
     }
 }

@@ -53,7 +53,7 @@ pub struct Shards {
     early: BTreeMap<ShardId, Vec<Arc<Caller>>>,
 }
 
-/// Early announcements of one shard. Beyond it they are dropped, and the gateways' next ones count.
+/// Early announcements of one shard. Beyond it their clients are told to come again.
 const EARLY_MAX: usize = 65_536;
 
 impl Shards {
@@ -102,13 +102,15 @@ impl Shards {
         }
     }
 
-    /// Keeps an announcement until the shard is served.
-    fn announced_early(&mut self, shard: ShardId, caller: Arc<Caller>) {
+    /// Keeps an announcement until the shard is served; `false` if there is no room.
+    fn announced_early(&mut self, shard: ShardId, caller: Arc<Caller>) -> bool {
         let early = self.early.entry(shard).or_default();
         early.retain(|known| known.session != caller.session);
-        if early.len() < EARLY_MAX {
+        let room = early.len() < EARLY_MAX;
+        if room {
             early.push(caller);
         }
+        room
     }
 
     /// Forgets early announcements of sessions that have ended.
@@ -168,7 +170,7 @@ impl Worker {
     /// A planned move: finish what is in flight, then say so.
     pub fn shard_releasing(&mut self, shard: ShardId, done: oneshot::Sender<()>) {
         self.context.shards.cancel(shard);
-        let unsettled = self.conversations_of(shard).into_iter().collect();
+        let unsettled = self.conversations.of_shard(shard).into_iter().collect();
         let before = self.context.shards.shards.insert(shard, Shard::Releasing { done, unsettled });
         if let Some(Shard::Claimed { parked, .. }) = before {
             self.refuse_parked(parked);
@@ -184,17 +186,9 @@ impl Worker {
             self.refuse_parked(parked);
         }
         self.context.forget_users_of(shard);
-        let ids: Vec<ConversationId> = self.conversations_of(shard);
-        for id in ids {
+        for id in self.conversations.of_shard(shard) {
             self.drop_conversation(&id);
         }
-    }
-
-    fn conversations_of(&self, shard: ShardId) -> Vec<ConversationId> {
-        let mut ids: Vec<ConversationId> =
-            self.conversations.keys().filter(|id| self.context.cluster.shard_of(id) == shard).copied().collect();
-        ids.sort_unstable();
-        ids
     }
 
     fn refuse_parked(&mut self, parked: Vec<Input>) {
@@ -324,7 +318,9 @@ impl Context {
             }
             GatewayInput::Announce { caller, .. } => {
                 let shard = self.cluster.shard_of(&caller.self_id);
-                self.shards.announced_early(shard, caller);
+                if !self.shards.announced_early(shard, caller.clone()) {
+                    self.come_again(&caller);
+                }
             }
             GatewayInput::Close { caller } => self.shards.forget_early(|early| early.session == caller.session),
             // The gateway renews again at the owner; a signal is worth nothing later.

@@ -31,6 +31,8 @@ pub struct SendRequest {
     pub body: Bytes,
     pub after: Bytes,
     pub known_seq: u64,
+    /// The log was looked through for `after` up to here.
+    pub sought_through: u64,
 }
 
 /// Who gets the outcome of a send.

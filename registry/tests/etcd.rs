@@ -1,95 +1,16 @@
 //! The etcd backend on a real etcd. `deploy/test.sh` runs these with the address in IM_TEST_ETCD.
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::{Duration, SystemTime},
-};
+use std::time::Duration;
 
-use im_proto::ShardId;
-use im_registry::{AnyRegistry, EtcdOptions, EtcdRegistry, Registry as _, conformance};
-use parking_lot::Mutex;
-use tokio::time::Instant;
+use im_proto::{Epoch, ShardId};
+use im_registry::{Claim, ClaimOutcome, EtcdOptions, Lease, Registry as _, RegistryError, Role, conformance};
+use tokio::time::{Instant, timeout};
 
 use crate::{
-    proxy::{Proxy, Way},
-    support::{Surroundings, router},
+    cluster::{Cluster, claim, eventually},
+    proxy::Way,
+    support::{id, instance, router},
 };
-
-/// Members of the etcd that the script started, `http://host:port`.
-fn members() -> Vec<String> {
-    let members = std::env::var("IM_TEST_ETCD")
-        .expect("IM_TEST_ETCD must name the members of an etcd (http://host:port,…): run this through deploy/test.sh");
-    members.split(',').map(str::to_owned).collect()
-}
-
-fn host_and_port(url: &str) -> &str {
-    url.strip_prefix("http://").expect("a plain http endpoint")
-}
-
-/// No two tests and no two runs share a key.
-fn fresh_cluster_id() -> String {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
-    format!("test-{}-{}", now.as_nanos(), COUNT.fetch_add(1, Ordering::Relaxed))
-}
-
-/// A cluster of its own in a shared etcd; each process reaches it through a proxy.
-struct Cluster {
-    id: String,
-    members: Vec<String>,
-    surroundings: Arc<Surroundings>,
-    proxies: Mutex<BTreeMap<String, Vec<Arc<Proxy>>>>,
-}
-
-impl Cluster {
-    async fn new() -> Self {
-        let cluster = Self {
-            id: fresh_cluster_id(),
-            members: members(),
-            surroundings: Surroundings::new(),
-            proxies: Mutex::default(),
-        };
-        cluster.registry("first").await.recover(1).await.expect("a cluster record");
-        cluster
-    }
-
-    async fn registry(&self, name: &str) -> EtcdRegistry {
-        self.registry_of(name, &self.members).await
-    }
-
-    async fn registry_of(&self, name: &str, members: &[String]) -> EtcdRegistry {
-        let mut proxies = Vec::new();
-        for member in members {
-            proxies.push(Proxy::start(host_and_port(member)).await);
-        }
-        let endpoints = proxies.iter().map(|proxy| proxy.url.clone()).collect();
-        self.proxies.lock().insert(name.to_owned(), proxies);
-        let options = EtcdOptions::new(endpoints, &self.id, Some(1));
-        EtcdRegistry::connect(options, self.surroundings.environment()).await.expect("etcd answers")
-    }
-}
-
-impl conformance::Fixture for Cluster {
-    type Registry = AnyRegistry;
-
-    async fn process(&self, name: &str) -> AnyRegistry {
-        self.registry(name).await.into()
-    }
-
-    fn set_connected(&self, name: &str, connected: bool) {
-        for proxy in &self.proxies.lock()[name] {
-            proxy.set(if connected { Way::Open } else { Way::Cut });
-        }
-    }
-
-    fn since_boot(&self) -> Duration {
-        im_proto::environment::Clock::since_boot(&*self.surroundings)
-    }
-}
 
 #[tokio::test]
 #[ignore = "needs etcd: run through deploy/test.sh"]
@@ -103,11 +24,154 @@ async fn a_member_that_does_not_answer_is_left_for_the_next() {
     let cluster = Cluster::new().await;
     let member = cluster.members[0].clone();
     let registry = cluster.registry_of("a", &[member.clone(), member]).await;
-    cluster.proxies.lock()["a"][0].set(Way::Silent);
+    cluster.proxy("a", 0).set(Way::Silent);
     let started = Instant::now();
     let lease = registry.register(router("a"), conformance::TTL).await.expect("the other member answers");
     assert!(started.elapsed() < Duration::from_secs(5), "one deadline and the answer");
     let started = Instant::now();
     registry.claim(&lease, &[ShardId(1)]).await.expect("claim");
     assert!(started.elapsed() < Duration::from_secs(1), "the silent member is not asked again");
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_compaction_while_cut_off_is_answered_by_reading_everything() {
+    let cluster = Cluster::new().await;
+    let (watching, acting) = (cluster.registry("w").await, cluster.registry("a").await);
+    let lease = acting.register(router("a"), conformance::TTL).await.expect("register");
+    let mut view = watching.view();
+    eventually(&mut view, |view| view.instances.contains_key(&id("a"))).await;
+    cluster.set("w", Way::Cut);
+    claim(&acting, &lease, ShardId(1)).await;
+    let second = claim(&acting, &lease, ShardId(2)).await;
+    acting.release(&[second]).await.expect("release");
+    cluster.compact().await;
+    claim(&acting, &lease, ShardId(3)).await;
+    cluster.set("w", Way::Open);
+    let all = |view: &im_registry::View| view.claims.keys().copied().eq([ShardId(1), ShardId(3)]);
+    eventually(&mut view, all).await;
+    // And the watch goes on from there.
+    claim(&acting, &lease, ShardId(4)).await;
+    eventually(&mut view, |view| view.claims.contains_key(&ShardId(4))).await;
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_silent_connection_is_noticed_by_the_watch() {
+    let cluster = Cluster::new().await;
+    let member = cluster.members[0].clone();
+    let watching = cluster.registry_of("w", &[member.clone(), member]).await;
+    let acting = cluster.registry("a").await;
+    cluster.proxy("w", 0).set(Way::Silent);
+    acting.register(router("a"), conformance::TTL).await.expect("register");
+    eventually(&mut watching.view(), |view| view.instances.contains_key(&id("a"))).await;
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_guard_compares_who_claimed_and_not_only_the_revision() {
+    let cluster = Cluster::new().await;
+    let registry = cluster.registry("a").await;
+    let lease = registry.register(router("a"), conformance::TTL).await.expect("register");
+    let claimed = claim(&registry, &lease, ShardId(1)).await;
+    // What a restore may lead to: the claim of another stands at a revision that this process takes for its own.
+    let mut etcd = cluster.client().await;
+    let key = format!("/im/{}/v1/claims/00001", cluster.id);
+    let other = r#"{"instance":"b","boot":"0000000000000001","lease":"0000000000000001","generation":1}"#;
+    let put = etcd.put(key.clone(), other, None).await.expect("put");
+    let at = u64::try_from(put.header().expect("a header").revision()).expect("positive");
+    let confused = Claim { epoch: Epoch::new(1, at), ..claimed };
+    assert_eq!(registry.cut_predecessors(std::slice::from_ref(&confused)).await, Ok(vec![false]));
+    assert_eq!(registry.raise_epoch(&confused).await, Ok(None));
+    registry.release(&[confused]).await.expect("release");
+    let left = etcd.get(key, None).await.expect("get");
+    assert_eq!(left.kvs()[0].value(), other.as_bytes(), "the claim of the other stands");
+    assert_eq!(registry.claim(&lease, &[ShardId(1)]).await, Ok(vec![ClaimOutcome::Taken(ShardId(1))]));
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_predecessor_list_that_cannot_be_read_is_not_an_empty_one() {
+    let cluster = Cluster::new().await;
+    let registry = cluster.registry("a").await;
+    let lease = registry.register(router("a"), conformance::TTL).await.expect("register");
+    let mut etcd = cluster.client().await;
+    etcd.put(format!("/im/{}/v1/predecessors/00001", cluster.id), "[\"a b\"]", None).await.expect("put");
+    let refused = registry.claim(&lease, &[ShardId(1)]).await;
+    assert!(matches!(&refused, Err(RegistryError::Refused(why)) if why.contains("predecessors/00001")), "{refused:?}");
+    claim(&registry, &lease, ShardId(2)).await;
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_registration_that_somebody_deleted_comes_back() {
+    let cluster = Cluster::new().await;
+    let options = EtcdOptions { reconcile_interval: Duration::from_millis(500), ..cluster.options(&cluster.members) };
+    let registry = cluster.connect(options).await;
+    registry.register(router("a"), conformance::TTL).await.expect("register");
+    let mut view = registry.view();
+    eventually(&mut view, |view| view.instances.contains_key(&id("a"))).await;
+    cluster.client().await.delete(format!("/im/{}/v1/instances/router/a", cluster.id), None).await.expect("delete");
+    // One of one is more than half: the view of the actor holds it. Another process, started now, sees it gone or back.
+    let fresh = cluster.registry("w").await;
+    eventually(&mut fresh.view(), |view| view.instances.contains_key(&id("a"))).await;
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_view_that_loses_more_than_half_is_held_back() {
+    let cluster = Cluster::new().await;
+    let options = EtcdOptions { hold: Duration::from_secs(3), ..cluster.options(&cluster.members) };
+    let watching = cluster.connect(options).await;
+    let acting = cluster.registry("a").await;
+    let mut leases: Vec<Lease> = Vec::new();
+    for name in ["a", "b", "c", "d", "e"] {
+        leases.push(acting.register(instance(Role::Gateway, name), conformance::TTL).await.expect("register"));
+    }
+    let mut view = watching.view();
+    eventually(&mut view, |view| view.instances.len() == 5).await;
+    let gone_at = Instant::now();
+    for lease in &leases[1..] {
+        acting.revoke(lease).await.expect("revoke");
+    }
+    eventually(&mut view, |view| view.instances.len() == 3).await;
+    assert!(gone_at.elapsed() < Duration::from_secs(2), "half may go at once");
+    eventually(&mut view, |view| view.instances.len() == 1).await;
+    assert!(gone_at.elapsed() >= Duration::from_secs(3), "the others are held");
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_claim_needs_the_record_of_its_generation() {
+    let cluster = Cluster::unrecovered().await;
+    let unknown = cluster.connect(EtcdOptions::new(cluster.members.clone(), &cluster.id, Some(2))).await;
+    let lease = unknown.register(router("a"), conformance::TTL).await.expect("a registration claims nothing");
+    let refused = unknown.claim(&lease, &[ShardId(1)]).await;
+    assert!(matches!(&refused, Err(RegistryError::Refused(why)) if why.contains("imd cluster recover")), "{refused:?}");
+    assert!(matches!(unknown.check_claims().await, Err(RegistryError::Refused(_))));
+    assert!(matches!(unknown.recover(0).await, Err(RegistryError::Refused(_))));
+
+    let record = unknown.recover(2).await.expect("recover");
+    assert_eq!(unknown.recover(2).await, Ok(record.clone()), "a repeat changes nothing");
+    assert_eq!(unknown.cluster_record().await, Ok(Some(record)));
+    unknown.check_claims().await.expect("the record is there");
+    let claimed = claim(&unknown, &lease, ShardId(1)).await;
+    assert_eq!(claimed.epoch.generation(), 2);
+
+    let older = cluster.connect(EtcdOptions::new(cluster.members.clone(), &cluster.id, Some(1))).await;
+    let refused = older.register(router("old"), conformance::TTL).await;
+    assert!(matches!(&refused, Err(RegistryError::Refused(why)) if why.contains("start again")), "{refused:?}");
+    assert!(matches!(older.check_claims().await, Err(RegistryError::Refused(_))));
+    let never = cluster.connect(EtcdOptions::new(cluster.members.clone(), &cluster.id, None)).await;
+    let never_lease = never.register(router("never"), conformance::TTL).await.expect("register");
+    assert!(matches!(never.claim(&never_lease, &[ShardId(2)]).await, Err(RegistryError::Refused(_))));
+
+    // Raised under a router that runs: what it holds is gone, it can neither claim nor raise, and is told to end.
+    older.recover(3).await.expect("recover");
+    assert!(matches!(unknown.raise_epoch(&claimed).await, Err(RegistryError::Refused(_)) | Ok(None)));
+    timeout(Duration::from_secs(5), lease.lost().wait_for(|lost| *lost)).await.expect("it ends").expect("it lives");
+    assert!(unknown.claim(&lease, &[ShardId(1)]).await.is_err());
+    assert_eq!(unknown.cut_predecessors(std::slice::from_ref(&claimed)).await, Ok(vec![false]));
+    unknown.release(&[claimed]).await.expect("giving up is always allowed");
+    assert!(matches!(older.recover(2).await, Err(RegistryError::Refused(_))), "a generation never falls");
 }

@@ -2,7 +2,10 @@
 
 #![allow(clippy::disallowed_methods, reason = "tests own their tasks, channels and randomness")]
 
+mod cluster;
 mod etcd;
 mod in_process;
 mod proxy;
+mod recovery;
+mod server;
 mod support;

@@ -65,6 +65,9 @@ impl Shared {
         ttl: Duration,
         stop: watch::Receiver<()>,
     ) -> Result<Lease, RegistryError> {
+        if let Some(reason) = self.outdated() {
+            return Err(RegistryError::Refused(reason));
+        }
         let id = instance.id.clone();
         let sent_at = self.environment.clock.since_boot();
         let seconds = i64::try_from(ttl.as_millis().div_ceil(1000)).unwrap_or(i64::MAX).max(1);
@@ -152,6 +155,25 @@ impl Shared {
         let id = identity.instance.lock().id.clone();
         self.identities.lock().retain(|known, live| *known != id || live.lease != identity.lease);
         identity.lost.send_replace(true);
+    }
+
+    /// Ends all registrations of a process of an earlier generation: it can never claim again, and who sees it would wait for it
+    /// to own shards.
+    pub(super) fn end_if_outdated(self: &Arc<Self>) {
+        let Some(reason) = self.outdated() else { return };
+        let identities: Vec<Arc<Identity>> = self.identities.lock().values().cloned().collect();
+        for identity in identities {
+            tracing::error!(reason, instance = %identity.instance().id, "a registration ends");
+            self.metrics.leases_lost.increment(1);
+            self.end(&identity);
+            let (shared, id) = (self.clone(), identity.lease);
+            self.environment.spawn(async move {
+                let revoked = shared.transport.call(|mut client| async move { client.lease_revoke(id).await });
+                if let Err(error) = revoked.await {
+                    tracing::debug!(%error, "a lease of an earlier generation is left to run out");
+                }
+            });
+        }
     }
 
     /// Some member does not know a lease: finds out whether it is dead, and says what to answer to the caller.

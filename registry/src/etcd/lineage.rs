@@ -165,11 +165,8 @@ pub(super) fn may_claim(own: Option<u64>, record: Option<&ClusterRecord>, etcd_c
             record.etcd_cluster
         ));
     }
-    if record.generation > own {
-        return Err(format!(
-            "the cluster is at generation {} and this process was started with {own}: it must start again",
-            record.generation
-        ));
+    if let Some(reason) = outdated(own, record) {
+        return Err(reason);
     }
     if record.generation < own {
         return Err(format!(
@@ -178,6 +175,14 @@ pub(super) fn may_claim(own: Option<u64>, record: Option<&ClusterRecord>, etcd_c
         ));
     }
     Ok(())
+}
+
+/// Why a process that was started with the generation `own` has to start again.
+pub(super) fn outdated(own: u64, record: &ClusterRecord) -> Option<String> {
+    let now = record.generation;
+    (now > own).then(|| {
+        format!("the cluster is at generation {now} and this process was started with {own}: it must start again")
+    })
 }
 
 #[cfg(test)]

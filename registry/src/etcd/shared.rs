@@ -15,7 +15,7 @@ use super::{
     hold::Hold,
     keys::{ClusterRecord, Keys},
     leases::Identity,
-    lineage::{Admitted, Lineage, Origin, Sent, may_claim},
+    lineage::{Admitted, Lineage, Origin, Sent, may_claim, outdated},
     metrics::Metrics,
     mirror::{Entry, Mirror},
     transport::{CallError, Transport, origin},
@@ -167,25 +167,18 @@ impl Shared {
     }
 
     /// Reads everything and takes it over.
-    pub(super) async fn reconcile(&self) -> Result<(), CallError> {
+    pub(super) async fn reconcile(&self) -> Result<Admitted, CallError> {
         let sent = self.lineage.lock().sent();
         let (origin, entries) = self.read_all().await?;
         let fresh = Mirror::read(&self.keys, origin.revision, &entries);
-        let judged = self.lineage.lock().admit(sent, origin, fresh.record().map(|(record, _)| record));
+        let unreadable = fresh.unreadable();
+        let judged = self.take_over(sent, origin, fresh);
         let admitted = match judged {
             Ok(admitted) => admitted,
             Err(reason) => return Err(self.refuse(reason).await),
         };
         self.metrics.reconciles.increment(1);
-        self.metrics.unreadable_keys.set(fresh.unreadable() as f64);
-        {
-            let mut mirror = self.mirror.lock();
-            if admitted == Admitted::Continued && mirror.revision() == fresh.revision() && *mirror != fresh {
-                self.metrics.reconcile_differences.increment(1);
-                tracing::error!(revision = fresh.revision(), "the watch had missed changes of the registry");
-            }
-            *mirror = fresh;
-        }
+        self.metrics.unreadable_keys.set(unreadable as f64);
         self.changed.notify_one();
         let usable = self.may_claim();
         match usable {
@@ -194,7 +187,24 @@ impl Shared {
             Err(_) => self.end_alarm(),
         }
         self.repair_registrations().await;
-        Ok(())
+        Ok(admitted)
+    }
+
+    fn take_over(&self, sent: Sent, origin: Origin, fresh: Mirror) -> Result<Admitted, String> {
+        let mut mirror = self.mirror.lock();
+        let admitted = self.lineage.lock().admit(sent, origin, fresh.record().map(|(record, _)| record))?;
+        if admitted == Admitted::Continued {
+            if fresh.revision() < mirror.revision() {
+                // The watch was faster than this reading.
+                return Ok(admitted);
+            }
+            if fresh.revision() == mirror.revision() && fresh != *mirror {
+                self.metrics.reconcile_differences.increment(1);
+                tracing::error!(revision = fresh.revision(), "the watch had missed changes of the registry");
+            }
+        }
+        *mirror = fresh;
+        Ok(admitted)
     }
 
     /// All keys of the cluster at one revision.
@@ -233,6 +243,13 @@ impl Shared {
         let mirror = self.mirror.lock();
         may_claim(self.generation, mirror.record().map(|(record, _)| record), etcd_cluster)?;
         Ok(mirror.record().map(|(_, bytes)| bytes.clone()).unwrap_or_default())
+    }
+
+    /// Why this process has to start again: the cluster has gone on to a greater generation than its own.
+    pub(super) fn outdated(&self) -> Option<String> {
+        let mirror = self.mirror.lock();
+        let (record, _) = mirror.record()?;
+        self.generation.and_then(|own| outdated(own, record))
     }
 
     /// What to say of a transaction that did not find the cluster record that it required.

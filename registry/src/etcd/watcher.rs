@@ -10,6 +10,7 @@ use tokio::{
 };
 
 use super::{
+    lineage::Admitted,
     mirror::Entry,
     shared::{Shared, entry},
     transport::{CallError, Connected},
@@ -29,6 +30,7 @@ const MESSAGE_BYTES_MAX: usize = 256 << 20;
 pub(super) async fn publish(shared: Arc<Shared>, mut stop: watch::Receiver<()>) {
     loop {
         let until = shared.publish();
+        shared.end_if_outdated();
         let hold = async {
             match until {
                 Some(until) => sleep_until(until).await,
@@ -69,7 +71,7 @@ pub(super) async fn watch(shared: Arc<Shared>, mut stop: watch::Receiver<()>) {
     }
 }
 
-/// Follows etcd until something fails. `progress` turns true with the first message.
+/// Follows etcd until something fails. `progress` turns true once it told a change or stood for a while.
 async fn follow(shared: &Shared, read_first: bool, progress: &mut bool) -> CallError {
     if read_first && let Err(error) = shared.reconcile().await {
         return error;
@@ -103,7 +105,8 @@ async fn open(shared: &Shared, connected: &Connected) -> Result<WatchStream, Cal
 }
 
 async fn listen(shared: &Shared, connected: &Connected, mut stream: WatchStream, progress: &mut bool) -> CallError {
-    let mut silent_at = Instant::now() + SILENCE;
+    let begun = Instant::now();
+    let mut silent_at = begun + SILENCE;
     let mut ping_at = Instant::now() + PING;
     let mut read_at = Instant::now() + reading_pause(shared);
     loop {
@@ -115,10 +118,11 @@ async fn listen(shared: &Shared, connected: &Connected, mut stream: WatchStream,
                     Ok(None) => return CallError::Unavailable("the watch ended".to_owned()),
                     Err(error) => return shared.transport.explain_at(connected, &error),
                 };
-                if let Err(error) = take(shared, &message).await {
-                    return error;
+                match take(shared, &message).await {
+                    // Having begun is no progress yet: the next message may be the one that cannot be read.
+                    Ok(changed) => *progress |= changed || begun.elapsed() > SILENCE,
+                    Err(error) => return error,
                 }
-                *progress = true;
                 silent_at = Instant::now() + SILENCE;
             }
             () = sleep_until(silent_at) => return CallError::Unavailable("the watch was silent".to_owned()),
@@ -130,8 +134,10 @@ async fn listen(shared: &Shared, connected: &Connected, mut stream: WatchStream,
             }
             () = shared.reconcile_soon.notified() => read_at = Instant::now(),
             () = sleep_until(read_at) => {
-                if let Err(error) = shared.reconcile().await {
-                    return error;
+                match shared.reconcile().await {
+                    Ok(Admitted::Continued) => {}
+                    Ok(Admitted::NewEra) => return CallError::Rejected("the registry was recovered".to_owned()),
+                    Err(error) => return error,
                 }
                 read_at = Instant::now() + reading_pause(shared);
                 // The watch was not read meanwhile.
@@ -146,8 +152,8 @@ fn reading_pause(shared: &Shared) -> Duration {
     shared.reconcile_interval * 3 / 4 + shared.environment.jitter(shared.reconcile_interval / 2)
 }
 
-/// Takes over one message of the watch.
-async fn take(shared: &Shared, message: &WatchResponse) -> Result<(), CallError> {
+/// Takes over one message of the watch; `true` if it changed anything.
+async fn take(shared: &Shared, message: &WatchResponse) -> Result<bool, CallError> {
     if message.canceled() {
         let reason = message.cancel_reason();
         return Err(match message.compact_revision() {
@@ -165,13 +171,13 @@ async fn take(shared: &Shared, message: &WatchResponse) -> Result<(), CallError>
     }
     // The revision to go on from moves with events only: signs of life of some versions of etcd overtake events.
     let events: Vec<Entry> = message.events().iter().filter_map(event).collect();
-    if let Some(newest) = events.last() {
-        shared.lineage.lock().saw(newest.mod_revision);
-        if shared.mirror.lock().apply(&shared.keys, &events) {
-            shared.changed.notify_one();
-        }
+    let Some(newest) = events.last() else { return Ok(false) };
+    shared.lineage.lock().saw(newest.mod_revision);
+    let changed = shared.mirror.lock().apply(&shared.keys, &events);
+    if changed {
+        shared.changed.notify_one();
     }
-    Ok(())
+    Ok(changed)
 }
 
 fn event(event: &Event) -> Option<Entry> {

@@ -3,6 +3,7 @@
 //! Each check uses conversations, instances and partitions of its own, so that all of them run on one store. They need a store that
 //! loses nothing: the simulated and faulty ones run them without faults, and are tested for their faults elsewhere.
 
+pub mod hot;
 mod log;
 mod state;
 

@@ -7,6 +7,7 @@ mod damage;
 mod durability;
 mod faulty;
 mod files;
+mod hot;
 mod sim;
 
 use std::{sync::Arc, time::Duration};

@@ -10,7 +10,10 @@ pub(super) struct Metrics {
     rows: Counter,
     bytes: Counter,
     rows_per_commit: Histogram,
+    /// Write and sync of one commit: the engine does both in one step.
     commit_seconds: Histogram,
+    /// From being put in until the writer takes it, of the work that waited longest.
+    queue_seconds: Histogram,
     /// 1 once the store has stopped.
     pub(super) stopped: Gauge,
 }
@@ -25,8 +28,14 @@ impl Metrics {
             bytes: metrics::counter!("im_storage_committed_bytes_total"),
             rows_per_commit: metrics::histogram!("im_storage_commit_rows"),
             commit_seconds: metrics::histogram!("im_storage_commit_seconds"),
+            queue_seconds: metrics::histogram!("im_storage_queue_seconds"),
             stopped,
         }
+    }
+
+    /// The writer took what waited.
+    pub(super) fn taken(&self, waited: Duration) {
+        self.queue_seconds.record(waited);
     }
 
     /// One commit was synced.
@@ -37,4 +46,11 @@ impl Metrics {
         self.rows_per_commit.record(rows as f64);
         self.commit_seconds.record(took);
     }
+}
+
+/// What waits for the writer, in bytes.
+pub(super) fn queue_bytes() -> Gauge {
+    let gauge = metrics::gauge!("im_storage_queue_bytes");
+    gauge.set(0.0);
+    gauge
 }

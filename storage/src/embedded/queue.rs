@@ -1,9 +1,13 @@
 //! What waits for the writer thread: a queue bounded in bytes that never blocks who puts something in.
 
+use std::time::Duration;
+
+use ::metrics::Gauge;
 use im_proto::InstanceId;
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
+use super::metrics;
 use crate::model::{AppendDone, AppendRequest, Row, StateWrite, StoreError};
 
 /// Where the outcome of a write that is not an append goes.
@@ -52,19 +56,22 @@ pub(super) struct Queue {
     state: Mutex<State>,
     filled: Condvar,
     bytes_max: usize,
+    depth: Gauge,
 }
 
 #[derive(Default)]
 struct State {
     work: Vec<Work>,
     bytes: usize,
+    /// When the first of the work was put in.
+    since: Option<Instant>,
     /// Set for ever by close or by a failure; what is put in afterwards fails with it.
     closed: Option<StoreError>,
 }
 
 impl Queue {
     pub(super) fn new(bytes_max: usize) -> Self {
-        Self { state: Mutex::default(), filled: Condvar::new(), bytes_max }
+        Self { state: Mutex::default(), filled: Condvar::new(), bytes_max, depth: metrics::queue_bytes() }
     }
 
     /// Queues work, or answers at once that it failed: a full queue says `Unconfirmed`, and the caller repeats later.
@@ -78,7 +85,9 @@ impl Queue {
             }
             None => {
                 state.bytes += bytes;
+                state.since.get_or_insert_with(Instant::now);
                 state.work.push(work);
+                self.depth.set(state.bytes as f64);
                 drop(state);
                 self.filled.notify_one();
                 return;
@@ -88,18 +97,24 @@ impl Queue {
         work.fail(&refusal);
     }
 
-    /// Waits for work and swaps all of it into the empty `taken`; false when the queue is closed and drained.
-    pub(super) fn take(&self, taken: &mut Vec<Work>) -> bool {
+    /// Waits for work and swaps all of it into the empty `taken`; says how long the first of it has waited, and nothing when the queue
+    /// is closed and drained.
+    pub(super) fn take(&self, taken: &mut Vec<Work>) -> Option<Duration> {
         let mut state = self.state.lock();
         while state.work.is_empty() {
             if state.closed.is_some() {
-                return false;
+                return None;
             }
             self.filled.wait(&mut state);
         }
-        state.bytes = 0;
         std::mem::swap(&mut state.work, taken);
-        true
+        self.emptied(&mut state)
+    }
+
+    fn emptied(&self, state: &mut State) -> Option<Duration> {
+        state.bytes = 0;
+        self.depth.set(0.0);
+        Some(state.since.take()?.elapsed())
     }
 
     /// Refuses further work. What waits already is still handed out.
@@ -113,7 +128,7 @@ impl Queue {
         let mut state = self.state.lock();
         state.closed = Some(error.clone());
         let work = std::mem::take(&mut state.work);
-        state.bytes = 0;
+        self.emptied(&mut state);
         drop(state);
         self.filled.notify_all();
         work.into_iter().for_each(|work| work.fail(error));

@@ -73,7 +73,8 @@ impl Core {
 pub(super) fn run(core: &Core) {
     let ended = catch_unwind(AssertUnwindSafe(|| {
         let (mut encoder, mut waiting) = (Encoder::default(), Vec::new());
-        while core.queue.take(&mut waiting) {
+        while let Some(waited) = core.queue.take(&mut waiting) {
+            core.metrics.taken(waited);
             let mut work = waiting.drain(..);
             while let Err(error) = commit_all(core, &mut encoder, &mut work) {
                 core.stop(&error);

@@ -5,6 +5,7 @@
 //! outlives leases.
 
 pub mod any;
+pub mod channel;
 #[cfg(feature = "test-util")]
 pub mod conformance;
 pub mod etcd;
@@ -12,6 +13,7 @@ pub mod in_process;
 pub mod model;
 
 pub use any::AnyRegistry;
+pub use channel::{BalancedChannel, ChannelOptions, Idempotent, LongLived};
 pub use etcd::{ClusterRecord, ConnectError, EtcdOptions, EtcdRegistry, EtcdTls, EtcdUser};
 pub use in_process::{InProcessHandle, InProcessRegistry, Reach};
 pub use model::{Claim, ClaimOutcome, Endpoint, Instance, Lease, RegistryError, Role, View};

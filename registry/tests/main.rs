@@ -2,6 +2,7 @@
 
 #![allow(clippy::disallowed_methods, reason = "tests own their tasks, channels and randomness")]
 
+mod channel;
 mod cluster;
 mod etcd;
 mod in_process;

@@ -43,8 +43,11 @@ impl Clock for Surroundings {
 
 impl Random for Surroundings {
     fn next_u64(&self) -> u64 {
-        // Any sequence that differs will do.
-        self.drawn.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed)
+        // SplitMix64: the choices of a channel need all bits.
+        let mut mixed = self.drawn.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
     }
 }
 

@@ -39,15 +39,16 @@ install_packages() {
     fi
 }
 
-# install_etcdctl: only snapshots need it.
-install_etcdctl() { command -v etcdctl >/dev/null || install_packages etcd-client; }
-
 # install_missing ROLE…: what etcd, redis, cassandra or scylla need.
 install_missing() {
     local missing=() role
     for role; do
         case $role in
-            etcd) command -v etcd >/dev/null || missing+=(etcd-server) ;;
+            etcd)
+                command -v etcd >/dev/null || missing+=(etcd-server)
+                # For snapshots, and for people and tests that look at keys.
+                command -v etcdctl >/dev/null || missing+=(etcd-client)
+                ;;
             redis) command -v redis-server >/dev/null || missing+=(redis-server) ;;
             cassandra)
                 java17 >/dev/null || missing+=(openjdk-17-jdk-headless)

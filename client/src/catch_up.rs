@@ -36,11 +36,20 @@ pub(crate) fn wire_target(target: &Target) -> v1::Target {
 
 impl Core {
     /// Asks for what is missing, as far as the application has room for it.
-    pub(crate) fn start_fetches(&mut self) {
-        while let Some(wanted) = self.conversations.next_fetch(&mut self.events) {
-            let limit = self.events.room().min(PAGE_ENTRIES);
-            let target = Target::Conversation(wanted.conversation);
-            self.request_history(&target, wanted.from, limit, Purpose::CatchUp(wanted.conversation));
+    pub(crate) fn start_fetches(&mut self, now: Instant) {
+        loop {
+            let wanted = self.conversations.next_fetch(&mut self.events);
+            // Entries of the own log that came before the sync pass here, and name conversations that are behind, too.
+            let is_list_changed = self.apply_own_log(now);
+            match wanted {
+                Some(wanted) => {
+                    let limit = self.events.room().min(PAGE_ENTRIES);
+                    let target = Target::Conversation(wanted.conversation);
+                    self.request_history(&target, wanted.from, limit, Purpose::CatchUp(wanted.conversation));
+                }
+                None if is_list_changed => {}
+                None => return,
+            }
         }
     }
 

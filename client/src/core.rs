@@ -328,7 +328,7 @@ impl Core {
         self.start_sync(now);
         if ready {
             self.start_search();
-            self.start_fetches();
+            self.start_fetches(now);
         }
         while let Some(call) = self.calls.next_call(calls, now) {
             self.write(client_frame::Frame::Call(call));

@@ -142,10 +142,12 @@ impl Core {
         }
     }
 
-    /// Applies what the user's own log says about the conversation list.
-    pub(crate) fn apply_own_log(&mut self, now: Instant) {
+    /// Applies what the user's own log says about the conversation list; whether it said anything.
+    pub(crate) fn apply_own_log(&mut self, now: Instant) -> bool {
+        let mut is_changed = false;
         while let Some(entry) = self.conversations.next_own_log_entry() {
             let Some(event) = system_event(&entry) else { continue };
+            is_changed = true;
             match event {
                 v1::system_event::Event::ConversationJoined(joined) => {
                     let Ok(id) = ConversationId::from_slice(&joined.conversation_id) else { continue };
@@ -160,6 +162,7 @@ impl Core {
                 _ => {}
             }
         }
+        is_changed
     }
 }
 

@@ -180,6 +180,27 @@ async fn a_conversation_that_comes_to_be_is_followed_from_its_first_entry() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_conversation_that_comes_to_be_during_the_first_sync_is_followed_too() {
+    for follow_all in [FollowAll::FromNow, FollowAll::FromStart] {
+        let server = Server::new();
+        let mut config = server.config();
+        config.follow_all = follow_all;
+        let client = Client::start(config);
+        let mut events = Events::of(&client);
+        let mut connection = server.accept().await;
+        let (id, _) = connection.expect_sync().await;
+        // Both pushes come after the list was read and before it arrives.
+        connection.push(conversation(2), 1).await;
+        connection.send(server_frame::Frame::Message(joined(1, conversation(2), "bob"))).await;
+        connection.reply(id, &v1::SyncReply::default()).await;
+        let mut entries = events.entries(2).await;
+        entries.sort();
+        assert_eq!(entries, [(conversation(2), 1), (own_log(), 1)], "{follow_all:?}");
+        connection.expect_silence(QUIET).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn follow_all_from_the_start_reads_every_history() {
     let server = Server::new();
     let mut config = server.config();

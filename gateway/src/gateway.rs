@@ -116,6 +116,12 @@ impl Gateway {
         Connection::accept(self.shared.clone(), stream, peer)
     }
 
+    /// Whether links lead to the owners of all shards.
+    pub fn is_routed(&self) -> bool {
+        let routes = self.shared.routing.routes();
+        self.shared.shards.shards().all(|shard| routes.owner(shard).is_some_and(|link| link.is_up()))
+    }
+
     /// How full it is.
     pub fn load(&self) -> GatewayLoad {
         self.shared.load()

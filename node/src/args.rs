@@ -3,10 +3,15 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
+use im_proto::ShardCount;
 
-use crate::config::{self, Overrides};
+use crate::config;
 
-/// The IM server: gateway, router and store in one process.
+mod servers;
+
+pub use servers::{GatewayArguments, RouterArguments, ToolArguments, UpArguments};
+
+/// The IM server: gateway, router and store in one process, or one of them in a cluster.
 #[derive(Debug, Parser)]
 #[command(
     name = "imd",
@@ -26,6 +31,22 @@ pub enum Command {
     /// Start everything in one process; stop it with Ctrl-C.
     #[command(after_help = "Example:\n  imd up --data ./data --tcp 127.0.0.1:7100")]
     Up(UpArguments),
+    /// One router of a cluster: owns conversations, numbers and stores messages.
+    #[command(
+        after_help = "Example:\n  imd router --etcd http://127.0.0.1:2379 --cql 127.0.0.1:9042 --secrets ./cluster --data ./router1"
+    )]
+    Router(RouterArguments),
+    /// One gateway of a cluster: holds the connections of clients.
+    #[command(
+        after_help = "Example:\n  imd gateway --etcd http://127.0.0.1:2379 --secrets ./cluster --tcp 127.0.0.1:7100 --data ./gateway1"
+    )]
+    Gateway(GatewayArguments),
+    /// What the whole cluster does, and its recovery after etcd was lost.
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+    /// The tables of the CQL store.
+    #[command(subcommand)]
+    Schema(SchemaCommand),
     /// A guided run on free ports: three users, three transports, a server that is killed and started again.
     #[command(after_help = "Example:\n  imd demo")]
     Demo {
@@ -36,6 +57,11 @@ pub enum Command {
     /// Run the whole system in one deterministic process, with faults, and judge its promises.
     #[command(after_help = "Example:\n  imd simulate --seeds 200\n  imd simulate --seed 17 --trace")]
     Simulate(SimulateArguments),
+    /// Make the keys, secrets and certificates of a cluster; what is there already stays.
+    #[command(
+        after_help = "Example:\n  imd secrets --out ./cluster\n  imd gateway --secrets ./cluster --etcd http://127.0.0.1:2379"
+    )]
+    Secrets(SecretsArguments),
     /// Make a token for a user.
     #[command(after_help = "Example:\n  imd token --user alice --data ./data")]
     Token(TokenArguments),
@@ -49,34 +75,6 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-}
-
-#[derive(Args, Clone, Debug, Default)]
-pub struct UpArguments {
-    /// A configuration file; `imd config defaults` prints one.
-    #[arg(long, value_name = "FILE", env = "IM_CONFIG")]
-    pub config: Option<PathBuf>,
-    /// Where keys, certificate and messages are kept [default: ./data]
-    #[arg(long, value_name = "DIR")]
-    pub data: Option<String>,
-    /// Clients over TCP without TLS [default: 127.0.0.1:7100]
-    #[arg(long, value_name = "HOST:PORT")]
-    pub tcp: Option<String>,
-    /// Clients over TLS [default: 127.0.0.1:7101]
-    #[arg(long, value_name = "HOST:PORT")]
-    pub tls: Option<String>,
-    /// Clients over QUIC [default: 127.0.0.1:7101]
-    #[arg(long, value_name = "HOST:PORT")]
-    pub quic: Option<String>,
-    /// gRPC for other services [default: 127.0.0.1:7102]
-    #[arg(long, value_name = "HOST:PORT")]
-    pub api: Option<String>,
-    /// Metrics and health [default: 127.0.0.1:7103]
-    #[arg(long, value_name = "HOST:PORT")]
-    pub http: Option<String>,
-    /// Any other setting; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub set: Vec<String>,
 }
 
 #[derive(Args, Debug)]
@@ -96,6 +94,53 @@ pub struct SimulateArguments {
     /// Go on after a broken promise.
     #[arg(long)]
     pub keep_going: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Routers, gateways, load, who owns how many shards.
+    #[command(after_help = "Example:\n  imd cluster status --etcd http://127.0.0.1:2379 --secrets ./cluster")]
+    Status {
+        #[command(flatten)]
+        tool: ToolArguments,
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// After etcd was lost, or restored from a snapshot: fences everything that was started before, and lets routers claim again.
+    #[command(
+        after_help = "Example:\n  imd cluster recover --etcd http://127.0.0.1:2379 --cql 127.0.0.1:9042 --secrets ./cluster"
+    )]
+    Recover(ToolArguments),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SchemaCommand {
+    /// Create or update the tables, and found the cluster in a store that belongs to none.
+    #[command(after_help = "Example:\n  imd schema apply --cql 127.0.0.1:9042 --secrets ./cluster")]
+    Apply {
+        #[command(flatten)]
+        tool: ToolArguments,
+        /// Copies of each row, if the keyspace has to be created.
+        #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=16))]
+        replication: u32,
+    },
+    /// What is there, and what weakens it.
+    #[command(after_help = "Example:\n  imd schema status --cql 127.0.0.1:9042")]
+    Status(ToolArguments),
+}
+
+#[derive(Args, Debug)]
+pub struct SecretsArguments {
+    /// The directory to create.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Units of ownership, fixed for the life of the cluster.
+    #[arg(long, value_name = "N", default_value_t = ShardCount::default().get(), value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub shards: u32,
+    /// A host name or address of the certificates, beside those of this machine; may be repeated.
+    #[arg(long, value_name = "HOST")]
+    pub host: Vec<String>,
 }
 
 #[derive(Args, Debug)]
@@ -141,26 +186,4 @@ pub enum ConfigCommand {
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
     config::parse_duration(text).ok_or_else(|| "expected a duration such as 30s, 5m, 12h or 30d".to_owned())
-}
-
-impl UpArguments {
-    /// The settings that the command line names. An entry of `--set` without `=` becomes a setting that does not exist.
-    pub fn overrides(&self) -> Overrides {
-        let named = [
-            ("data", &self.data),
-            ("tcp", &self.tcp),
-            ("tls", &self.tls),
-            ("quic", &self.quic),
-            ("api", &self.api),
-            ("http", &self.http),
-        ];
-        let named = named
-            .into_iter()
-            .filter_map(|(key, value)| value.clone().map(|value| (format!("--{key}"), key.to_owned(), value)));
-        let set = self.set.iter().map(|entry| {
-            let (key, value) = entry.split_once('=').unwrap_or((entry, ""));
-            ("--set".to_owned(), key.to_owned(), value.to_owned())
-        });
-        Overrides { file: self.config.clone(), options: set.chain(named).collect() }
-    }
 }

@@ -3,6 +3,7 @@
 //! Every setting is named once, in [`settings`](tree): key, reason, typed place, range. Reading, checking, printing the defaults and
 //! showing what is in force all walk that list. A setting that is not in the list is refused, and all problems are reported at once.
 
+mod cluster;
 mod quantity;
 mod roles;
 mod setting;
@@ -14,9 +15,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use cluster::ClusterConfig;
 pub use quantity::parse_duration;
 pub use setting::Setting;
-pub use tree::{Config, LogConfig, LogFormat};
+pub use tree::{Config, LogConfig, LogFormat, Process};
 
 /// `im`, the client, and the option `--config` use these; all other variables that begin with `IM_` name a setting.
 const OTHER_VARIABLES: [&str; 5] = ["IM_SERVER", "IM_TOKEN", "IM_TOKEN_FILE", "IM_CA", "IM_CONFIG"];
@@ -58,8 +60,12 @@ pub struct Loaded {
 }
 
 /// Reads file, environment and options over the defaults.
-pub fn load(overrides: &Overrides, environment: &BTreeMap<String, String>) -> Result<Loaded, ConfigError> {
-    let mut loader = Loader::default();
+pub fn load(
+    overrides: &Overrides,
+    environment: &BTreeMap<String, String>,
+    process: Process,
+) -> Result<Loaded, ConfigError> {
+    let mut loader = Loader { config: Config::of(process), ..Loader::default() };
     if let Some(file) = &overrides.file {
         loader.file(file);
     }
@@ -67,14 +73,20 @@ pub fn load(overrides: &Overrides, environment: &BTreeMap<String, String>) -> Re
     for (option, key, value) in &overrides.options {
         loader.set(option, key, value);
     }
-    loader.finish()
+    loader.finish(process)
 }
 
-/// Checks a file alone.
+/// Checks a file alone, as one of `imd up` or, if it names etcd, of both roles.
 pub fn check(file: &Path) -> Result<(), ConfigError> {
     let mut loader = Loader::default();
     loader.file(file);
-    loader.finish().map(|_| ())
+    let alone = loader.config.cluster.etcd_urls().is_empty();
+    let processes: &[Process] = if alone { &[Process::Up] } else { &[Process::Router, Process::Gateway] };
+    for process in processes {
+        loader.contradictions(*process);
+    }
+    loader.problems.dedup();
+    if loader.problems.is_empty() { Ok(()) } else { Err(ConfigError(loader.problems)) }
 }
 
 /// The defaults as a commented file that [`check`] accepts.
@@ -193,11 +205,15 @@ impl Loader {
         }
     }
 
-    fn finish(mut self) -> Result<Loaded, ConfigError> {
-        for (key, what) in self.config.contradictions() {
+    fn contradictions(&mut self, process: Process) {
+        for (key, what) in self.config.contradictions(process) {
             let source = self.sources.get(key).cloned().unwrap_or_else(|| "default".to_owned());
             self.problem(&source, what);
         }
+    }
+
+    fn finish(mut self, process: Process) -> Result<Loaded, ConfigError> {
+        self.contradictions(process);
         if !self.problems.is_empty() {
             return Err(ConfigError(self.problems));
         }
@@ -231,10 +247,10 @@ mod tests {
         assert_eq!(problems(&text), Vec::<String>::new());
         let overrides = Overrides { file: Some(file(&text).path().to_owned()), options: Vec::new() };
         // The file is gone by now, so it is reported: a missing file is a problem, not a silent default.
-        assert!(load(&overrides, &BTreeMap::new()).is_err());
+        assert!(load(&overrides, &BTreeMap::new(), Process::Up).is_err());
         let kept = file(&text);
         let overrides = Overrides { file: Some(kept.path().to_owned()), options: Vec::new() };
-        let mut loaded = load(&overrides, &BTreeMap::new()).unwrap();
+        let mut loaded = load(&overrides, &BTreeMap::new(), Process::Up).unwrap();
         let mut untouched = Config::default();
         for (one, other) in loaded.config.settings().iter().zip(untouched.settings()) {
             assert_eq!(one.toml_value(), other.toml_value(), "{}", one.key);
@@ -289,7 +305,7 @@ mod tests {
         };
         let variables = [("IM_TCP", "127.0.0.1:3"), ("IM_TLS", "off"), ("IM_SERVER", "x"), ("IM_X", "y")];
         let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-        let mut loaded = load(&overrides, &variables).unwrap();
+        let mut loaded = load(&overrides, &variables, Process::Up).unwrap();
         assert_eq!(loaded.config.tcp, Some("127.0.0.1:5".parse().unwrap()));
         assert_eq!(loaded.config.tls, None);
         assert_eq!(loaded.config.drain_timeout, Duration::from_secs(3));

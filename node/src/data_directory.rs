@@ -22,7 +22,7 @@ use im_proto::key::{ClusterSecret, RouterSecret};
 use im_proto::token::VerifyKey;
 use serde::{Deserialize, Serialize};
 
-pub use keys::{Cluster, read_signing_key};
+pub use keys::{Cluster, read_secret, read_signing_key, read_verify_keys};
 
 /// Revisions of the registry set aside for each start. A start uses one for each shard, and one for each claim that is raised later:
 /// a million leaves room for both. 2^40 revisions of a generation hold as many starts again, then the next generation begins.
@@ -63,8 +63,7 @@ pub struct DataLock {
 /// A data directory with everything in it that a server needs.
 #[derive(Debug)]
 pub struct DataDirectory {
-    root: PathBuf,
-    _lock: File,
+    lock: DataLock,
     pub cluster: Cluster,
     pub cluster_secret: ClusterSecret,
     pub router_secret: RouterSecret,
@@ -85,6 +84,12 @@ pub struct Start {
 pub struct Ready {
     pub pid: u32,
     pub version: String,
+    /// `router` or `gateway`, if the process is one role of a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<String>,
+    /// As it is registered when the file is written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tcp: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -95,7 +100,11 @@ pub struct Ready {
     pub api: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http: Option<String>,
-    pub ca: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
+    /// What signed the certificate that clients see.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
     pub data: PathBuf,
 }
 
@@ -121,9 +130,16 @@ impl DataLock {
         Ok(Self { root, _lock: lock })
     }
 
+    /// Creates what the processes of a cluster need, beside what [`Self::open`] creates. Certificates are for this machine and `hosts`.
+    pub fn create_secrets(self, shards: u32, hosts: &[String]) -> Result<(), DataError> {
+        certificate::create_if_missing(&self.root, hosts)?;
+        certificate::create_services_if_missing(&self.root, hosts)?;
+        self.open(shards).map(|_| ())
+    }
+
     /// Creates what is missing.
     pub fn open(self, shards: u32) -> Result<DataDirectory, DataError> {
-        let Self { root, _lock } = self;
+        let root = self.root.clone();
         let used = root.join("store").exists() || root.join("epoch").exists();
         let cluster = Cluster::read_or_create(&root, shards, used)?;
         if cluster.shards != shards {
@@ -134,11 +150,11 @@ impl DataLock {
         let router_secret = RouterSecret::new(keys::secret(&root.join("router.secret"), false)?);
         let reset_key = keys::secret(&root.join("tls").join("reset.secret"), false)?;
         let verify_keys = keys::verify_keys(&root)?;
-        certificate::create_if_missing(&root)?;
+        certificate::create_if_missing(&root, &[])?;
         if root.join("store").exists() && !root.join("epoch").exists() {
             return Err(DataError::Missing(root.join("epoch")));
         }
-        Ok(DataDirectory { root, _lock, cluster, cluster_secret, router_secret, reset_key, verify_keys })
+        Ok(DataDirectory { lock: self, cluster, cluster_secret, router_secret, reset_key, verify_keys })
     }
 }
 
@@ -153,35 +169,10 @@ fn lock_within(lock: &File, patience: Duration) -> Result<(), TryLockError> {
     lock.try_lock()
 }
 
-impl DataDirectory {
+impl DataLock {
     /// The absolute path.
     pub fn root(&self) -> &Path {
         &self.root
-    }
-
-    /// Where the store lives.
-    pub fn store(&self) -> PathBuf {
-        self.root.join("store")
-    }
-
-    /// The certificate of the development CA, for clients.
-    pub fn ca(&self) -> PathBuf {
-        self.root.join("ca.pem")
-    }
-
-    /// The server's certificate chain.
-    pub fn certificate(&self) -> PathBuf {
-        self.root.join("tls").join("cert.pem")
-    }
-
-    /// The private key of the certificate.
-    pub fn certificate_key(&self) -> PathBuf {
-        self.root.join("tls").join("key.pem")
-    }
-
-    /// Raises the start number; on disk when this returns.
-    pub fn next_start(&self) -> Result<Start, DataError> {
-        Start::next(&self.root.join("epoch"))
     }
 
     /// Tells scripts that every listener accepts.
@@ -192,6 +183,48 @@ impl DataDirectory {
     /// The server is about to stop.
     pub fn remove_ready(&self) -> Result<(), DataError> {
         file::remove_if_there(&self.root.join("ready.json"))
+    }
+}
+
+impl DataDirectory {
+    /// Gives up what was read; the directory stays taken.
+    pub fn into_lock(self) -> DataLock {
+        self.lock
+    }
+
+    /// The lock on it, which is where `ready.json` is written.
+    pub fn lock(&self) -> &DataLock {
+        &self.lock
+    }
+
+    /// The absolute path.
+    pub fn root(&self) -> &Path {
+        &self.lock.root
+    }
+
+    /// Where the store lives.
+    pub fn store(&self) -> PathBuf {
+        self.lock.root.join("store")
+    }
+
+    /// The certificate of the development CA, for clients.
+    pub fn ca(&self) -> PathBuf {
+        self.lock.root.join("ca.pem")
+    }
+
+    /// The server's certificate chain.
+    pub fn certificate(&self) -> PathBuf {
+        self.lock.root.join("tls").join("cert.pem")
+    }
+
+    /// The private key of the certificate.
+    pub fn certificate_key(&self) -> PathBuf {
+        self.lock.root.join("tls").join("key.pem")
+    }
+
+    /// Raises the start number; on disk when this returns.
+    pub fn next_start(&self) -> Result<Start, DataError> {
+        Start::next(&self.lock.root.join("epoch"))
     }
 }
 
@@ -246,15 +279,18 @@ mod tests {
         let ready = Ready {
             pid: 7,
             version: String::new(),
+            role: None,
+            instance: None,
             tcp: None,
             tls: None,
             quic: None,
             api: None,
             http: None,
-            ca: first.ca(),
+            link: None,
+            ca: Some(first.ca()),
             data: first.root().to_owned(),
         };
-        first.write_ready(&ready).unwrap();
+        first.lock().write_ready(&ready).unwrap();
         assert!(matches!(open(root.path()), Err(DataError::InUse { pid: Some(7), .. })));
         assert!(root.path().join("ready.json").exists());
         drop(first);

@@ -4,12 +4,18 @@
 //! the system did not hold.
 
 mod args;
+mod cluster;
 mod config;
 mod data_directory;
 mod demo;
 mod environment;
 mod failure;
 mod http;
+mod links;
+mod listen;
+mod process;
+mod schema;
+mod secrets;
 mod signals;
 mod simulate;
 mod telemetry;
@@ -18,9 +24,9 @@ mod up;
 
 use std::{io::Write as _, process::ExitCode};
 
-use args::{Arguments, Command, ConfigCommand, UpArguments};
+use args::{Arguments, ClusterCommand, Command, ConfigCommand, SchemaCommand};
 use clap::Parser as _;
-use config::{ConfigError, Loaded};
+use config::{ConfigError, Loaded, Overrides, Process};
 use environment::Tasks;
 use failure::Failure;
 
@@ -38,25 +44,40 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command.unwrap_or(Command::Up(arguments.up)) {
-        Command::Up(options) => up::run(load(&options)?),
+        Command::Up(options) => up::run(load(&options.overrides(), Process::Up)?),
+        Command::Router(options) => cluster::router::run(load(&options.overrides(), Process::Router)?),
+        Command::Gateway(options) => cluster::gateway::run(load(&options.overrides(), Process::Gateway)?),
+        Command::Cluster(ClusterCommand::Status { tool, json }) => {
+            cluster::admin::status(&load(&tool.overrides(), Process::Tool)?.config, json)
+        }
+        Command::Cluster(ClusterCommand::Recover(tool)) => {
+            cluster::admin::recover(&load(&tool.overrides(), Process::Tool)?.config)
+        }
+        Command::Schema(SchemaCommand::Apply { tool, replication }) => {
+            schema::apply(&load(&tool.overrides(), Process::Tool)?.config, replication)
+        }
+        Command::Schema(SchemaCommand::Status(tool)) => schema::status(&load(&tool.overrides(), Process::Tool)?.config),
         Command::Demo { data } => demo::run(data),
         Command::Simulate(options) => simulate::command(&options),
+        Command::Secrets(options) => secrets::make(&options),
         Command::Token(options) => {
             let token = token::make(&options, &Tasks::default().environment()).map_err(Failure::usage)?;
             print(&format!("{token}\n"))
         }
         Command::Config(ConfigCommand::Check { files }) => check(&files),
         Command::Config(ConfigCommand::Defaults) => print(&config::defaults()),
-        Command::Config(ConfigCommand::Show(options)) => print(&config::show(&mut load(&options)?)),
+        Command::Config(ConfigCommand::Show(options)) => {
+            print(&config::show(&mut load(&options.overrides(), Process::Up)?))
+        }
         Command::Version { json } => print(&version(json)),
     }
 }
 
-fn load(options: &UpArguments) -> Result<Loaded, Failure> {
+fn load(overrides: &Overrides, process: Process) -> Result<Loaded, Failure> {
     let environment = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
-    config::load(&options.overrides(), &environment).map_err(Failure::usage)
+    config::load(overrides, &environment, process).map_err(Failure::usage)
 }
 
 fn check(files: &[std::path::PathBuf]) -> Result<(), Failure> {

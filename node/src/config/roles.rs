@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use im_gateway::GatewayConfig;
 use im_proto::limits;
+use im_router::RouterConfig;
 
 use super::{
     setting::{Setting, Slot},
@@ -44,6 +45,28 @@ impl Default for RouterTuning {
             resync_spread: Duration::from_millis(500),
             link_queue_bytes_max: 64 * 1024 * 1024,
             sessions_per_user_max: 64,
+        }
+    }
+}
+
+impl RouterTuning {
+    /// A router's configuration with these settings.
+    pub fn tune(&self, token_lifetime_max: Duration, config: RouterConfig) -> RouterConfig {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        RouterConfig {
+            token_lifetime_max,
+            workers: if self.workers == 0 { cores() } else { self.workers },
+            conversation_queue_max: self.conversation_queue_max,
+            opening_queue_max: self.opening_queue_max,
+            opens_max: self.opens_max,
+            dedupe_entries: self.dedupe_entries,
+            quiet_after: self.quiet_after,
+            evict_after: self.evict_after,
+            append_patience: self.append_patience,
+            resync_spread: self.resync_spread,
+            link_queue_bytes_max: self.link_queue_bytes_max,
+            sessions_per_user_max: self.sessions_per_user_max,
+            ..config
         }
     }
 }

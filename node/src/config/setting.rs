@@ -26,6 +26,9 @@ pub trait Choice {
 /// Where a value lives and what it may be.
 pub enum Slot<'a> {
     Path(&'a mut PathBuf),
+    /// `None` is written as an empty text.
+    File(&'a mut Option<PathBuf>),
+    Flag(&'a mut bool),
     /// `None` is written `off`.
     Listen(&'a mut Option<SocketAddr>),
     Duration(&'a mut Duration, RangeInclusive<Duration>),
@@ -43,6 +46,8 @@ impl fmt::Display for Slot<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Slot::Path(path) => write!(f, "{}", path.display()),
+            Slot::File(path) => path.iter().try_for_each(|path| write!(f, "{}", path.display())),
+            Slot::Flag(flag) => write!(f, "{flag}"),
             Slot::Listen(None) => f.write_str("off"),
             Slot::Listen(Some(address)) => write!(f, "{address}"),
             Slot::Duration(duration, _) => f.write_str(&format_duration(**duration)),
@@ -64,7 +69,7 @@ impl Setting<'_> {
     /// The value as it stands in a TOML file.
     pub fn toml_value(&self) -> String {
         match &self.slot {
-            Slot::Count(..) | Slot::Rate(..) => self.slot.to_string(),
+            Slot::Count(..) | Slot::Rate(..) | Slot::Flag(_) => self.slot.to_string(),
             slot => toml::Value::String(slot.to_string()).to_string(),
         }
     }
@@ -73,6 +78,8 @@ impl Setting<'_> {
     pub fn expected(&self) -> String {
         match &self.slot {
             Slot::Path(_) => "a path".to_owned(),
+            Slot::File(_) => "a path, or nothing".to_owned(),
+            Slot::Flag(_) => "true or false".to_owned(),
             Slot::Listen(_) => {
                 "an address HOST:PORT with a numeric host or localhost (port 0: any free one), or off".to_owned()
             }
@@ -97,6 +104,8 @@ impl Setting<'_> {
     pub fn set(&mut self, text: &str) -> bool {
         match &mut self.slot {
             Slot::Path(path) => put(*path, Some(PathBuf::from(text)).filter(|_| !text.is_empty())),
+            Slot::File(path) => put(*path, Some(Some(PathBuf::from(text)).filter(|path| !path.as_os_str().is_empty()))),
+            Slot::Flag(flag) => put(*flag, text.parse().ok()),
             Slot::Listen(address) if text == "off" => put(*address, Some(None)),
             Slot::Listen(address) => put(*address, parse_address(text).map(Some)),
             Slot::Duration(duration, range) => put(*duration, parse_duration(text).filter(|d| range.contains(d))),

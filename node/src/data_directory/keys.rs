@@ -39,6 +39,13 @@ struct PublicKey {
     public: String,
 }
 
+impl PublicKey {
+    fn parse(&self, path: &Path) -> Result<VerifyKey, DataError> {
+        let public = parse_secret(&self.public).map_err(|error| damaged(path, error))?;
+        VerifyKey::from_public(&public).map_err(|error| damaged(path, error))
+    }
+}
+
 impl Cluster {
     /// Reads a `cluster.json`.
     pub fn read(path: &Path) -> Result<Self, DataError> {
@@ -76,6 +83,17 @@ pub(super) fn secret(path: &Path, required: bool) -> Result<[u8; SECRET_BYTES], 
     Ok(secret)
 }
 
+/// Reads a secret of 32 bytes.
+pub fn read_secret(path: &Path) -> Result<[u8; SECRET_BYTES], DataError> {
+    secret(path, true)
+}
+
+/// Reads the keys whose tokens are accepted.
+pub fn read_verify_keys(path: &Path) -> Result<Vec<VerifyKey>, DataError> {
+    let listed: Vec<PublicKey> = file::read_json_if_there(path)?.ok_or_else(|| DataError::Missing(path.to_owned()))?;
+    listed.iter().map(|key| key.parse(path)).collect()
+}
+
 /// The keys whose tokens are accepted: all of `keys/verify.json`, the public half of `keys/signing.pk8` among them if that key is
 /// here. Creates both files in a new directory; without a signing key nobody can make tokens here, which is fine.
 pub(super) fn verify_keys(root: &Path) -> Result<Vec<VerifyKey>, DataError> {
@@ -89,8 +107,7 @@ pub(super) fn verify_keys(root: &Path) -> Result<Vec<VerifyKey>, DataError> {
     }
     let mut keys = Vec::new();
     for key in known.unwrap_or_default() {
-        let public = parse_secret(&key.public).map_err(|error| damaged(&verify, error))?;
-        keys.push(VerifyKey::from_public(&public).map_err(|error| damaged(&verify, error))?);
+        keys.push(key.parse(&verify)?);
     }
     if signing.exists() {
         let own = read_signing_key(&signing)?.verify_key();

@@ -50,7 +50,8 @@ impl Person {
             Transport::Quic => &ready.quic,
         };
         let endpoint = Endpoint::new(transport, address.as_ref().context("the server does not listen for it")?)?;
-        let trust = Trust::Pinned(fs::read(&ready.ca).context("read the development CA")?);
+        let ca = ready.ca.as_ref().context("the server names no CA")?;
+        let trust = Trust::Pinned(fs::read(ca).context("read the development CA")?);
         let mut config = ClientConfig::new(vec![endpoint], sign(name, device, &ready.data, environment)?, &trust)?;
         config.environment = environment.clone();
         config.follow_all = FollowAll::FromStart;

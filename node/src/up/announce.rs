@@ -2,8 +2,7 @@
 
 use std::{fmt::Write as _, path::Path};
 
-use super::listen::Addresses;
-use crate::{config::Config, failure::Failure, print};
+use crate::{config::Config, failure::Failure, listen::Addresses, print};
 
 /// Prints it to standard output.
 pub fn print_addresses(config: &Config, addresses: &Addresses) -> Result<(), Failure> {

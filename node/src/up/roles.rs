@@ -6,23 +6,21 @@ use im_gateway::{Gateway, GatewayConfig};
 use im_proto::{BootId, InstanceId, ShardCount, environment::Environment};
 use im_registry::{AnyRegistry, Endpoint, InProcessRegistry, Instance, Lease, Registry as _, Role};
 use im_router::{Ended, Router, RouterConfig};
-use im_storage::{Embedded, MessageLog as _, Store};
+use im_storage::{ClusterRow, Embedded, MessageLog as _, Store, StoreError};
 use tokio::{
     net::TcpListener,
     sync::watch,
     time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Server, server::TcpIncoming};
 
-use super::{
-    connector::{NoPeers, ToRouter},
-    listen::Addresses,
-};
+use super::connector::{NoPeers, ToRouter};
 use crate::{
     config::Config,
     data_directory::{DataDirectory, Start},
     failure::Failure,
+    links,
+    listen::Addresses,
 };
 
 /// All shards are claimed within milliseconds; whoever waits longer than this waits for a fault.
@@ -52,13 +50,15 @@ impl Roles {
     ) -> Result<Self, Failure> {
         let shards = ShardCount::new(data.cluster.shards).ok_or_else(|| Failure::usage("1 to 65536 shards"))?;
         let boot = BootId(environment.random.next_u64().max(1));
-        store.raise_generation(start.generation()).await.map_err(Failure::operation)?;
-        let core = InProcessRegistry::new(start.generation(), start.first_revision());
+        let store = Store::from(store);
+        let row = ClusterRow::new(&data.cluster.cluster_id, shards, &data.cluster_secret);
+        row.found(&store).await.map_err(Failure::usage)?;
+        let router = instance(Role::Router, start, boot, in_process_endpoints(addresses))?;
+        let generation = begin_generation(&store, &router.id, start).await.map_err(Failure::operation)?;
+        let core = InProcessRegistry::new(generation, start.first_revision());
 
         let registry = AnyRegistry::from(core.handle("router", environment.clone()));
-        let router = instance(Role::Router, start, boot, addresses.of_router())?;
-        let router_config = router_config(config, data, start, router.id.clone(), boot, shards);
-        let store = Store::from(store);
+        let router_config = router_config(config, data, generation, router.id.clone(), boot, shards);
         let peers = Arc::new(NoPeers);
         let router = Router::start(router_config, environment.clone(), store, registry, router, peers)
             .await
@@ -98,10 +98,7 @@ impl Roles {
     /// Serves the gRPC api.
     pub async fn serve_api(&self, listener: TcpListener, environment: &Environment) -> Result<(), Failure> {
         let routes = self.router.api_routes().await.map_err(Failure::operation)?;
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let serving = Server::builder()
-            .add_routes(routes)
-            .serve_with_incoming_shutdown(incoming, self.stop_api.clone().cancelled_owned());
+        let serving = links::serve_api(listener, routes, None, self.stop_api.clone()).map_err(Failure::operation)?;
         environment.spawn(async move {
             if let Err(error) = serving.await {
                 tracing::error!(%error, "the api is no longer served");
@@ -153,6 +150,21 @@ pub fn router_ended(ended: Option<&Ended>) -> Failure {
     }
 }
 
+/// The generation of the epochs of this start. If `imd router` has raised it here, revisions of etcd were used with it: then this start
+/// begins the next.
+async fn begin_generation(store: &Store, router: &InstanceId, start: Start) -> Result<u64, StoreError> {
+    let stored = store.read_fence(router).await?.generation;
+    let generation = if stored > start.generation() { stored + 1 } else { start.generation() };
+    store.raise_generation(generation).await?;
+    Ok(generation)
+}
+
+/// In this process a link is a pair of channels, whatever its address says.
+fn in_process_endpoints(addresses: &Addresses) -> Vec<Endpoint> {
+    let link = Endpoint { transport: "link".to_owned(), address: "in-process".to_owned() };
+    std::iter::once(link).chain(addresses.of_router("")).collect()
+}
+
 /// A new instance id for each start: it never comes back.
 fn instance(role: Role, start: Start, boot: BootId, endpoints: Vec<Endpoint>) -> Result<Instance, Failure> {
     let name = if role == Role::Router { "router" } else { "gateway" };
@@ -170,32 +182,21 @@ fn instance(role: Role, start: Start, boot: BootId, endpoints: Vec<Endpoint>) ->
 fn router_config(
     config: &Config,
     data: &DataDirectory,
-    start: Start,
+    generation: u64,
     instance: InstanceId,
     boot: BootId,
     shards: ShardCount,
 ) -> RouterConfig {
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let tuning = &config.router;
+    let (cluster_secret, router_secret) = (data.cluster_secret.clone(), data.router_secret.clone());
+    let config =
+        config.router.tune(config.token.lifetime_max, RouterConfig::new(instance, boot, cluster_secret, router_secret));
     RouterConfig {
         cluster_id: data.cluster.cluster_id.clone(),
         issuer: data.cluster.issuer.clone(),
         shards,
-        generation: start.generation(),
+        generation,
         verify_keys: data.verify_keys.clone(),
-        token_lifetime_max: config.token.lifetime_max,
-        workers: if tuning.workers == 0 { cores() } else { tuning.workers },
-        conversation_queue_max: tuning.conversation_queue_max,
-        opening_queue_max: tuning.opening_queue_max,
-        opens_max: tuning.opens_max,
-        dedupe_entries: tuning.dedupe_entries,
-        quiet_after: tuning.quiet_after,
-        evict_after: tuning.evict_after,
-        append_patience: tuning.append_patience,
-        resync_spread: tuning.resync_spread,
-        link_queue_bytes_max: tuning.link_queue_bytes_max,
-        sessions_per_user_max: tuning.sessions_per_user_max,
         lease_ttl: LEASE,
-        ..RouterConfig::new(instance, boot, data.cluster_secret.clone(), data.router_secret.clone())
+        ..config
     }
 }

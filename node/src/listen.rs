@@ -1,6 +1,10 @@
 //! What this process listens on: sockets are bound before anything else is started, so that a taken port changes nothing.
 
-use std::{io, net::SocketAddr, path::Path};
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use im_gateway::{
     Gateway, ListenError,
@@ -10,18 +14,13 @@ use im_proto::environment::Environment;
 use im_registry::Endpoint;
 use tokio::net::TcpListener;
 
-use crate::{
-    config::Config,
-    data_directory::{DataDirectory, Ready},
-    failure::Failure,
-};
+use crate::{config::Config, data_directory::Ready, failure::Failure};
 
-/// Everything that is bound and not yet accepting.
-pub struct Listeners {
-    pub clients: Clients,
-    pub api: Option<TcpListener>,
-    pub http: Option<TcpListener>,
-    pub addresses: Addresses,
+/// What TLS and QUIC show to clients.
+pub struct ClientTls {
+    pub certificate: Certificate,
+    /// Ends QUIC connections of earlier starts.
+    pub reset_key: [u8; 32],
 }
 
 /// The listeners of the gateway.
@@ -39,43 +38,45 @@ pub struct Addresses {
     pub quic: Option<SocketAddr>,
     pub api: Option<SocketAddr>,
     pub http: Option<SocketAddr>,
+    pub link: Option<SocketAddr>,
 }
 
-/// Binds what the configuration asks for.
-pub async fn bind(config: &Config, data: &DataDirectory) -> Result<Listeners, Failure> {
-    let certificate = certificate(data)?;
-    let tls = |address| tls::bind(address, certificate.clone());
-    let quic = |address| quic::bind_with_reset_key(address, certificate.clone(), &ResetKey::new(data.reset_key));
-    let clients = Clients {
-        tcp: config.tcp.map(tcp::bind).transpose().map_err(|error| gateway_refused("tcp", error))?,
-        tls: config.tls.map(tls).transpose().map_err(|error| gateway_refused("tls", error))?,
-        quic: config.quic.map(quic).transpose().map_err(|error| gateway_refused("quic", error))?,
-    };
-    let api = plain("api", config.api).await?;
-    let http = plain("http", config.http).await?;
-    let local = |listener: &Option<TcpListener>| listener.as_ref().and_then(|listener| listener.local_addr().ok());
-    let addresses = Addresses {
-        tcp: clients.tcp.as_ref().map(tcp::Listener::address),
-        tls: clients.tls.as_ref().map(tls::Listener::address),
-        quic: clients.quic.as_ref().map(quic::Listener::address),
-        api: local(&api),
-        http: local(&http),
-    };
-    Ok(Listeners { clients, api, http, addresses })
-}
-
-fn certificate(data: &DataDirectory) -> Result<Certificate, Failure> {
+/// Reads a certificate chain with its key.
+pub fn certificate(chain: &Path, key: &Path) -> Result<Certificate, Failure> {
     let read = |path: &Path| {
         std::fs::read(path).map_err(|error| Failure::Usage(format!("cannot read {}: {error}", path.display())))
     };
-    let (chain, key) = (data.certificate(), data.certificate_key());
-    Certificate::from_pem(&read(&chain)?, &read(&key)?)
+    Certificate::from_pem(&read(chain)?, &read(key)?)
         .map_err(|error| Failure::Usage(format!("{} with {}: {error}", chain.display(), key.display())))
 }
 
-async fn plain(option: &str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, Failure> {
-    let Some(address) = address else { return Ok(None) };
-    TcpListener::bind(address).await.map(Some).map_err(|error| refused(option, address, &error))
+/// Binds where clients connect. `tls` is not needed if neither TLS nor QUIC is asked for.
+pub fn clients(config: &Config, client_tls: Option<&ClientTls>, addresses: &mut Addresses) -> Result<Clients, Failure> {
+    let mut clients = Clients { tcp: None, tls: None, quic: None };
+    clients.tcp = config.tcp.map(tcp::bind).transpose().map_err(|error| gateway_refused("tcp", error))?;
+    if let Some(ClientTls { certificate, reset_key }) = client_tls {
+        let tls = |address| tls::bind(address, certificate.clone());
+        let quic = |address| quic::bind_with_reset_key(address, certificate.clone(), &ResetKey::new(*reset_key));
+        clients.tls = config.tls.map(tls).transpose().map_err(|error| gateway_refused("tls", error))?;
+        clients.quic = config.quic.map(quic).transpose().map_err(|error| gateway_refused("quic", error))?;
+    }
+    addresses.tcp = clients.tcp.as_ref().map(tcp::Listener::address);
+    addresses.tls = clients.tls.as_ref().map(tls::Listener::address);
+    addresses.quic = clients.quic.as_ref().map(quic::Listener::address);
+    Ok(clients)
+}
+
+/// Binds another listener, named as its option; says where it listens.
+pub async fn plain(
+    option: &str,
+    wanted: Option<SocketAddr>,
+    address: &mut Option<SocketAddr>,
+) -> Result<Option<TcpListener>, Failure> {
+    let Some(wanted) = wanted else { return Ok(None) };
+    let bound = TcpListener::bind(wanted).await.and_then(|listener| Ok((listener.local_addr()?, listener)));
+    let (local, listener) = bound.map_err(|error| refused(option, wanted, &error))?;
+    *address = Some(local);
+    Ok(Some(listener))
 }
 
 fn gateway_refused(option: &str, error: ListenError) -> Failure {
@@ -114,7 +115,7 @@ impl Clients {
 }
 
 impl Addresses {
-    /// What clients are told, and where a link would be dialled.
+    /// What clients of a gateway are told.
     pub fn of_gateway(&self, advertise: &str) -> Vec<Endpoint> {
         [("tcp", self.tcp), ("tls", self.tls), ("quic", self.quic)]
             .into_iter()
@@ -122,26 +123,35 @@ impl Addresses {
             .collect()
     }
 
-    /// Where other roles reach the router: in this process by a pair of channels, whatever the address says.
-    pub fn of_router(&self) -> Vec<Endpoint> {
-        let link = Endpoint { transport: "link".to_owned(), address: "in-process".to_owned() };
-        let api = self.api.map(|address| endpoint("api", address, ""));
-        std::iter::once(link).chain(api).collect()
+    /// Where other roles and services reach a router.
+    pub fn of_router(&self, advertise: &str) -> Vec<Endpoint> {
+        [("link", self.link), ("api", self.api)]
+            .into_iter()
+            .filter_map(|(transport, address)| Some(endpoint(transport, address?, advertise)))
+            .collect()
+    }
+
+    /// Where metrics and health are, for whoever looks at the whole cluster.
+    pub fn of_http(&self, advertise: &str) -> Option<Endpoint> {
+        self.http.map(|address| endpoint("http", address, advertise))
     }
 
     /// For `ready.json`.
-    pub fn ready(&self, data: &DataDirectory) -> Ready {
+    pub fn ready(&self, data: &Path, ca: Option<PathBuf>) -> Ready {
         let text = |address: Option<SocketAddr>| address.map(|address| address.to_string());
         Ready {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            role: None,
+            instance: None,
             tcp: text(self.tcp),
             tls: text(self.tls),
             quic: text(self.quic),
             api: text(self.api),
             http: text(self.http),
-            ca: data.ca(),
-            data: data.root().to_owned(),
+            link: text(self.link),
+            ca,
+            data: data.to_owned(),
         }
     }
 }

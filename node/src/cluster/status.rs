@@ -1,0 +1,241 @@
+//! What `imd cluster status` shows: the registry's view, and what each process says of itself at `/metrics`.
+
+use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
+
+use im_proto::{InstanceId, shard::rendezvous_owner};
+use im_registry::{Instance, Role, View};
+use serde::Serialize;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+    time::timeout,
+};
+
+use super::files::Identity;
+use crate::failure::Failure;
+
+/// How long a process may take to answer; then it is shown without numbers.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
+/// Far above what a process has to say of itself.
+const ANSWER_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// The whole cluster at a moment.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    cluster: String,
+    generation: Option<u64>,
+    routers: Vec<Router>,
+    gateways: Vec<Gateway>,
+    shards: Shards,
+}
+
+#[derive(Debug, Serialize)]
+struct Process {
+    id: String,
+    addresses: BTreeMap<String, String>,
+    zone: String,
+    version: String,
+    draining: bool,
+    /// It answered at its `http` address.
+    answers: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Router {
+    #[serde(flatten)]
+    process: Process,
+    /// In the registry.
+    shards: usize,
+    sessions: Option<f64>,
+    conversations_open: Option<f64>,
+    entries_committed: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Gateway {
+    #[serde(flatten)]
+    process: Process,
+    connections: Option<f64>,
+    sessions: Option<f64>,
+    links_up: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Shards {
+    total: u32,
+    owned: usize,
+    /// Whose owner is not the one that it should have: they are about to move.
+    moving: Vec<u32>,
+    without_owner: Vec<u32>,
+    /// Smallest and greatest epoch of a claim.
+    epochs: Option<(u64, u64)>,
+}
+
+/// Asks all processes at once.
+pub async fn gather(identity: &Identity, view: &View, generation: Option<u64>) -> Status {
+    let mut asking = JoinSet::new();
+    for instance in view.instances.values() {
+        let (id, address) = (instance.id.clone(), address_of(instance, "http"));
+        asking.spawn(async move { (id, metrics(address).await) });
+    }
+    let answers: BTreeMap<InstanceId, Option<Numbers>> = asking.join_all().await.into_iter().collect();
+    let answer = |instance: &Instance| answers.get(&instance.id).and_then(Option::as_ref);
+    let number = |instance: &Instance, name: &str| answer(instance).and_then(|numbers| numbers.get(name)).copied();
+    let process = |instance: &Instance| Process {
+        id: instance.id.to_string(),
+        addresses: instance
+            .endpoints
+            .iter()
+            .map(|endpoint| (endpoint.transport.clone(), endpoint.address.clone()))
+            .collect(),
+        zone: instance.zone.clone(),
+        version: instance.version.clone(),
+        draining: instance.draining,
+        answers: answer(instance).is_some(),
+    };
+    let routers = view.of_role(Role::Router).map(|instance| Router {
+        process: process(instance),
+        shards: view.claims.values().filter(|claim| claim.owner == instance.id).count(),
+        sessions: number(instance, "im_router_sessions"),
+        conversations_open: number(instance, "im_router_conversations_open"),
+        entries_committed: number(instance, "im_router_entries_committed_total"),
+    });
+    let gateways = view.of_role(Role::Gateway).map(|instance| Gateway {
+        process: process(instance),
+        connections: number(instance, "im_gateway_connections_count"),
+        sessions: number(instance, "im_gateway_sessions_count"),
+        links_up: number(instance, "im_gateway_links_up_count"),
+    });
+    let (routers, gateways) = (routers.collect(), gateways.collect());
+    let cluster = identity.cluster.cluster_id.clone();
+    Status { cluster, generation, routers, gateways, shards: shards(identity, view) }
+}
+
+fn shards(identity: &Identity, view: &View) -> Shards {
+    let routers: Vec<&InstanceId> =
+        view.of_role(Role::Router).filter(|router| !router.draining).map(|router| &router.id).collect();
+    let (mut moving, mut without_owner) = (Vec::new(), Vec::new());
+    for shard in identity.shards.shards() {
+        match view.owner(shard) {
+            None => without_owner.push(shard.0),
+            Some(owner) if rendezvous_owner(shard, routers.iter().copied()) != Some(owner) => moving.push(shard.0),
+            Some(_) => {}
+        }
+    }
+    let epochs = || view.claims.values().map(|claim| claim.epoch.0);
+    Shards {
+        total: identity.shards.get(),
+        owned: view.claims.len(),
+        moving,
+        without_owner,
+        epochs: epochs().min().zip(epochs().max()),
+    }
+}
+
+fn address_of(instance: &Instance, transport: &str) -> Option<String> {
+    let found = instance.endpoints.iter().find(|endpoint| endpoint.transport == transport);
+    found.map(|endpoint| endpoint.address.clone())
+}
+
+/// Metrics without labels.
+type Numbers = BTreeMap<String, f64>;
+
+async fn metrics(address: Option<String>) -> Option<Numbers> {
+    let text = timeout(ANSWER_PATIENCE, get(address?)).await.ok()?.ok()?;
+    Some(parse(&text))
+}
+
+/// The body of `/metrics`, and its head, which looks like nothing that is asked for.
+async fn get(address: String) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(&address).await?;
+    stream.write_all(format!("GET /metrics HTTP/1.0\r\nhost: {address}\r\n\r\n").as_bytes()).await?;
+    let mut answer = String::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer).await?;
+    Ok(answer)
+}
+
+fn parse(text: &str) -> Numbers {
+    text.lines()
+        .filter_map(|line| {
+            let (name, value) = line.split_once(' ')?;
+            Some((name.to_owned(), value.parse().ok()?))
+        })
+        .collect()
+}
+
+impl Status {
+    pub fn to_json(&self) -> Result<String, Failure> {
+        let mut text = serde_json::to_string_pretty(self).map_err(Failure::operation)?;
+        text.push('\n');
+        Ok(text)
+    }
+
+    pub fn to_text(&self) -> String {
+        let mut text = format!("cluster {}", self.cluster);
+        let _ = match self.generation {
+            Some(generation) => writeln!(text, ", generation {generation}"),
+            None => writeln!(text, ", not begun in this etcd (imd cluster recover, if it ran before)"),
+        };
+        let _ = writeln!(text, "\n{} routers", self.routers.len());
+        for router in &self.routers {
+            let numbers = [
+                ("sessions", router.sessions),
+                ("open conversations", router.conversations_open),
+                ("entries", router.entries_committed),
+            ];
+            let _ = writeln!(text, "{}  {} shards{}", router.process.head("link"), router.shards, shown(&numbers));
+        }
+        let _ = writeln!(text, "\n{} gateways", self.gateways.len());
+        for gateway in &self.gateways {
+            let numbers =
+                [("connections", gateway.connections), ("sessions", gateway.sessions), ("links", gateway.links_up)];
+            let _ = writeln!(text, "{}{}", gateway.process.head("tcp"), shown(&numbers));
+        }
+        let shards = &self.shards;
+        let _ = write!(text, "\nshards: {} of {} owned, {} moving", shards.owned, shards.total, shards.moving.len());
+        if !shards.without_owner.is_empty() {
+            let _ = write!(text, ", {} without owner", shards.without_owner.len());
+        }
+        let _ = match shards.epochs {
+            Some((least, greatest)) => writeln!(text, ", epochs {least} to {greatest}"),
+            None => writeln!(text),
+        };
+        text
+    }
+}
+
+impl Process {
+    fn head(&self, transport: &str) -> String {
+        let address = self.addresses.get(transport).or_else(|| self.addresses.values().next());
+        let mut text = format!("  {:<26} {:<22}", self.id, address.map_or("", String::as_str));
+        if !self.zone.is_empty() {
+            let _ = write!(text, " zone {}", self.zone);
+        }
+        if self.draining {
+            text.push_str(" draining");
+        }
+        if !self.answers {
+            text.push_str(" no answer");
+        }
+        text
+    }
+}
+
+fn shown(numbers: &[(&str, Option<f64>)]) -> String {
+    numbers.iter().filter_map(|(name, value)| value.map(|value| format!("  {value} {name}"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_read_out_of_metrics() {
+        let text = "HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\n# TYPE im_router_sessions gauge\nim_router_sessions 12\n\
+                    im_x_total{a=\"b\"} 4\n\nim_gateway_connections_count 3.5\n";
+        let numbers = parse(text);
+        assert_eq!(numbers.get("im_router_sessions"), Some(&12.0));
+        assert_eq!(numbers.get("im_gateway_connections_count"), Some(&3.5));
+    }
+}

@@ -1,0 +1,12 @@
+//! `imd secrets`: the directory that a cluster's processes take keys, secrets and certificates from.
+//!
+//! The layout is that of a data directory, with `services/` beside it. Which process needs which file is in docs/cluster.md.
+
+use crate::{args::SecretsArguments, data_directory::DataLock, failure::Failure, print};
+
+/// Creates what is missing and says what is there.
+pub fn make(arguments: &SecretsArguments) -> Result<(), Failure> {
+    let lock = DataLock::take(&arguments.out).map_err(Failure::usage)?;
+    lock.create_secrets(arguments.shards, &arguments.host).map_err(Failure::usage)?;
+    print(&format!("{}\n", arguments.out.display()))
+}

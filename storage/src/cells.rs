@@ -120,6 +120,23 @@ impl Cells {
             .map(|((_, _, key), cell)| (key, cell))
     }
 
+    /// The next partition of the log that has rows.
+    pub(crate) fn bucket_behind(
+        &self,
+        last: Option<&(ConversationId, BucketId)>,
+    ) -> Option<(ConversationId, BucketId)> {
+        let first = last.map_or((ConversationId::from_bytes([0; 16]), 0), |(id, bucket)| (*id, bucket.last_seq() + 1));
+        self.log.range(first..).next().map(|((conversation, seq), _)| (*conversation, BucketId::of(*seq)))
+    }
+
+    /// The next partition of the state tables that has rows or had some.
+    pub(crate) fn partition_behind(&self, last: Option<&(Table, Bytes)>) -> Option<(Table, Bytes)> {
+        let first = last.map_or((Table::Cluster, Bytes::new(), Bytes::new()), |(table, partition)| {
+            (*table, [&partition[..], &[0]].concat().into(), Bytes::new())
+        });
+        self.state.range(first..).next().map(|((table, partition, _), _)| (*table, partition.clone()))
+    }
+
     /// Fences an instance for ever.
     pub(crate) fn fence(&mut self, instance: InstanceId) {
         self.fences.insert(instance);

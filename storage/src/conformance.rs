@@ -4,6 +4,7 @@
 //! loses nothing: the simulated and faulty ones run them without faults, and are tested for their faults elsewhere.
 
 pub mod hot;
+mod inventory;
 mod log;
 mod state;
 
@@ -39,6 +40,7 @@ pub async fn again(store: &Store) {
     state::the_greater_timestamp_wins_and_ties_are_settled(store).await;
     state::scans_page_through_a_partition(store).await;
     state::oversized_rows_are_refused(store).await;
+    inventory::everything_is_listed_once(store).await;
 }
 
 /// A conversation that only one check uses.

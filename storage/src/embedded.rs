@@ -29,8 +29,11 @@ use self::{
     writer::Core,
 };
 use crate::{
-    Directory, MessageLog,
-    model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
+    Directory, Inventory, MessageLog,
+    model::{
+        AppendDone, AppendRequest, BucketId, Fence, Page, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
+    },
+    place,
 };
 
 /// Rows up to which a read is done by the calling task itself; longer ones go to a thread for blocking work.
@@ -235,6 +238,30 @@ impl Directory for Embedded {
         first.extend(after.map(|_| 0));
         let scan = move |engine: &Engine| scan(engine, &first, prefix, limit);
         self.engine(limit as u64, scan).await
+    }
+}
+
+impl Inventory for Embedded {
+    async fn list_buckets(
+        &self,
+        from: Option<Bytes>,
+        limit: usize,
+    ) -> Result<Page<(ConversationId, BucketId)>, StoreError> {
+        let from = place::bucket(from)?;
+        let list = move |engine: &Engine| {
+            let next = |last: Option<&_>| reader::bucket_behind(engine, last);
+            place::page(from, limit, next, |item| place::of_bucket(*item), place::bucket_permille)
+        };
+        self.engine(u64::MAX, list).await
+    }
+
+    async fn list_partitions(&self, from: Option<Bytes>, limit: usize) -> Result<Page<(Table, Bytes)>, StoreError> {
+        let from = place::partition(from)?;
+        let list = move |engine: &Engine| {
+            let next = |last: Option<&_>| reader::partition_behind(engine, last);
+            place::page(from, limit, next, place::of_partition, place::partition_permille)
+        };
+        self.engine(u64::MAX, list).await
     }
 }
 

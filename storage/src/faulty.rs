@@ -5,14 +5,17 @@
 
 use std::{fmt, future::Future, ops::RangeInclusive, pin::Pin, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use im_proto::{ConversationId, InstanceId, environment::Spawn};
 use parking_lot::Mutex;
 use tokio::time::sleep;
 
 use crate::{
-    Directory, MessageLog, Store,
+    Directory, Inventory, MessageLog, Store,
     dice::Dice,
-    model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
+    model::{
+        AppendDone, AppendRequest, BucketId, Fence, Page, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
+    },
 };
 
 /// What goes wrong, in a thousand calls each.
@@ -205,5 +208,16 @@ impl Directory for Faulty {
     fn scan(&self, table: Table, partition: &[u8], after: Option<&[u8]>, limit: usize) -> Boxed<Vec<StateRow>> {
         let (partition, after) = (partition.to_vec(), after.map(<[u8]>::to_vec));
         self.call(move |inner| async move { inner.store.scan(table, &partition, after.as_deref(), limit).await })
+    }
+}
+
+#[allow(refining_impl_trait, reason = "see `Boxed`")]
+impl Inventory for Faulty {
+    fn list_buckets(&self, from: Option<Bytes>, limit: usize) -> Boxed<Page<(ConversationId, BucketId)>> {
+        self.call(move |inner| async move { inner.store.list_buckets(from, limit).await })
+    }
+
+    fn list_partitions(&self, from: Option<Bytes>, limit: usize) -> Boxed<Page<(Table, Bytes)>> {
+        self.call(move |inner| async move { inner.store.list_partitions(from, limit).await })
     }
 }

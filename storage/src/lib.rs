@@ -16,6 +16,7 @@ pub mod hot;
 mod memory;
 pub mod model;
 mod order;
+mod place;
 pub mod scylla;
 pub mod sim;
 mod store;
@@ -30,12 +31,13 @@ pub use sim::{SimFaults, SimHandle, SimStore};
 pub use store::Store;
 
 pub use model::{
-    AppendDone, AppendOutcome, AppendRequest, Batch, BucketId, Fence, Row, RowKey, StateRow, StateWrite, StoreError,
-    StoredRow, Table,
+    AppendDone, AppendOutcome, AppendRequest, Batch, BucketId, Fence, Page, Row, RowKey, StateRow, StateWrite,
+    StoreError, StoredRow, Table,
 };
 
 use std::future::Future;
 
+use bytes::Bytes;
 use im_proto::{ConversationId, InstanceId};
 
 /// The message log: rows `((conversation, bucket), seq)`, written with the owner's epoch as timestamp, plus the fence rows.
@@ -106,6 +108,26 @@ pub trait Directory: Send + Sync {
         after: Option<&[u8]>,
         limit: usize,
     ) -> impl Future<Output = Result<Vec<StateRow>, StoreError>> + Send;
+}
+
+/// What there is in a store, for tools that go through all of it: export, import, checks. Each page costs a look at a part of every
+/// copy, so nothing that serves users comes here.
+///
+/// What is there from the first page to the last is listed once; what comes or goes meanwhile may be listed or not.
+pub trait Inventory: Send + Sync {
+    /// Partitions of the log that have rows, in an order of the store's own, at most `limit` (at least 2).
+    fn list_buckets(
+        &self,
+        from: Option<Bytes>,
+        limit: usize,
+    ) -> impl Future<Output = Result<Page<(ConversationId, BucketId)>, StoreError>> + Send;
+
+    /// Partitions of state tables that have rows or had some, in an order of the store's own, at most `limit` (at least 2).
+    fn list_partitions(
+        &self,
+        from: Option<Bytes>,
+        limit: usize,
+    ) -> impl Future<Output = Result<Page<(Table, Bytes)>, StoreError>> + Send;
 }
 
 /// Rows of a tail read: two batches and one row.

@@ -7,10 +7,13 @@ use im_proto::{ConversationId, InstanceId};
 use parking_lot::Mutex;
 
 use crate::{
-    Directory, MessageLog,
+    Directory, Inventory, MessageLog,
     cells::{Cells, FENCE_PARTITIONS, state_row},
-    model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
+    model::{
+        AppendDone, AppendRequest, BucketId, Fence, Page, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
+    },
     order::{check_batch, check_state},
+    place,
 };
 
 /// The backend. Clones share the content.
@@ -100,6 +103,24 @@ impl Directory for Memory {
         let cells = self.cells.lock();
         let rows = cells.partition(table, partition, after).filter_map(|(key, cell)| state_row(key, cell));
         Ok(rows.take(limit).collect())
+    }
+}
+
+impl Inventory for Memory {
+    async fn list_buckets(
+        &self,
+        from: Option<Bytes>,
+        limit: usize,
+    ) -> Result<Page<(ConversationId, BucketId)>, StoreError> {
+        let cells = self.cells.lock();
+        let next = |last: Option<&_>| Ok(cells.bucket_behind(last));
+        place::page(place::bucket(from)?, limit, next, |item| place::of_bucket(*item), place::bucket_permille)
+    }
+
+    async fn list_partitions(&self, from: Option<Bytes>, limit: usize) -> Result<Page<(Table, Bytes)>, StoreError> {
+        let cells = self.cells.lock();
+        let next = |last: Option<&_>| Ok(cells.partition_behind(last));
+        place::page(place::partition(from)?, limit, next, place::of_partition, place::partition_permille)
     }
 }
 

@@ -158,6 +158,37 @@ pub enum Table {
     Devices = 10,
 }
 
+impl Table {
+    /// All tables.
+    pub const ALL: [Self; 10] = [
+        Self::Cluster,
+        Self::Heads,
+        Self::Busy,
+        Self::Applied,
+        Self::Conversations,
+        Self::Members,
+        Self::UserConversations,
+        Self::Origins,
+        Self::Cursors,
+        Self::Devices,
+    ];
+
+    /// The table of a number, if there is one.
+    pub fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|table| *table as u8 == number)
+    }
+}
+
+/// Some of what is in a store, see [`crate::Inventory`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page<T> {
+    pub items: Vec<T>,
+    /// Where the next page begins, in words of the store; `None` if there is none.
+    pub next: Option<Bytes>,
+    /// Roughly how much of everything lies before it, in a thousand.
+    pub done_permille: u32,
+}
+
 /// A row of a state table to write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateWrite {

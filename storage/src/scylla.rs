@@ -14,6 +14,7 @@
 mod equal;
 mod failure;
 mod lane;
+mod list;
 mod log;
 mod metrics;
 mod options;
@@ -31,6 +32,7 @@ use std::{
     },
 };
 
+use bytes::Bytes;
 use im_proto::{ConversationId, InstanceId, environment::Environment};
 use scylla::client::session::Session;
 
@@ -42,10 +44,10 @@ use self::{
     query::Prepared,
 };
 use crate::{
-    Directory, MessageLog,
+    Directory, Inventory, MessageLog,
     model::{
-        AppendDone, AppendRequest, Batch, BucketId, Fence, Row, RowKey, StateRow, StateWrite, StoreError, StoredRow,
-        Table,
+        AppendDone, AppendRequest, Batch, BucketId, Fence, Page, Row, RowKey, StateRow, StateWrite, StoreError,
+        StoredRow, Table,
     },
     order::check_batch,
 };
@@ -204,5 +206,19 @@ impl Directory for Scylla {
         limit: usize,
     ) -> Result<Vec<StateRow>, StoreError> {
         self.equal.state_scan(&self.inner, table, partition, after, limit).await
+    }
+}
+
+impl Inventory for Scylla {
+    async fn list_buckets(
+        &self,
+        from: Option<Bytes>,
+        limit: usize,
+    ) -> Result<Page<(ConversationId, BucketId)>, StoreError> {
+        self.inner.list_buckets(from, limit).await
+    }
+
+    async fn list_partitions(&self, from: Option<Bytes>, limit: usize) -> Result<Page<(Table, Bytes)>, StoreError> {
+        self.inner.list_partitions(from, limit).await
     }
 }

@@ -1,10 +1,13 @@
 //! The closed set of backends as one value.
 
+use bytes::Bytes;
 use im_proto::{ConversationId, InstanceId};
 
 use crate::{
-    Directory, Embedded, Faulty, Memory, MessageLog, Scylla, SimHandle,
-    model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
+    Directory, Embedded, Faulty, Inventory, Memory, MessageLog, Scylla, SimHandle,
+    model::{
+        AppendDone, AppendRequest, BucketId, Fence, Page, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
+    },
 };
 
 /// A store of any kind. A clone is another handle of the same store and costs a reference count.
@@ -115,5 +118,19 @@ impl Directory for Store {
         limit: usize,
     ) -> Result<Vec<StateRow>, StoreError> {
         delegate!(self, store => store.scan(table, partition, after, limit).await)
+    }
+}
+
+impl Inventory for Store {
+    async fn list_buckets(
+        &self,
+        from: Option<Bytes>,
+        limit: usize,
+    ) -> Result<Page<(ConversationId, BucketId)>, StoreError> {
+        delegate!(self, store => store.list_buckets(from, limit).await)
+    }
+
+    async fn list_partitions(&self, from: Option<Bytes>, limit: usize) -> Result<Page<(Table, Bytes)>, StoreError> {
+        delegate!(self, store => store.list_partitions(from, limit).await)
     }
 }

@@ -1,16 +1,17 @@
-//! Reading the log: which runs to look at, and which row of overlapping runs stays.
+//! Reading the log: which runs to look at, and which row of overlapping runs stays. And going through all that there is.
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use im_proto::ConversationId;
 
 use super::{
     engine::{Engine, read_error},
-    record::{RUN_REACH, RunDecoder, RunKey, run_range},
+    record::{RUN_REACH, RunDecoder, RunKey, decode_partition, put_state_key, run_key, run_range},
 };
 use crate::{
     TAIL_ROWS_MAX,
-    model::{BucketId, StoreError, StoredRow},
+    model::{BucketId, StoreError, StoredRow, Table},
     order::row_beats,
 };
 
@@ -66,6 +67,50 @@ pub(super) fn range(
     }
     rows.truncate(limit);
     Ok(rows)
+}
+
+/// The next partition of the log that has rows.
+pub(super) fn bucket_behind(
+    engine: &Engine,
+    last: Option<&(ConversationId, BucketId)>,
+) -> Result<Option<(ConversationId, BucketId)>, StoreError> {
+    let first = last.map_or((ConversationId::from_bytes([0; 16]), 0), |(id, bucket)| (*id, bucket.last_seq() + 1));
+    let Some(entry) = engine.log.range(run_key(first.0, first.1, 0, 0)..).next() else { return Ok(None) };
+    let key = entry.key().map_err(read_error)?;
+    let run = RunKey::decode(&key)?;
+    let conversation = ConversationId::from_slice(&key[..ConversationId::BYTES]);
+    conversation
+        .map(|id| Some((id, BucketId::of(run.first_seq))))
+        .map_err(|error| StoreError::Damaged(error.to_string()))
+}
+
+/// The next partition of the state tables that has rows or had some.
+pub(super) fn partition_behind(
+    engine: &Engine,
+    last: Option<&(Table, Bytes)>,
+) -> Result<Option<(Table, Bytes)>, StoreError> {
+    let mut first = Vec::new();
+    match last {
+        // Fences and the generation come before all tables.
+        None => first.push(Table::Cluster as u8),
+        Some((table, partition)) => {
+            put_state_key(&mut first, *table, partition, b"");
+            increment(&mut first);
+        }
+    }
+    let Some(entry) = engine.state.range(first..).next() else { return Ok(None) };
+    decode_partition(&entry.key().map_err(read_error)?).map(Some)
+}
+
+/// The least bytes above all that begin with these. The first of them is the number of a table and never the greatest byte.
+fn increment(bytes: &mut Vec<u8>) {
+    while let Some(last) = bytes.last_mut() {
+        if let Some(next) = last.checked_add(1) {
+            *last = next;
+            return;
+        }
+        bytes.pop();
+    }
 }
 
 /// Puts a row at its place among ascending ones; mostly that is the end.

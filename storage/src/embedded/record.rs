@@ -54,7 +54,13 @@ impl RunKey {
     }
 }
 
-fn run_key(conversation: ConversationId, first_seq: u64, epoch: u64, rows_less_one: u8) -> [u8; RUN_KEY_BYTES] {
+/// The key of a run.
+pub(super) fn run_key(
+    conversation: ConversationId,
+    first_seq: u64,
+    epoch: u64,
+    rows_less_one: u8,
+) -> [u8; RUN_KEY_BYTES] {
     let mut key = [0; RUN_KEY_BYTES];
     key[..16].copy_from_slice(conversation.as_bytes());
     key[16..24].copy_from_slice(&first_seq.to_be_bytes());
@@ -273,6 +279,15 @@ pub(super) fn put_state_key(buffer: &mut impl BufMut, table: Table, partition: &
     buffer.put_u16(u16::try_from(partition.len()).unwrap_or(u16::MAX));
     buffer.put_slice(partition);
     buffer.put_slice(key);
+}
+
+/// Table and partition of the key of a state row.
+pub(super) fn decode_partition(key: &[u8]) -> Result<(Table, Bytes), StoreError> {
+    let unknown = || damaged("the key of a state row has an unknown format");
+    let (head, rest) = key.split_at_checked(3).ok_or_else(unknown)?;
+    let table = Table::from_number(head[0]).ok_or_else(unknown)?;
+    let partition = rest.get(..usize::from(u16::from_be_bytes([head[1], head[2]]))).ok_or_else(unknown)?;
+    Ok((table, Bytes::copy_from_slice(partition)))
 }
 
 /// Bytes before the key proper in the key of a row of that partition.

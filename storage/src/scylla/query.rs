@@ -72,6 +72,15 @@ queries! {
     /// The same of the table of bursts.
     BusyScan = "SELECT row_key, value, WRITETIME(value) FROM {keyspace}.busy \
                 WHERE table_number = ? AND partition_key = ? AND row_key >= ? LIMIT ?";
+    /// Partitions of the log, in the order of their tokens.
+    ListLog = "SELECT DISTINCT conversation_id, bucket, token(conversation_id, bucket) FROM {keyspace}.messages \
+               WHERE token(conversation_id, bucket) > ? LIMIT ?";
+    /// Partitions of the state tables, in the order of their tokens.
+    ListState = "SELECT DISTINCT table_number, partition_key, token(table_number, partition_key) FROM {keyspace}.state \
+                 WHERE token(table_number, partition_key) > ? LIMIT ?";
+    /// The same of the table of bursts.
+    ListBusy = "SELECT DISTINCT table_number, partition_key, token(table_number, partition_key) FROM {keyspace}.busy \
+                WHERE token(table_number, partition_key) > ? LIMIT ?";
 }
 
 /// All statements, prepared.

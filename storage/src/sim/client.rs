@@ -1,6 +1,6 @@
 //! One client's handle of the simulated store.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use bytes::Bytes;
 use im_proto::{ConversationId, InstanceId};
@@ -8,10 +8,13 @@ use tokio::sync::oneshot;
 
 use super::{Mutation, Shared, merge_cells, merge_rows};
 use crate::{
-    Directory, MessageLog, TAIL_ROWS_MAX,
+    Directory, Inventory, MessageLog, TAIL_ROWS_MAX,
     cells::{FENCE_PARTITIONS, fence_partition, state_row},
-    model::{AppendDone, AppendRequest, BucketId, Fence, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table},
+    model::{
+        AppendDone, AppendRequest, BucketId, Fence, Page, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
+    },
     order::{StateCell, check_batch, check_state},
+    place,
 };
 
 /// The backend. Clones are the same client.
@@ -170,5 +173,32 @@ impl Directory for SimHandle {
             (rows, Some(Mutation::Cells(Arc::new(repair))))
         };
         self.shared.read(&self.client, look, merge).await
+    }
+}
+
+impl Inventory for SimHandle {
+    async fn list_buckets(
+        &self,
+        from: Option<Bytes>,
+        limit: usize,
+    ) -> Result<Page<(ConversationId, BucketId)>, StoreError> {
+        let from = place::bucket(from)?;
+        let all = |cells: &crate::cells::Cells| {
+            std::iter::successors(cells.bucket_behind(from.as_ref()), |last| cells.bucket_behind(Some(last))).collect()
+        };
+        let merge = |one: BTreeSet<_>, two: BTreeSet<_>| (one.union(&two).copied().collect::<BTreeSet<_>>(), None);
+        let mut found = self.shared.read(&self.client, all, merge).await?.into_iter();
+        place::page(from, limit, |_| Ok(found.next()), |item| place::of_bucket(*item), place::bucket_permille)
+    }
+
+    async fn list_partitions(&self, from: Option<Bytes>, limit: usize) -> Result<Page<(Table, Bytes)>, StoreError> {
+        let from = place::partition(from)?;
+        let all = |cells: &crate::cells::Cells| {
+            std::iter::successors(cells.partition_behind(from.as_ref()), |last| cells.partition_behind(Some(last)))
+                .collect()
+        };
+        let merge = |one: BTreeSet<_>, two: BTreeSet<_>| (one.union(&two).cloned().collect::<BTreeSet<_>>(), None);
+        let mut found = self.shared.read(&self.client, all, merge).await?.into_iter();
+        place::page(from, limit, |_| Ok(found.next()), place::of_partition, place::partition_permille)
     }
 }

@@ -39,7 +39,7 @@ impl Place {
 
     /// Tokens are hashes: how far one lies in their order is how many lie before it.
     fn permille(self, tables: u32) -> u32 {
-        let part = u32::try_from((i128::from(self.token) - i128::from(i64::MIN)) * 1_000 >> 64).unwrap_or(1_000);
+        let part = u32::try_from(((i128::from(self.token) - i128::from(i64::MIN)) * 1_000) >> 64).unwrap_or(1_000);
         (u32::from(self.table) * 1_000 + part) / tables
     }
 }

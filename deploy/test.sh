@@ -63,8 +63,9 @@ step() {
 }
 
 # The services of this run, apart from those that a developer has running.
+services_dir=$PWD/target/local/test
 services() {
-    deploy/local/services --dir "$PWD/target/local/test" "$@"
+    deploy/local/services --dir "$services_dir" "$@"
 }
 
 services_up() {
@@ -137,5 +138,6 @@ step "tests on services" service_tests
 step "release build" cargo build --locked --release --workspace
 step "demo" target/release/imd demo
 step "end to end" bash deploy/e2e.sh
+step "end to end on a cluster" env IM_SERVICES_DIR="$services_dir" bash deploy/e2e-cluster.sh
 step "simulation" target/release/imd simulate --seeds "${SIMULATION_SEEDS:-200}"
 step "fuzzing" bash deploy/fuzz.sh "${FUZZ_SECONDS:-60}"

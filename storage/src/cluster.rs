@@ -26,12 +26,48 @@ pub struct ClusterRow {
     pub secret_fingerprint: Bytes,
 }
 
+/// How far an import into the store has come. While it is not complete no process may use the store.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct ImportRow {
+    /// Which export it is of.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(crate) export_id: Bytes,
+    /// Frames of the file that the store has.
+    #[prost(uint64, tag = "2")]
+    pub(crate) frames: u64,
+    #[prost(bool, tag = "3")]
+    pub(crate) complete: bool,
+}
+
+impl ImportRow {
+    const KEY: &'static [u8] = b"import";
+
+    pub(crate) async fn read(store: &Store) -> Result<Option<Self>, StoreError> {
+        let Some(row) = store.read(Table::Cluster, b"", Self::KEY).await? else { return Ok(None) };
+        let decoded = Self::decode(row.value);
+        decoded.map(Some).map_err(|error| StoreError::Damaged(format!("the mark of an import cannot be read: {error}")))
+    }
+
+    /// Later marks win: they have more frames, and the last one is the complete one.
+    pub(crate) async fn write(&self, store: &Store) -> Result<(), StoreError> {
+        let timestamp = self.frames * 2 + 1 + u64::from(self.complete);
+        store.write(vec![row(Self::KEY, self, timestamp)]).await
+    }
+}
+
+fn row(key: &'static [u8], value: &impl Message, timestamp: u64) -> StateWrite {
+    let value = Some(Bytes::from(value.encode_to_vec()));
+    StateWrite { table: Table::Cluster, partition: Bytes::new(), key: Bytes::from_static(key), value, timestamp }
+}
+
 /// Why a process may not use the store.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ClusterError {
     /// The store is fit for use, but nobody has founded a cluster in it.
     #[error("the store belongs to no cluster yet")]
     Missing,
+    #[error("an import into the store is not complete; run `imd import` again with the same file")]
+    Importing,
     #[error("the store belongs to the cluster `{stored}`, this process is configured for `{configured}`")]
     Id { stored: String, configured: String },
     #[error("the cluster has {stored} shards, this process is configured for {configured}: the number never changes")]
@@ -58,6 +94,9 @@ impl ClusterRow {
 
     /// Whether a process that is configured like this may use the store. Every role asks before it does anything else.
     pub async fn check(&self, store: &Store) -> Result<(), ClusterError> {
+        if ImportRow::read(store).await?.is_some_and(|import| !import.complete) {
+            return Err(ClusterError::Importing);
+        }
         Self::read(store).await?.ok_or(ClusterError::Missing)?.compare(self)
     }
 
@@ -65,14 +104,17 @@ impl ClusterRow {
     /// other is refused at its next check: found from one place, as `imd schema apply`.
     pub async fn found(&self, store: &Store) -> Result<(), ClusterError> {
         if Self::read(store).await?.is_none() {
-            let value = Some(Bytes::from(self.encode_to_vec()));
-            let (table, partition, key) = (Table::Cluster, Bytes::new(), Bytes::new());
-            store.write(vec![StateWrite { table, partition, key, value, timestamp: 1 }]).await?;
+            self.write(store).await?;
         }
         self.check(store).await
     }
 
-    fn compare(&self, configured: &Self) -> Result<(), ClusterError> {
+    pub(crate) async fn write(&self, store: &Store) -> Result<(), StoreError> {
+        store.write(vec![row(b"", self, 1)]).await
+    }
+
+    /// Whether a process that is configured like the other may use the store of this one.
+    pub(crate) fn compare(&self, configured: &Self) -> Result<(), ClusterError> {
         if self.cluster_id != configured.cluster_id {
             let (stored, configured) = (self.cluster_id.clone(), configured.cluster_id.clone());
             return Err(ClusterError::Id { stored, configured });

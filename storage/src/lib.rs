@@ -20,6 +20,7 @@ mod place;
 pub mod scylla;
 pub mod sim;
 mod store;
+pub mod transfer;
 
 pub use self::scylla::{Scylla, ScyllaCredentials, ScyllaOptions};
 pub use cluster::{ClusterError, ClusterRow};

@@ -136,7 +136,7 @@ pub struct Fence {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Table {
-    /// Cluster id, shard count. Partition: empty. Key: empty.
+    /// What the cluster is, and how far an import has come. Partition: empty. Key: empty, or `import`.
     Cluster = 1,
     /// The head row of a quiet conversation. Partition: conversation. Key: empty. Timestamp: the head.
     Heads = 2,

@@ -23,7 +23,7 @@ use scylla::client::{session::Session, session_builder::SessionBuilder};
 const CONVERSATION: ConversationId = ConversationId::from_bytes([7; 16]);
 
 /// A keyspace of one test, dropped by `finish`.
-struct Keyspace {
+pub struct Keyspace {
     options: ScyllaOptions,
     session: Session,
 }
@@ -42,13 +42,13 @@ impl Keyspace {
         Self { options: ScyllaOptions { nodes, keyspace, replication_factor, ..ScyllaOptions::default() }, session }
     }
 
-    async fn with_schema() -> Self {
+    pub async fn with_schema() -> Self {
         let keyspace = Self::new().await;
         schema::apply(&keyspace.options, Timestamp::from_millis(5)).await.expect("the schema is applied");
         keyspace
     }
 
-    async fn store(&self) -> Scylla {
+    pub async fn store(&self) -> Scylla {
         Scylla::connect(self.options.clone(), crate::environment()).await.expect("connects")
     }
 
@@ -56,7 +56,7 @@ impl Keyspace {
         self.session.query_unpaged(statement.replace("{keyspace}", &self.options.keyspace), ()).await.expect(statement);
     }
 
-    async fn finish(self) {
+    pub async fn finish(self) {
         self.run("DROP KEYSPACE {keyspace}").await;
     }
 }

@@ -9,6 +9,7 @@ mod faulty;
 mod files;
 mod hot;
 mod sim;
+mod transfer;
 
 use std::{sync::Arc, time::Duration};
 

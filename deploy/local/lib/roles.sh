@@ -86,6 +86,8 @@ part_start() {
     for kind in ca.pem cluster.json keys; do
         [ "$role" != gateway ] || ln -sfn "$secrets/$kind" "$dir/$name/$kind"
     done
+    # As `imd up` has it: made for a person who tries things.
+    [ "$role" != router ] || options+=(--set token.lifetime_max=30d)
     # The bridge is inside this machine.
     [ "$network" = loopback ] || [ "$role" != gateway ] || options+=(--set plaintext=anywhere)
     part_launch "$name" "$bin/imd" "$role" --data "$dir/$name" "${common[@]}" --zone local "${options[@]}" "${sets[@]}"

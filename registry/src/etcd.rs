@@ -2,7 +2,7 @@
 //!
 //! One [`EtcdRegistry`] is one process's way to it. Its parts: `keys` (what stands in etcd), `transport` (calls with deadlines, on
 //! the next member if one fails), `lineage` (is this still the registry that it was?), `mirror` and `watcher` (a copy of all keys
-//! and how it is kept up), `hold` (anti-flap), `leases` and `claims`.
+//! and how it is kept up), `hold` (anti-flap), `leases`, `claims`, `recovery` (the cluster record) and `members` (how etcd is).
 //!
 //! Invariants:
 //! - nothing in here waits for etcd without a deadline, and with etcd gone nothing fails but the calls themselves: views stay as
@@ -17,6 +17,7 @@ mod hold;
 mod keys;
 mod leases;
 mod lineage;
+mod members;
 mod metrics;
 mod mirror;
 mod options;
@@ -31,6 +32,7 @@ use im_proto::{ShardId, environment::Environment};
 use tokio::sync::watch;
 
 pub use keys::ClusterRecord;
+pub use members::{EtcdMember, EtcdMemberState};
 pub use options::{EtcdOptions, EtcdTls, EtcdUser};
 use shared::Shared;
 

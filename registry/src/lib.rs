@@ -14,7 +14,9 @@ pub mod model;
 
 pub use any::AnyRegistry;
 pub use channel::{BalancedChannel, ChannelOptions, Idempotent, LongLived};
-pub use etcd::{ClusterRecord, ConnectError, EtcdOptions, EtcdRegistry, EtcdTls, EtcdUser};
+pub use etcd::{
+    ClusterRecord, ConnectError, EtcdMember, EtcdMemberState, EtcdOptions, EtcdRegistry, EtcdTls, EtcdUser,
+};
 pub use in_process::{InProcessHandle, InProcessRegistry, Reach};
 pub use model::{Claim, ClaimOutcome, Endpoint, Instance, Lease, RegistryError, Role, View};
 

@@ -11,7 +11,9 @@ use std::{
 
 use etcd_client::Client;
 use im_proto::{ShardId, environment::Clock as _};
-use im_registry::{AnyRegistry, Claim, ClaimOutcome, EtcdOptions, EtcdRegistry, Lease, Registry, View, conformance};
+use im_registry::{
+    AnyRegistry, Claim, ClaimOutcome, ConnectError, EtcdOptions, EtcdRegistry, Lease, Registry, View, conformance,
+};
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::timeout};
 
@@ -68,7 +70,11 @@ impl Cluster {
     }
 
     pub async fn connect(&self, options: EtcdOptions) -> EtcdRegistry {
-        EtcdRegistry::connect(options, self.surroundings.environment()).await.expect("etcd answers")
+        self.try_connect(options).await.expect("etcd answers")
+    }
+
+    pub async fn try_connect(&self, options: EtcdOptions) -> Result<EtcdRegistry, ConnectError> {
+        EtcdRegistry::connect(options, self.surroundings.environment()).await
     }
 
     pub async fn registry(&self, name: &str) -> EtcdRegistry {

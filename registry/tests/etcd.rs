@@ -3,8 +3,14 @@
 use std::time::Duration;
 
 use im_proto::{Epoch, ShardId};
-use im_registry::{Claim, ClaimOutcome, EtcdOptions, Lease, Registry as _, RegistryError, Role, conformance};
-use tokio::time::{Instant, timeout};
+use im_registry::{
+    CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Endpoint, EtcdOptions, Instance, Lease, Registry as _, RegistryError,
+    Role, conformance,
+};
+use tokio::{
+    process::Command,
+    time::{Instant, timeout},
+};
 
 use crate::{
     cluster::{Cluster, claim, eventually},
@@ -174,4 +180,70 @@ async fn a_claim_needs_the_record_of_its_generation() {
     assert_eq!(unknown.cut_predecessors(std::slice::from_ref(&claimed)).await, Ok(vec![false]));
     unknown.release(&[claimed]).await.expect("giving up is always allowed");
     assert!(matches!(older.recover(2).await, Err(RegistryError::Refused(_))), "a generation never falls");
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn all_shards_of_a_cluster_are_claimed_and_left_in_little_time() {
+    let cluster = Cluster::new().await;
+    let registry = cluster.registry("a").await;
+    let lease = registry.register(router("a"), conformance::TTL).await.expect("register");
+    let shards: Vec<ShardId> = (0..1024).map(ShardId).collect();
+    let started = Instant::now();
+    let mut claims = Vec::new();
+    for shards in shards.chunks(CLAIMS_PER_CALL_MAX) {
+        for outcome in registry.claim(&lease, shards).await.expect("claim") {
+            let ClaimOutcome::Claimed(claim) = outcome else { panic!("{outcome:?}") };
+            claims.push(claim);
+        }
+    }
+    let claimed = started.elapsed();
+    for claims in claims.chunks(CLAIMS_PER_CALL_MAX) {
+        assert!(registry.cut_predecessors(claims).await.expect("cut").iter().all(|cut| *cut));
+    }
+    let cut = started.elapsed() - claimed;
+    eventually(&mut registry.view(), |view| view.claims.len() == 1024).await;
+    for claims in claims.chunks(CLAIMS_PER_CALL_MAX) {
+        registry.release(claims).await.expect("release");
+    }
+    println!("1024 shards: claimed in {claimed:?}, cut in {cut:?}, all in {:?}", started.elapsed());
+    eventually(&mut registry.view(), |view| view.claims.is_empty()).await;
+    assert!(started.elapsed() < Duration::from_secs(20));
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn members_say_how_they_are() {
+    let cluster = Cluster::new().await;
+    let endpoints = [cluster.members[0].clone(), "http://127.0.0.1:1".to_owned()];
+    let registry = cluster.connect(cluster.options(&endpoints)).await;
+    let members = registry.members().await;
+    assert_eq!(members.iter().map(|member| &member.endpoint).collect::<Vec<_>>(), endpoints.each_ref());
+    let state = members[0].state.as_ref().expect("it answers");
+    assert!(state.has_leader && state.revision > 0 && !state.version.is_empty());
+    let record = registry.cluster_record().await.expect("an answer").expect("a record");
+    assert_eq!(state.etcd_cluster, record.etcd_cluster);
+    assert!(members[1].state.is_err());
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn the_example_in_python_lists_the_gateways() {
+    let cluster = Cluster::new().await;
+    let registry = cluster.registry("a").await;
+    let endpoint =
+        |transport: &str, port| Endpoint { transport: transport.to_owned(), address: format!("127.0.0.1:{port}") };
+    let endpoints = vec![endpoint("tcp", 7100), endpoint("quic", 7101)];
+    let gateway = Instance { endpoints, zone: "a".into(), draining: true, ..instance(Role::Gateway, "gateway-1") };
+    registry.register(gateway, conformance::TTL).await.expect("register");
+    registry.register(router("router-1"), conformance::TTL).await.expect("register");
+    let listed = Command::new("python3")
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/gateways.py"))
+        .args(["--etcd", &cluster.members[0], "--cluster", &cluster.id])
+        .output()
+        .await
+        .expect("python3 is installed");
+    assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
+    let expected = "gateway-1\tdraining\ta\ttcp=127.0.0.1:7100 quic=127.0.0.1:7101\n";
+    assert_eq!(String::from_utf8_lossy(&listed.stdout), expected);
 }

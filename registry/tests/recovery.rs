@@ -1,12 +1,13 @@
 //! An etcd that is killed, emptied, restored or without a quorum. These start an etcd of their own.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, path::Path, time::Duration};
 
 use im_proto::{Epoch, ShardId};
 use im_registry::{
-    ClaimOutcome, EtcdOptions, EtcdRegistry, Lease, Registry as _, RegistryError,
+    ClaimOutcome, ConnectError, EtcdOptions, EtcdRegistry, EtcdTls, EtcdUser, Lease, Registry as _, RegistryError,
     conformance::{Fixture as _, TTL},
 };
+use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
@@ -163,4 +164,83 @@ async fn an_etcd_restored_under_the_old_token_is_refused_by_whoever_saw_more() {
     let (cluster, registry, lease) = with_a_claim(&etcd).await;
     etcd.save("old");
     refused_until_recovered(&cluster, &registry, &lease, async || etcd.restore("old", "etcd-cluster").await).await;
+}
+
+/// A CA, and certificates for the members and for a client.
+fn certificates(folder: &Path) -> EtcdTls {
+    let ca_key = KeyPair::generate().expect("a key");
+    let mut ca = CertificateParams::new(Vec::new()).expect("no names");
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    ca.distinguished_name.push(DnType::CommonName, "test ca");
+    let ca_certificate = ca.self_signed(&ca_key).expect("a certificate");
+    let issuer = Issuer::new(ca, ca_key);
+    let signed = |name: &str| {
+        let key = KeyPair::generate().expect("a key");
+        let mut leaf = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()]).expect("names");
+        leaf.distinguished_name.push(DnType::CommonName, name);
+        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        (leaf.signed_by(&key, &issuer).expect("a certificate").pem(), key.serialize_pem())
+    };
+    let (server, server_key) = signed("server");
+    for (name, text) in [("ca.pem", &ca_certificate.pem()), ("server.pem", &server), ("server-key.pem", &server_key)] {
+        std::fs::write(folder.join(name), text).expect("a file");
+    }
+    let (client, client_key) = signed("root");
+    EtcdTls {
+        ca_pem: ca_certificate.pem().into_bytes(),
+        identity: Some((client.into_bytes(), client_key.into_bytes())),
+        server_name: None,
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn etcd_can_ask_for_certificates() {
+    let tls = std::sync::Mutex::new(None);
+    let etcd = Etcd::start_with(1, "https", |folder| {
+        *tls.lock().expect("not poisoned") = Some(certificates(folder));
+        let file = |name: &str| folder.join(name).to_string_lossy().into_owned();
+        vec![
+            format!("--cert-file={}", file("server.pem")),
+            format!("--key-file={}", file("server-key.pem")),
+            format!("--trusted-ca-file={}", file("ca.pem")),
+            "--client-cert-auth".to_owned(),
+        ]
+    })
+    .await;
+    let tls = tls.into_inner().expect("not poisoned").expect("certificates");
+    let cluster = Cluster::on(etcd.urls());
+    let with = |tls: EtcdTls| EtcdOptions { tls: Some(tls), ..cluster.options(&cluster.members) };
+    let registry = cluster.connect(with(tls.clone())).await;
+    registry.recover(1).await.expect("recover");
+    let lease = registry.register(router("a"), TTL).await.expect("register");
+    claim(&registry, &lease, ShardId(1)).await;
+    eventually(&mut registry.view(), |view| view.owner(ShardId(1)) == Some(&id("a"))).await;
+    let anonymous = EtcdTls { identity: None, ..tls };
+    assert!(matches!(cluster.try_connect(with(anonymous)).await, Err(ConnectError::Unreachable(_))));
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn etcd_can_ask_for_a_user_whose_token_runs_out() {
+    let token_lives = || vec!["--auth-token-ttl=2".to_owned()];
+    let etcd = Etcd::start_with(1, "http", |_| token_lives()).await;
+    let cluster = Cluster::on(etcd.urls());
+    let mut root = cluster.client().await;
+    root.user_add("root", "geheim", None).await.expect("a user");
+    root.user_grant_role("root", "root").await.expect("a role");
+    root.auth_enable().await.expect("authentication");
+    let with = |password: &str| {
+        let user = Some(EtcdUser { name: "root".to_owned(), password: password.to_owned() });
+        EtcdOptions { user, ..cluster.options(&cluster.members) }
+    };
+    let registry = cluster.connect(with("geheim")).await;
+    registry.recover(1).await.expect("recover");
+    let lease = registry.register(router("a"), TTL).await.expect("register");
+    sleep(TTL).await;
+    claim(&registry, &lease, ShardId(1)).await;
+    eventually(&mut registry.view(), |view| view.owner(ShardId(1)) == Some(&id("a"))).await;
+    assert!(!*lease.lost().borrow());
+    let refused = cluster.try_connect(with("falsch")).await.map(drop);
+    assert!(matches!(&refused, Err(ConnectError::Unreachable(why)) if why.contains("auth")), "{refused:?}");
 }

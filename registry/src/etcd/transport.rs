@@ -130,6 +130,19 @@ impl Transport {
         }
     }
 
+    /// The endpoints of the members.
+    pub(super) fn urls(&self) -> impl Iterator<Item = &str> {
+        self.members.iter().map(|member| member.url.as_str())
+    }
+
+    /// Asks one certain member, once.
+    pub(super) async fn ask<T, F>(&self, index: usize, operation: impl Fn(Client) -> F + Send) -> Result<T, CallError>
+    where
+        F: Future<Output = Result<T, Error>> + Send,
+    {
+        self.attempt(index, &operation).await
+    }
+
     /// Runs a call until a member answers it, on at most [`ATTEMPTS`] members (or twice on an only one).
     pub(super) async fn call<T, F>(&self, operation: impl Fn(Client) -> F + Send) -> Result<T, CallError>
     where

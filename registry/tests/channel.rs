@@ -212,6 +212,9 @@ async fn a_call_that_was_not_sent_goes_elsewhere_whatever_it_does() {
     assert_eq!(two.taken(), 50);
 }
 
+/// An attempt that nobody answers, far above what a busy machine needs for a call.
+const SLOW: Duration = Duration::from_millis(500);
+
 #[tokio::test]
 async fn a_silent_instance_is_routed_around() {
     let (one, two) = (Fake::start().await, Fake::start().await);
@@ -228,13 +231,13 @@ async fn a_silent_instance_is_routed_around() {
     while silent_at.elapsed() < Duration::from_secs(3) {
         let started = Instant::now();
         call(&channel, idempotent()).await.expect("the other one answers in time");
-        if started.elapsed() > Duration::from_millis(100) {
+        if started.elapsed() >= SLOW {
             (last_slow, slow) = (silent_at.elapsed(), slow + 1);
         }
     }
     println!("silent: {slow} calls were slow, the last one ended {last_slow:?} after the silence began");
     assert!(slow <= 6, "three to eject it and one after each ejection: {slow}");
-    assert!(two.taken() > 100, "the others went on meanwhile");
+    assert!(two.taken() > 50, "the others went on meanwhile");
 }
 
 #[tokio::test]

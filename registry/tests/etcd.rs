@@ -9,7 +9,7 @@ use im_registry::{
 };
 use tokio::{
     process::Command,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::{
@@ -246,4 +246,62 @@ async fn the_example_in_python_lists_the_gateways() {
     assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
     let expected = "gateway-1\tdraining\ta\ttcp=127.0.0.1:7100 quic=127.0.0.1:7101\n";
     assert_eq!(String::from_utf8_lossy(&listed.stdout), expected);
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_list_that_changed_a_moment_ago_is_not_taken_from_memory() {
+    let cluster = Cluster::new().await;
+    let registry = cluster.registry("a").await;
+    let lease = registry.register(router("a"), conformance::TTL).await.expect("register");
+    let mut etcd = cluster.client().await;
+    for shard in 0..20 {
+        // The watch has no time to tell.
+        let key = format!("/im/{}/v1/predecessors/{shard:05}", cluster.id);
+        etcd.put(key, r#"["b"]"#, None).await.expect("put");
+        assert_eq!(claim(&registry, &lease, ShardId(shard)).await.predecessors, [id("b")]);
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_record_that_went_a_moment_ago_is_not_taken_from_memory() {
+    let cluster = Cluster::new().await;
+    let registry = cluster.registry("a").await;
+    let lease = registry.register(router("a"), conformance::TTL).await.expect("register");
+    let held = claim(&registry, &lease, ShardId(100)).await;
+    let mut etcd = cluster.client().await;
+    let key = format!("/im/{}/v1/cluster", cluster.id);
+    let record = etcd.get(key.clone(), None).await.expect("get").kvs()[0].value().to_vec();
+    for shard in 0..10 {
+        // The watch has no time to tell.
+        etcd.delete(key.clone(), None).await.expect("delete");
+        let refused = registry.claim(&lease, &[ShardId(shard)]).await;
+        assert!(matches!(&refused, Err(RegistryError::Refused(_))), "{refused:?}");
+        assert!(registry.raise_epoch(&held).await.is_err());
+        assert!(registry.cut_predecessors(std::slice::from_ref(&held)).await.is_err());
+        etcd.put(key.clone(), record.clone(), None).await.expect("put");
+        registry.check_claims().await.expect("usable again");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_lease_that_an_operator_revokes_is_lost_with_the_next_renewal() {
+    let cluster = Cluster::new().await;
+    let registry = cluster.registry("a").await;
+    let lease = registry.register(router("a"), conformance::TTL).await.expect("register");
+    // One renewal has been answered: the stream stands.
+    let deadline = lease.deadline();
+    let renewed = async {
+        while lease.deadline() == deadline {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(conformance::TTL, renewed).await.expect("a renewal");
+    let mut etcd = cluster.client().await;
+    let key = format!("/im/{}/v1/instances/router/a", cluster.id);
+    let id = etcd.get(key, None).await.expect("get").kvs()[0].lease();
+    etcd.lease_revoke(id).await.expect("revoke");
+    timeout(conformance::TTL / 2, lease.lost().wait_for(|lost| *lost)).await.expect("it is told").expect("it lives");
 }

@@ -51,17 +51,24 @@ pub(super) async fn watch(shared: Arc<Shared>, mut stop: watch::Receiver<()>) {
     let mut pause = PAUSE_MIN;
     let mut read_first = false;
     loop {
-        let mut progress = false;
+        let mut reached = Reached::Nothing;
         let ended = tokio::select! {
             biased;
             _ = stop.changed() => return,
-            ended = follow(&shared, read_first, &mut progress) => ended,
+            ended = follow(&shared, read_first, &mut reached) => ended,
         };
         shared.metrics.watching.set(0.0);
         shared.metrics.watch_restarts.increment(1);
-        // A watch that told nothing since it began would most likely end the same way again.
-        read_first = matches!(ended, CallError::Compacted) || !progress;
-        pause = if progress { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
+        read_first = match reached {
+            // After a recovery only a reading shows that the registry can be trusted again.
+            _ if matches!(ended, CallError::Compacted | CallError::Refused(_)) => true,
+            // What was known stays known, however long the way is broken.
+            Reached::Nothing => read_first,
+            // The same watch would most likely end the same way again.
+            Reached::Begun => true,
+            Reached::News => false,
+        };
+        pause = if reached == Reached::News { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
         tracing::warn!(error = %ended, read_first, "the watch of the registry ended; trying again");
         tokio::select! {
             biased;
@@ -71,8 +78,17 @@ pub(super) async fn watch(shared: Arc<Shared>, mut stop: watch::Receiver<()>) {
     }
 }
 
-/// Follows etcd until something fails. `progress` turns true once it told a change or stood for a while.
-async fn follow(shared: &Shared, read_first: bool, progress: &mut bool) -> CallError {
+/// How far a watch came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Reached {
+    Nothing,
+    Begun,
+    /// It told a change, or stood for a while.
+    News,
+}
+
+/// Follows etcd until something fails.
+async fn follow(shared: &Shared, read_first: bool, reached: &mut Reached) -> CallError {
     if read_first && let Err(error) = shared.reconcile().await {
         return error;
     }
@@ -84,7 +100,7 @@ async fn follow(shared: &Shared, read_first: bool, progress: &mut bool) -> CallE
         }
     };
     let ended = match open(shared, &connected).await {
-        Ok(stream) => listen(shared, &connected, stream, progress).await,
+        Ok(stream) => listen(shared, &connected, stream, reached).await,
         Err(error) => error,
     };
     if matches!(ended, CallError::Unavailable(_)) {
@@ -104,7 +120,7 @@ async fn open(shared: &Shared, connected: &Connected) -> Result<WatchStream, Cal
     }
 }
 
-async fn listen(shared: &Shared, connected: &Connected, mut stream: WatchStream, progress: &mut bool) -> CallError {
+async fn listen(shared: &Shared, connected: &Connected, mut stream: WatchStream, reached: &mut Reached) -> CallError {
     let begun = Instant::now();
     let mut silent_at = begun + SILENCE;
     let mut ping_at = Instant::now() + PING;
@@ -119,8 +135,9 @@ async fn listen(shared: &Shared, connected: &Connected, mut stream: WatchStream,
                     Err(error) => return shared.transport.explain_at(connected, &error),
                 };
                 match take(shared, &message).await {
-                    // Having begun is no progress yet: the next message may be the one that cannot be read.
-                    Ok(changed) => *progress |= changed || begun.elapsed() > SILENCE,
+                    Ok(changed) if changed || begun.elapsed() > SILENCE => *reached = Reached::News,
+                    // The next message may be the one that cannot be read.
+                    Ok(_) => *reached = (*reached).max(Reached::Begun),
                     Err(error) => return error,
                 }
                 silent_at = Instant::now() + SILENCE;

@@ -220,7 +220,7 @@ async fn a_silent_instance_is_routed_around() {
     let (one, two) = (Fake::start().await, Fake::start().await);
     let proxy = Proxy::start(&one.address.to_string()).await;
     let registered = Registered::new([at("a", proxy.url.trim_start_matches("http://")), of("b", &two)]);
-    let options = ChannelOptions { attempt: Duration::from_millis(300), ping: Duration::from_millis(200), ..options() };
+    let options = ChannelOptions { attempt: SLOW, ping: SLOW, ..options() };
     let channel = registered.channel(options);
     for _ in 0..20 {
         call(&channel, request()).await.expect("an answer");

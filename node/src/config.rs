@@ -10,7 +10,7 @@ mod setting;
 mod tree;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::{Path, PathBuf},
 };
@@ -144,6 +144,8 @@ struct Loader {
     config: Config,
     sources: BTreeMap<&'static str, String>,
     problems: Vec<Problem>,
+    /// Settings whose value was none: nothing more is said of them.
+    refused: BTreeSet<&'static str>,
     unknown_variables: Vec<String>,
 }
 
@@ -162,6 +164,7 @@ impl Loader {
             self.sources.insert(key, source.to_owned());
         } else {
             let what = format!("{key} = {text:?}: expected {}", setting.expected());
+            self.refused.insert(setting.key);
             self.problem(source, what);
         }
     }
@@ -206,7 +209,8 @@ impl Loader {
     }
 
     fn contradictions(&mut self, process: Process) {
-        for (key, what) in self.config.contradictions(process) {
+        let found = self.config.contradictions(process);
+        for (key, what) in found.into_iter().filter(|(key, _)| !self.refused.contains(key)).collect::<Vec<_>>() {
             let source = self.sources.get(key).cloned().unwrap_or_else(|| "default".to_owned());
             self.problem(&source, what);
         }

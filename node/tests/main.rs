@@ -1,6 +1,7 @@
 //! What holds for the workspace as a whole, and what `imd` does as a process.
 
 mod api;
+mod cluster;
 mod edges;
 mod process;
 mod server;

@@ -39,6 +39,67 @@ fn wrong_usage_exits_2() {
     }
 }
 
+/// Runs nothing and says in one line what is missing or does not fit, and which option mends it.
+#[test]
+fn a_role_that_cannot_work_says_why_and_exits_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let secrets = folder.path().join("secrets");
+    let secrets = secrets.to_str().unwrap();
+    assert_eq!(code(&imd(&["secrets", "--out", secrets])), 0);
+    assert_eq!(code(&imd(&["secrets", "--out", secrets])), 0, "what is there stays");
+    let etcd = ["--etcd", "http://127.0.0.1:9"];
+    let cql = ["--cql", "127.0.0.1:9"];
+    let router_cert = format!("{secrets}/services/router.pem");
+    let bare = folder.path().join("bare");
+    assert_eq!(code(&imd(&["secrets", "--out", bare.to_str().unwrap()])), 0);
+    std::fs::remove_dir_all(bare.join("services")).unwrap();
+    let bare = bare.to_str().unwrap();
+    let cases: [(&[&str], &str); 13] = [
+        (&["router"], "--etcd"),
+        (&["gateway"], "--etcd"),
+        (&["gateway", etcd[0], etcd[1]], "--secrets"),
+        (&["router", etcd[0], etcd[1], cql[0], cql[1]], "--secrets"),
+        (&["gateway", etcd[0], etcd[1], "--secrets", "/nowhere"], "/nowhere/cluster.json"),
+        (&["gateway", etcd[0], "127.0.0.1:2379", "--secrets", secrets], "http://127.0.0.1:2379"),
+        (&["gateway", etcd[0], etcd[1], "--secrets", secrets, "--service-cert", &router_cert], "im-gateway"),
+        (&["gateway", etcd[0], etcd[1], "--secrets", secrets, "--set", "advertise=a b"], "advertise"),
+        (&["gateway", etcd[0], etcd[1], "--secrets", secrets, "--tls", "0.0.0.0:0"], "--advertise"),
+        (&["router", etcd[0], etcd[1], cql[0], cql[1], "--secrets", bare, "--link", "0.0.0.0:0"], "--insecure-links"),
+        (&["up", "--set", "etcd=http://127.0.0.1:9"], "imd router"),
+        (&["cluster", "status", "--secrets", secrets], "--etcd"),
+        (&["schema", "apply", "--secrets", secrets], "--cql"),
+    ];
+    for (arguments, names) in cases {
+        let port_0 = match arguments[0] {
+            "gateway" => &["--tcp", "127.0.0.1:0", "--quic", "off", "--http", "off"][..],
+            "router" => &["--api", "off", "--http", "off"],
+            _ => &[],
+        };
+        let output = imd(&[arguments, port_0].concat());
+        let said = stderr(&output);
+        assert_eq!(code(&output), 2, "{arguments:?}: {said}");
+        assert!(said.contains(names) && said.lines().count() == 1, "{arguments:?}: {said}");
+    }
+}
+
+/// Nothing listens on port 9.
+#[test]
+fn a_role_without_its_services_says_which_one_does_not_answer_and_exits_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let secrets = folder.path().join("secrets");
+    let secrets = secrets.to_str().unwrap();
+    assert_eq!(code(&imd(&["secrets", "--out", secrets])), 0);
+    let common = ["--etcd", "http://127.0.0.1:9", "--secrets", secrets, "--http", "off"];
+    let gateway = ["gateway", "--tcp", "127.0.0.1:0", "--tls", "off", "--quic", "off"];
+    let router = ["router", "--cql", "127.0.0.1:9", "--link", "127.0.0.1:0", "--api", "off"];
+    for (arguments, names) in [(&gateway[..], "--etcd http://127.0.0.1:9"), (&router, "--cql 127.0.0.1:9")] {
+        let output = imd(&[arguments, &common].concat());
+        let said = stderr(&output);
+        assert_eq!(code(&output), 2, "{said}");
+        assert!(said.lines().last().is_some_and(|line| line.contains(names)), "{said}");
+    }
+}
+
 #[test]
 fn version_is_one_json_object() {
     let output = imd(&["version", "--json"]);

@@ -6,6 +6,7 @@ use std::{
     net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    time::Duration,
 };
 
 use im_client::{Client, ClientConfig, Endpoint, Transport, Trust};
@@ -25,6 +26,8 @@ pub fn stderr(output: &Output) -> String {
 pub fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
+
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A server that is killed when the test is over.
 pub struct Server {
@@ -58,16 +61,22 @@ impl Server {
     }
 
     /// Runs a command that becomes a server.
-    pub fn run(data: &Path, mut command: Command) -> Self {
+    pub fn run(data: &Path, command: Command) -> Self {
+        Self::try_run(data, command).unwrap_or_else(|said| panic!("the server ended: {said}"))
+    }
+
+    /// The same; what it said, if it ended instead.
+    pub fn try_run(data: &Path, mut command: Command) -> Result<Self, String> {
         let log = File::create(log(data)).unwrap();
         let child = command.env_clear().stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let mut server = Self { child, data: data.to_owned() };
         while server.ready()["pid"] != server.child.id() {
-            let ended = server.child.try_wait().unwrap();
-            assert!(ended.is_none(), "the server ended: {}", server.said());
-            std::thread::yield_now();
+            if server.child.try_wait().unwrap().is_some() {
+                return Err(server.said());
+            }
+            std::thread::sleep(LOOK_INTERVAL);
         }
-        server
+        Ok(server)
     }
 
     pub fn said(&self) -> String {

@@ -68,8 +68,7 @@ impl Incarnation {
         let Grounds { config, identity, .. } = grounds;
         let environment = tasks.environment();
         let instance = instance(Role::Router, endpoints(grounds), config, &environment)?;
-        let (registry, generation) = registry(grounds, &instance.id, &environment).await?;
-        refuse_other_stores(&registry.view().borrow(), &instance)?;
+        let (registry, generation) = registry(grounds, &instance, &environment).await?;
         let router_config = router_config(grounds, &instance, generation);
         let peers = Dialler::new(grounds.service_tls.clone(), config.cluster.insecure_links, environment.clone());
         let (id, registry) = (instance.id.clone(), AnyRegistry::from(registry));
@@ -112,6 +111,25 @@ impl Incarnation {
         // Without a view nothing settles any more.
         if view.wait_for(|view| settled(view)).await.is_err() {
             std::future::pending().await
+        }
+    }
+
+    /// Returns if another router is registered although the embedded store admits one: they have started in the same moment. The one
+    /// with the greater id stays.
+    pub async fn until_displaced(&self, grounds: &Grounds) -> InstanceId {
+        let mut view = self.registry.view();
+        let displaced = |view: &View| {
+            let other = view.of_role(Role::Router).map(|router| &router.id).find(|id| **id > self.instance);
+            other.filter(|_| grounds.store.is_embedded()).cloned()
+        };
+        loop {
+            let other = displaced(&view.borrow_and_update());
+            if let Some(other) = other {
+                return other;
+            }
+            if view.changed().await.is_err() {
+                return std::future::pending().await;
+            }
         }
     }
 
@@ -178,17 +196,20 @@ fn refuse_other_stores(view: &View, own: &Instance) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Connects to etcd with the generation of the store, and makes sure that claims are accepted.
+/// Connects to etcd with the generation of the store, and makes sure that claims are accepted. Looks who is there before anything is
+/// changed.
 async fn registry(
     grounds: &Grounds,
-    instance: &InstanceId,
+    instance: &Instance,
     environment: &Environment,
 ) -> Result<(EtcdRegistry, u64), Failure> {
     let (config, cluster_id) = (&grounds.config.cluster, &grounds.identity.cluster.cluster_id);
     let connect = |generation| registry::connect(config, cluster_id, generation, environment);
-    let registered = connect(None).await?.cluster_record().await.map_err(Failure::operation)?;
+    let observer = connect(None).await?;
+    refuse_other_stores(&observer.view().borrow(), instance)?;
+    let registered = observer.cluster_record().await.map_err(Failure::operation)?;
     let registered = registered.map_or(0, |record| record.generation);
-    let generation = grounds.store.generation(instance, registered).await.map_err(Failure::operation)?;
+    let generation = grounds.store.generation(&instance.id, registered).await.map_err(Failure::operation)?;
     let registry = connect(Some(generation.number)).await?;
     if generation.begins {
         registry.recover(generation.number).await.map_err(Failure::usage)?;

@@ -133,6 +133,8 @@ fn check_plain_text(config: &Config, has_tls: bool) -> Result<(), Failure> {
 enum Over {
     Signal(&'static str),
     StoreStopped(String),
+    /// Another router has an embedded store of its own.
+    Displaced(String),
     /// Fenced, or without its lease.
     Ended(&'static str),
 }
@@ -152,6 +154,14 @@ async fn live(grounds: &Grounds, directory: Option<&DataLock>, process: &mut Pro
                 process.is_draining(directory)?;
                 incarnation.abandon().await;
                 return Err(store_stopped(&reason));
+            }
+            Over::Displaced(other) => {
+                process.is_draining(directory)?;
+                incarnation.abandon().await;
+                return Err(Failure::Operation(format!(
+                    "the router {other} is registered beside this one, and the embedded store admits one; stop one of them, or give \
+                     both a common store with --cql"
+                )));
             }
             Over::Ended(why) => {
                 tracing::warn!(instance = %incarnation.instance, why, "starting again under a new instance id");
@@ -181,6 +191,7 @@ async fn one_life(
         tokio::select! {
             biased;
             signal = process.signals.next() => return Ok(Over::Signal(signal)),
+            other = incarnation.until_displaced(grounds) => return Ok(Over::Displaced(other.to_string())),
             // The store's own word comes before the router's, which only follows from it.
             reason = grounds.store.stopped() => return Ok(Over::StoreStopped(reason)),
             Ok(ended) = ended.wait_for(Option::is_some) => {

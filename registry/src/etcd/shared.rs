@@ -183,7 +183,8 @@ impl Shared {
         let usable = self.may_claim();
         match usable {
             Ok(_) => self.end_alarm(),
-            Err(reason) if self.generation.is_some() => self.raise_alarm(&reason),
+            // Who is not registered yet asks by `check_claims`, and tells in its own words.
+            Err(reason) if self.generation.is_some() && !self.identities.lock().is_empty() => self.raise_alarm(&reason),
             Err(_) => self.end_alarm(),
         }
         self.repair_registrations().await;

@@ -76,20 +76,25 @@ services_up() {
 
 # The tests that talk to real services are marked `#[ignore = "needs …"]`: they run here, and fail where a service is missing.
 service_tests() {
-    local file package packages=()
+    local file crates=' ' manifest program failed='' ran=''
     while IFS= read -r file; do
-        package=$(sed -n '0,/^name = "\(.*\)"/s//\1/p' "${file%%/*}/Cargo.toml")
-        [[ " ${packages[*]} " = *" $package "* ]] || packages+=(--package "$package")
+        crates+="$PWD/${file%%/*} "
     done < <(git grep -lE '#\[ignore = "needs (etcd|CQL|Redis|services)' -- '*.rs')
-    if [ "${#packages[@]}" -eq 0 ]; then
-        echo "no test is marked as one that needs services" >&2
-        return 1
-    fi
-    # Not IM_ETCD and its like, which imd itself would read, and not for the steps after this one.
-    (
-        eval "$(services env | sed -n '/^export IM_TEST_/p')"
-        cargo test --locked --no-fail-fast "${packages[@]}" -- --ignored
-    )
+    # Of the whole workspace, as in the step before: a selection of crates would build their dependencies anew.
+    cargo test --locked --workspace --no-run --message-format=json >target/test-programs.json || return 1
+    while read -r manifest program; do
+        [[ $crates = *" ${manifest%/Cargo.toml} "* ]] || continue
+        ran=1
+        echo "${program#"$PWD"/} --ignored"
+        (
+            # Not IM_ETCD and its like, which imd itself would read.
+            eval "$(services env | sed -n '/^export IM_TEST_/p')"
+            cd "${manifest%/*}"
+            "$program" --ignored </dev/null
+        ) || failed=1
+    done < <(sed -n 's/.*"manifest_path":"\([^"]*\)".*"profile":{[^}]*"test":true}.*"executable":"\([^"]*\)".*/\1 \2/p' target/test-programs.json)
+    [ -n "$ran" ] || echo "no test is marked as one that needs services" >&2
+    [ -n "$ran" ] && [ -z "$failed" ]
 }
 
 install_what_is_missing() {
@@ -99,6 +104,8 @@ install_what_is_missing() {
     command -v c++ >/dev/null || missing+=(g++)
     command -v git >/dev/null || missing+=(git)
     command -v perl >/dev/null || missing+=(perl-base)
+    # For the example of a reader of the registry.
+    command -v python3 >/dev/null || missing+=(python3)
     if [ "${#missing[@]}" -gt 0 ]; then
         if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
             echo "please install: ${missing[*]}" >&2

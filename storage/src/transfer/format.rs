@@ -196,7 +196,7 @@ impl Totals {
         self.conversations += u64::from(rows.first);
         for row in &rows.rows {
             self.entries += 1;
-            let bytes = [&[b'r'], &rows.conversation[..], &row.encode_to_vec()].concat();
+            let bytes = [b"r", &rows.conversation[..], &row.encode_to_vec()].concat();
             self.add(xxh3_128(&bytes));
         }
     }

@@ -9,7 +9,7 @@ use crate::config;
 
 mod servers;
 
-pub use servers::{GatewayArguments, RouterArguments, ToolArguments, UpArguments};
+pub use servers::{GatewayArguments, RouterArguments, ToolArguments, TransferArguments, UpArguments};
 
 /// The IM server: gateway, router and store in one process, or one of them in a cluster.
 #[derive(Debug, Parser)]
@@ -47,6 +47,28 @@ pub enum Command {
     /// The tables of the CQL store.
     #[command(subcommand)]
     Schema(SchemaCommand),
+    /// Write all data of a cluster that does not run into one file.
+    #[command(
+        after_help = "Example:\n  imd export --data ./data --to backup.im\n  imd export --cql 127.0.0.1:9042 --secrets ./cluster --to backup.im"
+    )]
+    Export {
+        /// The file to create; if the command is cut off, the same command goes on.
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+        #[command(flatten)]
+        transfer: TransferArguments,
+    },
+    /// Read a file of `imd export` into a store that was never used.
+    #[command(
+        after_help = "Example:\n  imd schema apply --cql 127.0.0.1:9042 --secrets ./data\n  imd import --from backup.im --cql 127.0.0.1:9042"
+    )]
+    Import {
+        /// The file to read; if the command is cut off, the same command goes on.
+        #[arg(long, value_name = "FILE")]
+        from: PathBuf,
+        #[command(flatten)]
+        transfer: TransferArguments,
+    },
     /// A guided run on free ports: three users, three transports, a server that is killed and started again.
     #[command(after_help = "Example:\n  imd demo")]
     Demo {

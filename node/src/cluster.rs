@@ -8,7 +8,7 @@ pub mod files;
 pub mod gateway;
 mod incarnation;
 mod registration;
-mod registry;
+pub mod registry;
 pub mod router;
 mod status;
 pub mod store;

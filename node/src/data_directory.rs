@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use im_proto::key::{ClusterSecret, RouterSecret};
+use im_proto::key::{ClusterSecret, RouterSecret, SECRET_BYTES};
 use im_proto::token::VerifyKey;
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +46,8 @@ pub enum DataError {
     Missing(PathBuf),
     #[error("{} was created with {created} shards and the configuration says {configured}: the number never changes", .root.display())]
     Shards { root: PathBuf, created: u32, configured: u32 },
+    #[error("{} belongs to the cluster {own}; choose a directory that does not exist yet", .root.display())]
+    OtherCluster { root: PathBuf, own: String },
 }
 
 fn holder(pid: &Option<u32>) -> String {
@@ -135,6 +137,25 @@ impl DataLock {
         certificate::create_if_missing(&self.root, hosts)?;
         certificate::create_services_if_missing(&self.root, hosts)?;
         self.open(shards).map(|_| ())
+    }
+
+    /// Creates a directory for a cluster that exists elsewhere, with keys of its own. One that was created so before is left as it is.
+    pub fn found(self, cluster: &Cluster, cluster_secret: [u8; SECRET_BYTES]) -> Result<DataLock, DataError> {
+        let path = self.root.join("cluster.json");
+        match file::read_json_if_there::<Cluster>(&path)? {
+            Some(own) if own == *cluster => {}
+            Some(own) => return Err(DataError::OtherCluster { root: self.root, own: own.cluster_id }),
+            None => {
+                keys::write_secret(&self.root.join("cluster.secret"), cluster_secret)?;
+                file::write_json(&path, cluster, file::Access::Everybody)?;
+            }
+        }
+        let data = self.open(cluster.shards)?;
+        // A store without a count of starts would be taken for one that has lost it.
+        if !data.root().join("epoch").exists() {
+            data.next_start()?;
+        }
+        Ok(data.into_lock())
     }
 
     /// Creates what is missing.

@@ -20,6 +20,7 @@ mod signals;
 mod simulate;
 mod telemetry;
 mod token;
+mod transfer;
 mod up;
 
 use std::{io::Write as _, process::ExitCode};
@@ -57,6 +58,12 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
             schema::apply(&load(&tool.overrides(), Process::Tool)?.config, replication)
         }
         Command::Schema(SchemaCommand::Status(tool)) => schema::status(&load(&tool.overrides(), Process::Tool)?.config),
+        Command::Export { to, transfer } => {
+            transfer::export(&transfer, &load(&transfer.tool.overrides(), Process::Tool)?.config, &to)
+        }
+        Command::Import { from, transfer } => {
+            transfer::import(&transfer, &load(&transfer.tool.overrides(), Process::Tool)?.config, &from)
+        }
         Command::Demo { data } => demo::run(data),
         Command::Simulate(options) => simulate::command(&options),
         Command::Secrets(options) => secrets::make(&options),

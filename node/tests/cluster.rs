@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
     sync::{
         Arc, OnceLock,
@@ -35,14 +35,15 @@ fn service(variable: &str) -> String {
 }
 
 /// One cluster at a time: two of them on two cores would measure patience.
-async fn alone() -> MutexGuard<'static, ()> {
+pub async fn alone() -> MutexGuard<'static, ()> {
     static ONE: OnceLock<Mutex<()>> = OnceLock::new();
     ONE.get_or_init(Mutex::default).lock().await
 }
 
 /// Keys, names and addresses of a cluster; its processes belong to the test.
-struct Cluster {
+pub struct Cluster {
     folder: tempfile::TempDir,
+    secrets: PathBuf,
     etcd: String,
     /// CQL nodes and keyspace; none: the embedded store.
     cql: Option<(String, String)>,
@@ -50,23 +51,63 @@ struct Cluster {
 
 impl Cluster {
     fn on_etcd() -> Self {
-        let cluster = Self { folder: tempfile::tempdir().unwrap(), etcd: service("IM_TEST_ETCD"), cql: None };
-        assert_eq!(code(&imd(&["secrets", "--out", &cluster.path("secrets"), "--shards", "64"])), 0);
-        cluster
+        let folder = tempfile::tempdir().unwrap();
+        let secrets = folder.path().join("secrets");
+        let made = imd(&["secrets", "--out", secrets.to_str().unwrap(), "--shards", "64"]);
+        assert_eq!(code(&made), 0, "{}", stderr(&made));
+        Self { folder, secrets, etcd: service("IM_TEST_ETCD"), cql: None }
     }
 
     fn on_etcd_and_cql() -> Self {
+        Self::on_etcd().with_keyspace()
+    }
+
+    /// The same in a keyspace of its own.
+    fn with_keyspace(self) -> Self {
         static KEYSPACES: AtomicU32 = AtomicU32::new(0);
         let number = KEYSPACES.fetch_add(1, Ordering::Relaxed);
         let keyspace = format!("im_node_{}_{number}", std::process::id());
-        let cluster = Self { cql: Some((service("IM_TEST_CQL"), keyspace)), ..Self::on_etcd() };
+        let cluster = Self { cql: Some((service("IM_TEST_CQL"), keyspace)), ..self };
         let applied = cluster.apply();
         assert_eq!(code(&applied), 0, "{}", stderr(&applied));
         cluster
     }
 
+    /// The cluster of an existing directory of secrets.
+    pub fn of_secrets(secrets: &Path) -> Self {
+        let (folder, etcd) = (tempfile::tempdir().unwrap(), service("IM_TEST_ETCD"));
+        Self { folder, secrets: secrets.to_owned(), etcd, cql: None }.with_keyspace()
+    }
+
+    fn stored(&self, words: &[&str]) -> Output {
+        let (cql, keyspace) = self.cql.clone().unwrap();
+        let mut arguments = words.to_vec();
+        arguments.extend(["--cql", &cql, "--keyspace", &keyspace]);
+        self.tool(&arguments)
+    }
+
+    pub fn import(&self, file: &str) {
+        let output = self.stored(&["import", "--from", file]);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+    }
+
+    pub fn export(&self, file: &str) -> String {
+        let output = self.stored(&["export", "--to", file]);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        stdout(&output)
+    }
+
+    pub fn refuse_export(&self, file: &str, says: &str) {
+        let output = self.stored(&["export", "--to", file]);
+        assert!(code(&output) == 2 && stderr(&output).contains(says), "{}", stderr(&output));
+    }
+
     fn path(&self, name: &str) -> String {
         self.folder.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn secrets(&self) -> String {
+        self.secrets.to_str().unwrap().to_owned()
     }
 
     fn data(&self, name: &str) -> PathBuf {
@@ -75,13 +116,13 @@ impl Cluster {
 
     fn apply(&self) -> Output {
         let (cql, keyspace) = self.cql.clone().unwrap();
-        let secrets = self.path("secrets");
+        let secrets = self.secrets();
         imd(&["schema", "apply", "--cql", &cql, "--keyspace", &keyspace, "--secrets", &secrets, "--replication", "1"])
     }
 
     fn common(&self, name: &str) -> Vec<String> {
         let lease = format!("lease_ttl={}s", LEASE.as_secs());
-        let (etcd, data, secrets) = (self.etcd.clone(), self.path(name), self.path("secrets"));
+        let (etcd, data, secrets) = (self.etcd.clone(), self.path(name), self.secrets());
         let options =
             ["--etcd", &etcd, "--data", &data, "--secrets", &secrets, "--http", "127.0.0.1:0", "--set", &lease];
         options.map(str::to_owned).to_vec()
@@ -103,11 +144,11 @@ impl Cluster {
         Server::run(&self.data(name), command)
     }
 
-    fn router(&self, name: &str) -> Server {
+    pub fn router(&self, name: &str) -> Server {
         self.run(name, self.router_arguments(name))
     }
 
-    fn gateway(&self, name: &str) -> Server {
+    pub fn gateway(&self, name: &str) -> Server {
         let mut arguments = vec!["gateway".to_owned()];
         arguments.extend(self.common(name));
         arguments.extend(["--tcp", "127.0.0.1:0", "--tls", "off", "--quic", "off"].map(str::to_owned));
@@ -115,7 +156,7 @@ impl Cluster {
     }
 
     fn tool(&self, words: &[&str]) -> Output {
-        let secrets = self.path("secrets");
+        let secrets = self.secrets();
         let mut arguments = words.to_vec();
         arguments.extend(["--etcd", &self.etcd, "--secrets", &secrets]);
         imd(&arguments)
@@ -128,13 +169,13 @@ impl Cluster {
     }
 
     fn token(&self, user: &str) -> String {
-        let key = self.data("secrets").join("keys/signing.pk8");
+        let key = self.secrets.join("keys/signing.pk8");
         let output = imd(&["token", "--user", user, "--expires", "1h", "--key", key.to_str().unwrap()]);
         stdout(&output).trim().to_owned()
     }
 
     /// A client that tries the gateways in that order.
-    async fn client(&self, user: &str, gateways: &[&Server]) -> Client {
+    pub async fn client(&self, user: &str, gateways: &[&Server]) -> Client {
         let endpoints: Vec<Endpoint> =
             gateways.iter().map(|gateway| Endpoint::new(Transport::Tcp, gateway.address("tcp")).unwrap()).collect();
         let mut config = ClientConfig::new(endpoints, self.token(user), &Trust::SystemRoots).unwrap();
@@ -420,7 +461,7 @@ async fn a_process_that_is_configured_otherwise_is_refused_with_one_line() {
     assert_eq!(code(&other.apply()), 2, "a store is founded once");
 
     // The same cluster, counted otherwise.
-    let json = cluster.data("secrets").join("cluster.json");
+    let json = cluster.secrets.join("cluster.json");
     let text = std::fs::read_to_string(&json).unwrap();
     std::fs::write(&json, text.replace("64", "65")).unwrap();
     refused(&cluster, "64 shards");

@@ -6,6 +6,7 @@ mod edges;
 mod process;
 mod server;
 mod tidy;
+mod transfer;
 
 use std::path::PathBuf;
 

@@ -144,6 +144,16 @@ pub struct ToolArguments {
     pub cluster: ClusterArguments,
 }
 
+/// Which store is read or written.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TransferArguments {
+    /// The embedded store of this data directory; without it that of --cql.
+    #[arg(long, value_name = "DIR", conflicts_with = "cql")]
+    pub data: Option<PathBuf>,
+    #[command(flatten)]
+    pub tool: ToolArguments,
+}
+
 /// Options of the command line with the keys of their settings.
 type Named<'a> = Vec<(&'static str, &'a Option<String>)>;
 

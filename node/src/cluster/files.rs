@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use im_proto::{
     ShardCount,
-    key::{ClusterSecret, RouterSecret},
+    key::{ClusterSecret, RouterSecret, SECRET_BYTES},
     token::VerifyKey,
 };
 use im_registry::Role;
@@ -58,9 +58,13 @@ impl<'a> Files<'a> {
         let cluster = cluster.map_err(Failure::usage)?;
         let shards = ShardCount::new(cluster.shards)
             .ok_or_else(|| Failure::usage(format!("{} shards: expected 1 to 65536", cluster.shards)))?;
-        let secret = self.find("cluster-secret", &self.config.cluster_secret, "cluster.secret")?;
-        let secret = ClusterSecret::new(read_secret(&secret).map_err(Failure::usage)?);
-        Ok(Identity { cluster, shards, secret })
+        Ok(Identity { cluster, shards, secret: ClusterSecret::new(self.cluster_secret()?) })
+    }
+
+    /// The bytes of the cluster secret.
+    pub fn cluster_secret(&self) -> Result<[u8; SECRET_BYTES], Failure> {
+        let path = self.find("cluster-secret", &self.config.cluster_secret, "cluster.secret")?;
+        read_secret(&path).map_err(Failure::usage)
     }
 
     pub fn router_keys(&self) -> Result<RouterKeys, Failure> {

@@ -79,8 +79,12 @@ pub(super) fn secret(path: &Path, required: bool) -> Result<[u8; SECRET_BYTES], 
         return Err(DataError::Missing(path.to_owned()));
     }
     let secret = random::<SECRET_BYTES>(path)?;
-    file::write(path, format!("{}\n", hexadecimal(&secret)).as_bytes(), Access::Owner)?;
+    write_secret(path, secret)?;
     Ok(secret)
+}
+
+pub(super) fn write_secret(path: &Path, secret: [u8; SECRET_BYTES]) -> Result<(), DataError> {
+    file::write(path, format!("{}\n", hexadecimal(&secret)).as_bytes(), Access::Owner)
 }
 
 /// Reads a secret of 32 bytes.

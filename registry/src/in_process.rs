@@ -43,6 +43,18 @@ impl InProcessRegistry {
         InProcessHandle::start(self.core.clone(), name, environment)
     }
 
+    /// All claims and predecessor lists are gone and revisions begin again at `revision`, as in an etcd that was restored from an old
+    /// snapshot. Nothing can be claimed until [`Self::recover`].
+    pub fn lose(&self, revision: u64) {
+        self.core.state.lock().lose(revision);
+    }
+
+    /// Begins a greater generation, after the message store was told of it: only processes whose handle is made from now on can
+    /// claim.
+    pub fn recover(&self, generation: u64) {
+        self.core.state.lock().recover(generation);
+    }
+
     /// The last revision that was given to a change.
     pub fn revision(&self) -> u64 {
         self.core.state.lock().revision()

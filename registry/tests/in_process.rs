@@ -95,3 +95,27 @@ async fn a_silent_registry_is_given_up_or_waited_for() {
     registry.set_reach(Reach::Up);
     waiting.await.expect("no panic").expect("answered once connected");
 }
+
+#[tokio::test(start_paused = true)]
+async fn in_a_registry_that_lost_its_data_only_who_starts_after_the_recovery_can_claim() {
+    let cluster = Cluster::new();
+    let before = cluster.handle("a");
+    let lease = before.register(router("a"), conformance::TTL).await.expect("register");
+    before.claim(&lease, &[ShardId(0)]).await.expect("claim");
+    cluster.registry.lose(10);
+    assert!(before.view().borrow().claims.is_empty());
+    let early = cluster.handle("b");
+    let early_lease = early.register(router("b"), conformance::TTL).await.expect("register");
+    for (registry, lease) in [(&before, &lease), (&early, &early_lease)] {
+        assert!(matches!(registry.claim(lease, &[ShardId(0)]).await, Err(RegistryError::Refused(_))));
+    }
+    cluster.registry.recover(4);
+    for (registry, lease) in [(&before, &lease), (&early, &early_lease)] {
+        assert!(matches!(registry.claim(lease, &[ShardId(0)]).await, Err(RegistryError::Refused(_))));
+    }
+    let late = cluster.handle("c");
+    let lease = late.register(router("c"), conformance::TTL).await.expect("register");
+    let outcomes = late.claim(&lease, &[ShardId(0)]).await.expect("claim");
+    let ClaimOutcome::Claimed(claim) = &outcomes[0] else { panic!("taken") };
+    assert!(claim.epoch > Epoch::new(3, u64::from(u32::MAX)), "beyond all of the generation before");
+}

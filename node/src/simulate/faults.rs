@@ -1,6 +1,12 @@
 //! What goes wrong in a run, and when. Each fault is a task that undoes itself; at the end everything is undone.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use im_proto::environment::Spawn as _;
 use im_registry::{Reach, Role};
@@ -14,10 +20,11 @@ pub struct Faults {
     world: Arc<World>,
     people: Arc<People>,
     dice: Dice,
+    is_recovering: Arc<AtomicBool>,
 }
 
 /// A fault and how often it is chosen among all.
-const KINDS: [(&str, u64); 17] = [
+const KINDS: [(&str, u64); 18] = [
     ("crash router", 6),
     ("crash gateway", 4),
     ("pause router", 8),
@@ -35,13 +42,14 @@ const KINDS: [(&str, u64); 17] = [
     ("cut client", 5),
     ("wrong clock", 2),
     ("new device", 2),
+    ("lose registry", 1),
 ];
 
 impl Faults {
     /// Faults for that run.
     pub fn new(world: Arc<World>, people: Arc<People>) -> Self {
         let dice = Dice::new(world.plan.seed, "faults");
-        Self { world, people, dice }
+        Self { world, people, dice, is_recovering: Arc::default() }
     }
 
     /// Until `stop` turns true.
@@ -93,6 +101,7 @@ impl Faults {
             "drain gateway" => self.leave(kind, Role::Gateway, lasts),
             "cut client" => self.cut_client(kind, lasts),
             "wrong clock" => self.wrong_clock(kind),
+            "lose registry" => self.lose_registry(kind),
             _ => self.new_device(),
         };
         if done.is_some() {
@@ -269,6 +278,21 @@ impl Faults {
         let skew_ms = i64::try_from(self.dice.between(0, 40_000)).unwrap_or(0) - 20_000;
         self.note(kind, format!("{name} by {skew_ms} ms"));
         self.world.skew(&name, skew_ms);
+        Some(())
+    }
+
+    /// etcd restored from an old snapshot, and `imd cluster recover`. One at a time.
+    fn lose_registry(&mut self, kind: &str) -> Option<()> {
+        let (percent, after) = (self.dice.between(0, 100), self.dice.millis(0, 4_000));
+        if self.is_recovering.swap(true, Ordering::Relaxed) {
+            return None;
+        }
+        self.note(kind, format!("back to {percent} % of its revision, recovered after {after:?}"));
+        let (world, is_recovering) = (self.world.clone(), self.is_recovering.clone());
+        self.later(Duration::ZERO, async move {
+            world.lose_registry(percent, after).await;
+            is_recovering.store(false, Ordering::Relaxed);
+        });
         Some(())
     }
 

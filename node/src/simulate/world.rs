@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,7 +19,7 @@ use im_proto::{
 };
 use im_registry::{AnyRegistry, Endpoint, InProcessHandle, InProcessRegistry, Instance, Reach, Registry as _, Role};
 use im_router::{Router, RouterConfig};
-use im_storage::{SimFaults, SimStore, Store};
+use im_storage::{MessageLog as _, SimFaults, SimStore, Store};
 use parking_lot::Mutex;
 use tokio::{
     io::DuplexStream,
@@ -52,6 +55,7 @@ pub struct World {
     router_secret: RouterSecret,
     signing: SigningKey,
     registry: InProcessRegistry,
+    generation: AtomicU64,
     machines: Mutex<BTreeMap<String, Machine>>,
     dice: Mutex<Dice>,
 }
@@ -91,6 +95,7 @@ impl World {
             router_secret: RouterSecret::new([2; 32]),
             signing: SigningKey::from_pkcs8(&key).map_err(|error| error.to_string())?,
             registry: InProcessRegistry::new(1, 0),
+            generation: AtomicU64::new(1),
             machines: Mutex::default(),
             dice: Mutex::new(Dice::new(seed, "world")),
             plan,
@@ -152,11 +157,26 @@ impl World {
             boot: BootId(environment.random.next_u64().max(1)),
             environment,
             registry: AnyRegistry::from(registry),
+            generation: self.generation.load(Ordering::Relaxed),
         };
         match role {
             Role::Router => process.spawn(Box::pin(start.router())),
             Role::Gateway => process.spawn(Box::pin(start.gateway())),
         }
+    }
+
+    /// The registry loses its claims and goes back to an old revision; after a while somebody raises the generation, first in the
+    /// store, then in the registry. Routers of the old generation are fenced by that and start again.
+    pub async fn lose_registry(&self, revision_percent: u64, recover_after: Duration) {
+        self.registry.lose(self.registry.revision() * revision_percent / 100);
+        sleep(recover_after).await;
+        let generation = self.generation.load(Ordering::Relaxed) + 1;
+        let store = Store::from(self.store.handle("operator"));
+        while store.raise_generation(generation).await.is_err() {
+            sleep(Duration::from_millis(100)).await;
+        }
+        self.generation.store(generation, Ordering::Relaxed);
+        self.registry.recover(generation);
     }
 
     /// Ends a machine where it stands.
@@ -295,6 +315,8 @@ struct Start {
     boot: BootId,
     environment: Environment,
     registry: AnyRegistry,
+    /// Of the cluster when it starts.
+    generation: u64,
 }
 
 impl Start {
@@ -318,6 +340,7 @@ impl Start {
             cluster_id: CLUSTER.to_owned(),
             issuer: ISSUER.to_owned(),
             verify_keys: vec![world.signing.verify_key()],
+            generation: self.generation,
             shards: world.shards(),
             workers: plan.workers,
             lease_ttl: plan.lease_ttl,

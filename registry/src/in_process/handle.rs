@@ -44,6 +44,8 @@ pub struct InProcessHandle {
 
 pub(super) struct Process {
     name: String,
+    /// Of the cluster when this process was started.
+    generation: u64,
     reach: watch::Sender<Reach>,
     view: watch::Sender<Arc<View>>,
 }
@@ -62,9 +64,13 @@ impl Process {
 
 impl InProcessHandle {
     pub(super) fn start(core: Arc<Core>, name: &str, environment: Environment) -> Self {
-        let view = core.state.lock().view();
+        let (view, generation) = {
+            let state = core.state.lock();
+            (state.view(), state.generation())
+        };
         let process = Arc::new(Process {
             name: name.to_owned(),
+            generation,
             reach: watch::Sender::new(Reach::Up),
             view: watch::Sender::new(view),
         });
@@ -188,8 +194,11 @@ impl Registry for InProcessHandle {
 
     async fn claim(&self, lease: &Lease, shards: &[ShardId]) -> Result<Vec<ClaimOutcome>, RegistryError> {
         check_count(shards.len())?;
-        self.call(CALL_TIMEOUT, |core| core.state.lock().claim(lease.id, &lease.instance, shards, Instant::now()))
-            .await?
+        let generation = self.process.generation;
+        self.call(CALL_TIMEOUT, |core| {
+            core.state.lock().claim(lease.id, &lease.instance, generation, shards, Instant::now())
+        })
+        .await?
     }
 
     async fn cut_predecessors(&self, claims: &[Claim]) -> Result<Vec<bool>, RegistryError> {

@@ -14,6 +14,8 @@ use crate::{Claim, ClaimOutcome, Instance, RegistryError, View};
 
 pub(super) struct State {
     generation: u64,
+    /// Claims were lost, and nobody has raised the generation since.
+    is_lost: bool,
     revision: u64,
     leases: BTreeMap<u64, LeaseRow>,
     last_lease: u64,
@@ -35,6 +37,7 @@ impl State {
     pub(super) fn new(generation: u64, first_revision: u64) -> Self {
         Self {
             generation,
+            is_lost: false,
             revision: first_revision,
             leases: BTreeMap::new(),
             last_lease: 0,
@@ -47,6 +50,25 @@ impl State {
 
     pub(super) fn revision(&self) -> u64 {
         self.revision
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    pub(super) fn lose(&mut self, revision: u64) {
+        self.is_lost = true;
+        self.holders.clear();
+        self.predecessors.clear();
+        self.revision = revision;
+        self.change(|view, _| view.claims.clear());
+    }
+
+    pub(super) fn recover(&mut self, generation: u64) {
+        if generation > self.generation {
+            self.is_lost = false;
+            self.generation = generation;
+        }
     }
 
     pub(super) fn view(&self) -> Arc<View> {
@@ -127,10 +149,16 @@ impl State {
         &mut self,
         lease: u64,
         instance: &InstanceId,
+        generation: u64,
         shards: &[ShardId],
         now: Instant,
     ) -> Result<Vec<ClaimOutcome>, RegistryError> {
         let owner = self.live(lease, instance, now)?;
+        if self.is_lost || generation != self.generation {
+            let found = self.generation;
+            let why = format!("it lost its data, or is at generation {found} and this process at {generation}");
+            return Err(RegistryError::Refused(why));
+        }
         let free: Vec<ShardId> = shards.iter().copied().filter(|shard| !self.holders.contains_key(shard)).collect();
         if !free.is_empty() {
             for shard in &free {

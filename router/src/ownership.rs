@@ -161,9 +161,11 @@ impl Ownership {
                         }));
                     }
                     Err(RegistryError::LeaseLost(_)) => return Raised::Outcome(None),
+                    Err(RegistryError::Refused(reason)) => self.ask_own_fence(&reason).await,
                     Err(_) => {}
                 },
                 Err(RegistryError::LeaseLost(_)) => return Raised::Outcome(None),
+                Err(RegistryError::Refused(reason)) => self.ask_own_fence(&reason).await,
                 Err(_) => {}
             }
             if self.pause(&mut pause).await {
@@ -208,6 +210,11 @@ impl Ownership {
             }
         }
         self.drop_lost(view);
+        // A view may lag behind a new claim. It also looks like this after a recovery, which drops the claims of the generation before:
+        // nobody routes anything here any more, so that no commit would tell.
+        if self.held.keys().any(|shard| !view.claims.contains_key(shard)) {
+            self.ask_own_fence("the registry does not show all claims of this router").await;
+        }
         for shards in unwanted.chunks(CLAIMS_PER_CALL_MAX) {
             self.release(shards).await;
         }
@@ -240,6 +247,10 @@ impl Ownership {
         let outcomes = match self.registry.claim(&self.lease, shards).await {
             Ok(outcomes) => outcomes,
             Err(RegistryError::LeaseLost(_)) => return self.cluster.end(Ended::LeaseLost),
+            Err(RegistryError::Refused(reason)) => {
+                tracing::error!(reason, "shards cannot be claimed; trying again");
+                return self.ask_own_fence(&reason).await;
+            }
             // The view will show what became of it.
             Err(error) => return tracing::warn!(%error, "shards could not be claimed; trying again"),
         };
@@ -258,6 +269,17 @@ impl Ownership {
             return;
         }
         self.activate(claims).await;
+    }
+
+    /// A router without traffic commits nothing, and so would never learn from its commits that it has to start again.
+    async fn ask_own_fence(&self, reason: &str) {
+        match self.store.read_fence(&self.cluster.config.instance).await {
+            Ok(fence) if fence.fenced || fence.generation > self.cluster.config.generation => {
+                self.cluster.end(Ended::Fenced);
+            }
+            Ok(_) => tracing::debug!(reason, "this router is not fenced"),
+            Err(error) => tracing::debug!(reason, %error, "the own fence cannot be read; trying again"),
+        }
     }
 
     /// Before anything of a shard is read, every other instance on its predecessor list is fenced.

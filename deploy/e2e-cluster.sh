@@ -62,11 +62,14 @@ tail=$!
 "$im" pipe @bob --as alice --data "$IM_CLUSTER_DIR/gateway-2" --transport tcp --timeout 60 <"$work/sent.txt" 2>"$work/pipe.log" &
 pipe=$!
 
+# One of the three owns the conversation: each is killed or stopped, with all three there before.
 fault 10 cluster kill router-1
 fault 20 cluster start router-1
-fault 30 deploy/local/services kill redis
-fault 35 deploy/local/services start redis
-fault 40 cluster restart router-2
+fault 25 deploy/local/services kill redis
+fault 30 deploy/local/services start redis
+fault 35 cluster kill router-2
+fault 40 cluster start router-2
+fault 45 cluster restart router-1
 fault 50 cluster kill gateway-1
 cluster start gateway-1
 # Longer than the lease: others have what it owned when it goes on.

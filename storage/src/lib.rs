@@ -60,7 +60,9 @@ pub trait MessageLog: Send + Sync {
         bucket: BucketId,
     ) -> impl Future<Output = Result<Vec<StoredRow>, StoreError>> + Send;
 
-    /// Rows `from..=to` in ascending order, at most `limit`, over as many buckets as needed. Never ask beyond the committed head.
+    /// Rows `from..=to` in ascending order, at most `limit`, over as many buckets as needed. Never ask beyond the committed head: a
+    /// backend may give the answer of an equal read that began before this one, since nothing below the head changes. Begin at the
+    /// first seq that is kept: a backend may end a range behind 16 buckets without a row.
     fn read_range(
         &self,
         conversation: ConversationId,

@@ -89,6 +89,9 @@ async fn serve(config: Config, prepared: Prepared, metrics: PrometheusHandle) ->
     let api = listen::plain("api", config.api, &mut addresses.api).await?;
     let http = listen::plain("http", config.http, &mut addresses.http).await?;
     check_advertise(&config, &addresses)?;
+    if !config.cluster.redis.is_empty() {
+        tracing::warn!("--redis is not used by this version: routers keep hot state in memory");
+    }
     let mut process = Process::start(signals, http, metrics);
     let environment = process.environment();
     let store = match prepared.place.open(&config.cluster, &prepared.identity.row(), &environment).await {

@@ -64,4 +64,8 @@ limits! {
     MEMBERS_PER_CALL_MAX: usize = 1_000;
     /// The name of a group.
     GROUP_NAME_BYTES_MAX: usize = 256;
+    /// Members of a group.
+    GROUP_MEMBERS_MAX: usize = 100_000;
+    /// Members up to which a conversation's entries are sent to each by name; beyond it routers register.
+    LARGE_MEMBERS: usize = 256;
 }

@@ -215,6 +215,9 @@ batches! {
     };
     PeerBatch, |message| match &message.message {
         Some(v1::peer_message::Message::Deliver(deliver)) => deliver.frame.len() + 32 * deliver.user_ids.len(),
+        Some(v1::peer_message::Message::AudienceDeliver(deliver)) => deliver.frame.len(),
+        Some(v1::peer_message::Message::Follow(follow)) => 32 * follow.user_ids.len(),
+        Some(v1::peer_message::Message::Unfollow(unfollow)) => 32 * unfollow.user_ids.len(),
         Some(v1::peer_message::Message::Call(call)) => call.request.len(),
         Some(v1::peer_message::Message::Effect(effect)) => effect.body.len(),
         _ => 0,

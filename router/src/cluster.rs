@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use im_proto::{ConversationId, Epoch, InstanceId, ShardId, UserId, environment::Environment, token::Verifier};
+use im_proto::{ConversationId, Epoch, InstanceId, ShardId, UserId, environment::Environment, token::Verifier, v1};
 use im_registry::{Role, View};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
@@ -17,12 +17,16 @@ use tokio::{
 };
 
 use crate::{
+    audience::{AudiencePush, Audiences},
     config::RouterConfig,
     gateway_link::GatewayLink,
-    message::{Answer, ReplyTo, ShardMessage, unavailable},
+    message::{Answer, AnswerValue, AudienceDelivery, Delivery, ReplyTo, ShardMessage, unavailable},
     metrics::Metrics,
     peer_link::PeerLink,
-    worker::input::{GatewayInput, Input},
+    worker::{
+        Worker,
+        input::{GatewayInput, Input},
+    },
 };
 
 /// Why a router ended by itself.
@@ -78,6 +82,8 @@ pub struct Cluster {
     /// For placement: the newest view.
     view: RwLock<Arc<View>>,
     workers: Vec<mpsc::UnboundedSender<Input>>,
+    /// Who at this router follows which large conversation.
+    pub audiences: Audiences,
     pub links: RwLock<BTreeMap<InstanceId, Arc<GatewayLink>>>,
     pub peers: RwLock<BTreeMap<InstanceId, Arc<PeerLink>>>,
     /// Links that other routers have dialled: their requests come in and our answers go out on these.
@@ -101,6 +107,7 @@ impl Cluster {
             owners: RwLock::default(),
             view: RwLock::default(),
             workers,
+            audiences: Audiences::new(),
             links: RwLock::default(),
             peers: RwLock::default(),
             incoming_peers: Mutex::default(),
@@ -207,17 +214,18 @@ impl Cluster {
         let owners = self.owners();
         match owners.get(shard) {
             Some((owner, _)) if *owner == self.config.instance => {
+                self.unfollow_at_once(&message);
                 self.to_worker(self.worker_of(shard), Input::Shard { shard, message, reply_to });
             }
-            Some((owner, epoch)) => {
-                if matches!(message, ShardMessage::Deliver(_)) {
-                    self.note_push(shard, *epoch, &owners);
+            Some((owner, _)) => {
+                if let ShardMessage::Deliver(delivery) = &message {
+                    self.note_push(delivery, owner, &owners);
                 }
                 self.send_to_peer(owner, shard, &message, reply_to);
             }
             None => {
-                if matches!(message, ShardMessage::Deliver(_)) {
-                    self.push_lost(shard);
+                if let ShardMessage::Deliver(delivery) = &message {
+                    delivery.spans.iter().for_each(|(shard, _)| self.push_lost(*shard));
                 }
                 self.answer(reply_to, Err(unavailable()));
             }
@@ -226,8 +234,15 @@ impl Cluster {
 
     /// Remembers under which claim live pushes went to another router. Pushes to this router's own workers need no note: they are
     /// either handed to a gateway or reported by [`Self::push_lost`].
-    fn note_push(&self, shard: ShardId, epoch: Epoch, seen: &Owners) {
-        self.pushed_under.lock().entry(shard).or_insert(Some(epoch));
+    fn note_push(&self, delivery: &Delivery, to: &InstanceId, seen: &Owners) {
+        {
+            let mut pushed = self.pushed_under.lock();
+            for (shard, _) in delivery.spans.iter() {
+                // A shard that has another owner by now is refused there, and is as good as lost here.
+                let under = seen.get(*shard).filter(|(owner, _)| owner == to).map(|(_, epoch)| *epoch);
+                pushed.entry(*shard).or_insert(under);
+            }
+        }
         let newest = self.owners();
         if newest.version != seen.version {
             // The view changed under our hands, perhaps before the note was there.
@@ -237,8 +252,13 @@ impl Cluster {
 
     fn send_to_peer(&self, owner: &InstanceId, shard: ShardId, message: &ShardMessage, reply_to: ReplyTo) {
         let Some(peer) = self.peers.read().get(owner).cloned() else {
-            if matches!(message, ShardMessage::Deliver(_) | ShardMessage::ResyncShard) {
-                self.pushed_under.lock().insert(shard, None);
+            let lost: &[(ShardId, u32)] = match message {
+                ShardMessage::Deliver(delivery) => &delivery.spans,
+                ShardMessage::ResyncShard => &[(shard, 0)],
+                _ => &[],
+            };
+            if !lost.is_empty() {
+                self.pushed_under.lock().extend(lost.iter().map(|(shard, _)| (*shard, None)));
                 if self.peers.read().contains_key(owner) {
                     self.peers_added();
                 }
@@ -267,7 +287,22 @@ impl Cluster {
         if shard.0 >= self.config.shards.get() {
             return self.answer(reply_to, Err(unavailable()));
         }
+        self.unfollow_at_once(&message);
+        if let ShardMessage::Deliver(delivery) = message {
+            for (shard, delivery) in delivery.by_worker(|shard| self.worker_of(shard)) {
+                let (message, reply_to) = (ShardMessage::Deliver(delivery), ReplyTo::Nobody);
+                self.to_worker(self.worker_of(shard), Input::Shard { shard, message, reply_to });
+            }
+            return self.answer(reply_to, Ok(AnswerValue::Nothing));
+        }
         self.to_worker(self.worker_of(shard), Input::Shard { shard, message, reply_to });
+    }
+
+    /// Entries of a large conversation do not go through workers: one that comes right behind this message must not reach who left.
+    fn unfollow_at_once(&self, message: &ShardMessage) {
+        if let ShardMessage::Unfollow(unfollow) = message {
+            unfollow.users.iter().for_each(|user| self.audiences.remove_user(self, &unfollow.conversation, user));
+        }
     }
 
     /// An answer of another router has come.
@@ -320,7 +355,49 @@ impl Cluster {
                 let worker = self.worker_of(self.shard_of(&origin));
                 self.to_worker(worker, Input::EffectAnswered { origin, target, origin_seq, done });
             }
+            ReplyTo::Follow { conversation, shard, ask } => {
+                let worker = self.worker_of(self.shard_of(&conversation));
+                let step = move |worker: &mut Worker| worker.followed(&conversation, shard, ask, answer);
+                self.to_worker(worker, Input::Run(Box::new(step)));
+            }
         }
+    }
+
+    /// Sends an entry to a router that is registered with a large conversation; `false` if that router is gone.
+    pub fn send_audience(&self, router: &InstanceId, shard: ShardId, delivery: &AudienceDelivery) -> bool {
+        let Some(peer) = self.peers.read().get(router).cloned() else { return false };
+        if !peer.send(delivery.to_peer(shard)) {
+            // The link tells all its shards to resync.
+            self.metrics.deliveries_dropped.increment(1);
+        }
+        true
+    }
+
+    /// Those who follow a large conversation at a router may have missed entries.
+    pub fn resync_audience(&self, router: &InstanceId, shard: ShardId, conversation: &ConversationId) {
+        if *router == self.config.instance {
+            return self.audiences.resync(self, conversation);
+        }
+        let resync = v1::PeerAudienceResync { conversation_id: conversation.to_bytes() };
+        let message = Some(v1::peer_message::Message::AudienceResync(resync));
+        if let Some(peer) = self.peers.read().get(router) {
+            // A full queue makes the link resync everybody there.
+            peer.send(v1::PeerMessage { shard: shard.0, request_id: 0, message });
+        }
+    }
+
+    /// An entry for those who follow a large conversation here, from its owner.
+    pub fn receive_audience(&self, from: &InstanceId, shard: ShardId, delivery: &AudienceDelivery) {
+        let AudienceDelivery { conversation, frames, last_seq, except } = delivery;
+        let (conversation, last_seq) = (*conversation, *last_seq);
+        let push = AudiencePush { conversation, frames, last_seq, except: except.as_ref() };
+        self.audiences.push(self, &push, || {
+            // Whoever begins to follow now asks for the head later than this is sent, and so is registered after it.
+            let gone = ShardMessage::AudienceGone { conversation, router: self.config.instance.clone() };
+            if let Some(peer) = self.peers.read().get(from) {
+                peer.send(gone.to_peer(shard, 0));
+            }
+        });
     }
 
     /// Takes over a new view: owners of shards, and who must be told to resync because a shard's owner changed.

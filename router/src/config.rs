@@ -51,6 +51,10 @@ pub struct RouterConfig {
     pub resync_spread: Duration,
     /// Bytes that wait for one gateway link before live pushes are dropped and its sessions resynced.
     pub link_queue_bytes_max: usize,
+    /// Members of a group beyond which its entries go to registered routers instead of members.
+    pub large_members: usize,
+    /// Sessions of a gateway that follow a conversation from which on they are a named set: fewer are as short to list.
+    pub named_sessions_min: usize,
     /// Sessions of one user.
     pub sessions_per_user_max: usize,
 }
@@ -82,6 +86,8 @@ impl RouterConfig {
             peer_timeout: Duration::from_secs(10),
             resync_spread: Duration::from_millis(500),
             link_queue_bytes_max: 64 * 1024 * 1024,
+            large_members: limits::LARGE_MEMBERS,
+            named_sessions_min: 16,
             sessions_per_user_max: 64,
         }
     }

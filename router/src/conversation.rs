@@ -18,7 +18,12 @@ use im_storage::{Batch, Row};
 use tokio::time::Instant;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
-use crate::{caller::Caller, message::ReplyTo, state::State, worker::waiting::Request};
+use crate::{
+    caller::Caller,
+    message::ReplyTo,
+    state::State,
+    worker::{fan_out::Groups, large::Large, repeats::Lookups, waiting::Request},
+};
 
 /// Who hears of an entry once it is committed.
 #[derive(Debug)]
@@ -182,6 +187,8 @@ pub struct Conversation {
     pub queue: VecDeque<Assigned>,
     pub in_flight: Option<InFlight>,
     pub dedupe: Dedupe,
+    /// What was read of the log for senders whose ids `dedupe` does not reach.
+    pub lookups: Option<Box<Lookups>>,
     /// Who else waits for the commit of a seq.
     pub waiters: BTreeMap<u64, Vec<Completion>>,
     pub busy: Busy,
@@ -195,7 +202,9 @@ pub struct Conversation {
     pub last_entry: Instant,
     pub last_use: Instant,
     /// Members by the owner of their shard, for the current owners and members.
-    pub routes: crate::worker::fan_out::Routes,
+    pub routes: Groups,
+    /// If it has so many members that entries go to registered routers instead.
+    pub large: Option<Box<Large>>,
     /// When the worker looks after it next.
     pub look_at: Option<Instant>,
     /// It is in the worker's list of conversations that want a batch.
@@ -223,6 +232,7 @@ impl Conversation {
             queue: VecDeque::new(),
             in_flight: None,
             dedupe: Dedupe::default(),
+            lookups: None,
             waiters: BTreeMap::new(),
             busy: Busy::Quiet,
             outbox: Outbox::default(),
@@ -232,7 +242,8 @@ impl Conversation {
             cursors_dirty: BTreeSet::new(),
             last_entry: now,
             last_use: now,
-            routes: crate::worker::fan_out::Routes::default(),
+            routes: Groups::default(),
+            large: None,
             look_at: None,
             dirty: false,
         }

@@ -102,11 +102,10 @@ impl GatewayLink {
         }
         let mut queue = self.queue.lock();
         for message in messages {
-            if let Some(ToGateway::Deliver(deliver)) = &message.message
-                && queue.messages.bytes() + message.bytes() > self.queue_bytes_max
-            {
+            let droppable = matches!(&message.message, Some(ToGateway::Deliver(_) | ToGateway::AudienceDeliver(_)));
+            if droppable && queue.messages.bytes() + message.bytes() > self.queue_bytes_max {
                 queue.overflowed = true;
-                self.dropped.increment(deliver.session_ids.len() as u64);
+                self.dropped.increment(1);
                 continue;
             }
             queue.messages.push(message);
@@ -422,8 +421,11 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
         }
         // Receipts that others can see are a later part of the protocol; a client may send them already.
         FromGateway::Received(_) => {}
-        // This router names no audiences, so nobody can miss one.
-        FromGateway::AudienceWanted(_) => {}
+        FromGateway::AudienceWanted(wanted) => {
+            if let Ok(id) = ConversationId::from_slice(&wanted.conversation_id) {
+                cluster.audiences.wanted(cluster, &link.instance, &id);
+            }
+        }
         FromGateway::Load(load) => {
             link.load.store(load.connections, Ordering::Relaxed);
             link.capacity.store(if load.draining { 0 } else { load.capacity }, Ordering::Relaxed);

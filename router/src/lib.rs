@@ -5,6 +5,7 @@
 //! `gateway_link` and `peer_link` are the links; `api` dispatches calls; `placement` answers `Locate`.
 
 mod api;
+mod audience;
 mod caller;
 mod cluster;
 pub mod config;

@@ -29,6 +29,9 @@ impl Weighed for v1::RouterMessage {
     fn bytes(&self) -> usize {
         match &self.message {
             Some(ToGateway::Deliver(deliver)) => 64 + deliver.frame.len() + 8 * deliver.session_ids.len(),
+            Some(ToGateway::AudienceDeliver(deliver)) => 96 + deliver.frame.len(),
+            Some(ToGateway::AudienceSet(set)) => 96 + 8 * (set.joined.len() + set.left.len()),
+            Some(ToGateway::Move(sessions)) => 96 + 8 * sessions.session_ids.len(),
             Some(ToGateway::CallReply(reply)) => 64 + reply.reply.len(),
             Some(ToGateway::Resync(resync)) => 64 + 8 * resync.session_ids.len(),
             _ => 96,
@@ -40,6 +43,8 @@ impl Weighed for v1::PeerMessage {
     fn bytes(&self) -> usize {
         match &self.message {
             Some(ToPeer::Deliver(deliver)) => 64 + deliver.frame.len() + 32 * deliver.user_ids.len(),
+            Some(ToPeer::AudienceDeliver(deliver)) => 128 + deliver.frame.len(),
+            Some(ToPeer::Follow(follow)) => 64 + 32 * follow.user_ids.len(),
             Some(ToPeer::Effect(effect)) => 128 + effect.body.len(),
             Some(ToPeer::Heads(heads)) => 64 + 16 * heads.conversation_ids.len(),
             Some(ToPeer::Call(call)) => 256 + call.request.len(),

@@ -1,15 +1,19 @@
 //! What the owners of two shards say to each other, on one router or two. On one router these values move as they are; between
 //! routers they travel as [`v1::PeerMessage`].
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use im_proto::{
-    ConversationId, InstanceId, SessionId, ShardId, StatusCode, UserId, key::ClusterSecret, method::Method, v1,
+    ConversationId, InstanceId, SessionId, ShardId, StatusCode, UserId, id::IdError, key::ClusterSecret,
+    method::Method, v1,
 };
 use tokio::sync::oneshot;
 
-use crate::caller::{Caller, SessionKey};
+use crate::{
+    audience::AudiencePush,
+    caller::{Caller, SessionKey},
+};
 
 /// A request to the owner of a shard.
 #[derive(Clone, Debug)]
@@ -20,15 +24,25 @@ pub enum ShardMessage {
     Effect(Effect),
     Heads(HeadsQuery),
     Call(Call),
+    /// Users of the shard are members of a large conversation.
+    Follow(Follow),
+    /// They are members no longer.
+    Unfollow(Follow),
+    /// Nobody follows a large conversation at a router.
+    AudienceGone {
+        conversation: ConversationId,
+        router: InstanceId,
+    },
 }
 
 /// Whole wire frames for the live sessions of some users of one shard.
 #[derive(Clone, Debug)]
 pub struct Delivery {
     pub frames: Bytes,
+    /// In the order of their shards.
     pub users: Arc<[UserId]>,
-    /// The shards of the users, if they are not all of the shard that the message is sent to.
-    pub shards: Arc<[ShardId]>,
+    /// How many of the users are of which shard.
+    pub spans: Arc<[(ShardId, u32)]>,
     /// The session that got a `SendAck` instead.
     pub except: Option<SessionKey>,
 }
@@ -43,6 +57,22 @@ pub struct Effect {
     pub origin_seq: u64,
     /// An encoded `Body` with a `SystemEvent`.
     pub body: Bytes,
+}
+
+/// Some users and a large conversation.
+#[derive(Clone, Debug)]
+pub struct Follow {
+    pub conversation: ConversationId,
+    pub users: Arc<[UserId]>,
+}
+
+/// Frames for all who follow a large conversation at another router.
+#[derive(Clone, Debug)]
+pub struct AudienceDelivery {
+    pub conversation: ConversationId,
+    pub frames: Bytes,
+    pub last_seq: u64,
+    pub except: Option<SessionKey>,
 }
 
 /// Which heads a user wants to know.
@@ -69,6 +99,12 @@ pub enum AnswerValue {
     Reply(Bytes),
     Heads(Vec<v1::Head>),
     EffectDone(u64),
+    /// Whether anybody follows a large conversation at a router, and up to which seq it was pushed there.
+    Following {
+        router: InstanceId,
+        registered: bool,
+        pushed_through: u64,
+    },
     Nothing,
 }
 
@@ -94,6 +130,12 @@ pub enum ReplyTo {
         target: ConversationId,
         origin_seq: u64,
     },
+    /// The owner of a large conversation, which has asked about members of a shard.
+    Follow {
+        conversation: ConversationId,
+        shard: ShardId,
+        ask: u64,
+    },
 }
 
 impl ShardMessage {
@@ -104,8 +146,14 @@ impl ShardMessage {
             ShardMessage::Deliver(delivery) => Message::Deliver(v1::PeerDeliver {
                 frame: delivery.frames.clone(),
                 user_ids: delivery.users.iter().map(UserId::to_string).collect(),
-                except_gateway_id: delivery.except.as_ref().map(|key| key.gateway.to_string()).unwrap_or_default(),
+                except_gateway_id: gateway_of(delivery.except.as_ref()),
                 except_session_id: delivery.except.as_ref().map_or(0, |key| key.session.0),
+                user_shards: match &delivery.spans[..] {
+                    [_] => Vec::new(),
+                    spans => {
+                        spans.iter().flat_map(|(shard, count)| std::iter::repeat_n(shard.0, *count as usize)).collect()
+                    }
+                },
             }),
             ShardMessage::ResyncShard => Message::ResyncShard(v1::PeerResyncShard {}),
             ShardMessage::Effect(effect) => Message::Effect(v1::PeerEffect {
@@ -124,29 +172,43 @@ impl ShardMessage {
                 method: call.method.number(),
                 request: call.request.clone(),
             }),
+            ShardMessage::Follow(follow) => Message::Follow(v1::PeerFollow {
+                conversation_id: follow.conversation.to_bytes(),
+                user_ids: follow.users.iter().map(UserId::to_string).collect(),
+            }),
+            ShardMessage::Unfollow(unfollow) => Message::Unfollow(v1::PeerUnfollow {
+                conversation_id: unfollow.conversation.to_bytes(),
+                user_ids: unfollow.users.iter().map(UserId::to_string).collect(),
+            }),
+            ShardMessage::AudienceGone { conversation, .. } => {
+                Message::AudienceGone(v1::PeerAudienceGone { conversation_id: conversation.to_bytes() })
+            }
         };
         v1::PeerMessage { shard: shard.0, request_id, message: Some(message) }
     }
 
     /// From a peer link; `None` for what this version does not know or what breaks a rule.
-    pub fn from_peer(message: &v1::peer_message::Message, secret: &ClusterSecret) -> Option<Self> {
+    pub fn from_peer(
+        message: &v1::peer_message::Message,
+        shard: ShardId,
+        other: &InstanceId,
+        secret: &ClusterSecret,
+    ) -> Option<Self> {
         use v1::peer_message::Message;
         Some(match message {
-            Message::Deliver(deliver) => {
-                let users: Option<Vec<UserId>> = deliver.user_ids.iter().map(|id| UserId::parse(id).ok()).collect();
-                let except = if deliver.except_gateway_id.is_empty() {
-                    None
-                } else {
-                    let gateway = InstanceId::parse(&deliver.except_gateway_id).ok()?;
-                    Some(SessionKey { gateway, session: SessionId(deliver.except_session_id) })
-                };
-                ShardMessage::Deliver(Delivery {
-                    frames: deliver.frame.clone(),
-                    users: users?.into(),
-                    shards: Arc::default(),
-                    except,
-                })
-            }
+            Message::Deliver(deliver) => ShardMessage::Deliver(Delivery::from_peer(deliver, shard)?),
+            Message::Follow(follow) => ShardMessage::Follow(Follow {
+                conversation: ConversationId::from_slice(&follow.conversation_id).ok()?,
+                users: users(&follow.user_ids)?,
+            }),
+            Message::Unfollow(unfollow) => ShardMessage::Unfollow(Follow {
+                conversation: ConversationId::from_slice(&unfollow.conversation_id).ok()?,
+                users: users(&unfollow.user_ids)?,
+            }),
+            Message::AudienceGone(gone) => ShardMessage::AudienceGone {
+                conversation: ConversationId::from_slice(&gone.conversation_id).ok()?,
+                router: other.clone(),
+            },
             Message::ResyncShard(_) => ShardMessage::ResyncShard,
             Message::Effect(effect) => ShardMessage::Effect(Effect {
                 target: ConversationId::from_slice(&effect.target).ok()?,
@@ -168,8 +230,106 @@ impl ShardMessage {
                 method: Method::from_number(call.method)?,
                 request: call.request.clone(),
             }),
-            Message::Answer(_) => return None,
+            Message::Answer(_) | Message::AudienceDeliver(_) | Message::AudienceResync(_) | Message::Loads(_) => {
+                return None;
+            }
         })
+    }
+}
+
+impl Delivery {
+    fn from_peer(deliver: &v1::PeerDeliver, shard: ShardId) -> Option<Self> {
+        let mut spans: Vec<(ShardId, u32)> = Vec::new();
+        if deliver.user_shards.is_empty() {
+            spans.push((shard, u32::try_from(deliver.user_ids.len()).ok()?));
+        } else if deliver.user_shards.len() != deliver.user_ids.len() {
+            return None;
+        }
+        for shard in &deliver.user_shards {
+            match spans.last_mut() {
+                Some((last, count)) if last.0 == *shard => *count += 1,
+                _ => spans.push((ShardId(*shard), 1)),
+            }
+        }
+        Some(Self {
+            frames: deliver.frame.clone(),
+            users: users(&deliver.user_ids)?,
+            spans: spans.into(),
+            except: except(&deliver.except_gateway_id, deliver.except_session_id).ok()?,
+        })
+    }
+
+    /// The parts for each worker, with a shard that finds it.
+    pub fn by_worker(self, worker_of: impl Fn(ShardId) -> usize) -> Vec<(ShardId, Self)> {
+        let Some((first, _)) = self.spans.first().copied() else { return Vec::new() };
+        if self.spans.iter().all(|(shard, _)| worker_of(*shard) == worker_of(first)) {
+            return vec![(first, self)];
+        }
+        type Part = (Vec<UserId>, Vec<(ShardId, u32)>);
+        let mut parts: BTreeMap<usize, Part> = BTreeMap::new();
+        let mut rest = &self.users[..];
+        for span in self.spans.iter() {
+            let (own, others) = rest.split_at(rest.len().min(span.1 as usize));
+            let (users, spans) = parts.entry(worker_of(span.0)).or_default();
+            users.extend_from_slice(own);
+            spans.push(*span);
+            rest = others;
+        }
+        let part = |(users, spans): Part| {
+            let (frames, except) = (self.frames.clone(), self.except.clone());
+            let (shard, _) = *spans.first()?;
+            Some((shard, Self { frames, users: users.into(), spans: spans.into(), except }))
+        };
+        parts.into_values().filter_map(part).collect()
+    }
+}
+
+impl AudienceDelivery {
+    pub fn of(push: &AudiencePush<'_>) -> Self {
+        Self {
+            conversation: push.conversation,
+            frames: push.frames.clone(),
+            last_seq: push.last_seq,
+            except: push.except.cloned(),
+        }
+    }
+
+    /// For a peer link.
+    pub fn to_peer(&self, shard: ShardId) -> v1::PeerMessage {
+        let deliver = v1::PeerAudienceDeliver {
+            conversation_id: self.conversation.to_bytes(),
+            frame: self.frames.clone(),
+            last_seq: self.last_seq,
+            except_gateway_id: gateway_of(self.except.as_ref()),
+            except_session_id: self.except.as_ref().map_or(0, |key| key.session.0),
+        };
+        let message = Some(v1::peer_message::Message::AudienceDeliver(deliver));
+        v1::PeerMessage { shard: shard.0, request_id: 0, message }
+    }
+
+    /// From a peer link; `None` if it breaks a rule.
+    pub fn from_peer(deliver: &v1::PeerAudienceDeliver) -> Option<Self> {
+        Some(Self {
+            conversation: ConversationId::from_slice(&deliver.conversation_id).ok()?,
+            frames: deliver.frame.clone(),
+            last_seq: deliver.last_seq,
+            except: except(&deliver.except_gateway_id, deliver.except_session_id).ok()?,
+        })
+    }
+}
+
+fn users(ids: &[String]) -> Option<Arc<[UserId]>> {
+    ids.iter().map(|id| UserId::parse(id).ok()).collect()
+}
+
+fn gateway_of(except: Option<&SessionKey>) -> String {
+    except.map(|key| key.gateway.to_string()).unwrap_or_default()
+}
+
+fn except(gateway: &str, session: u64) -> Result<Option<SessionKey>, IdError> {
+    match gateway {
+        "" => Ok(None),
+        gateway => Ok(Some(SessionKey { gateway: InstanceId::parse(gateway)?, session: SessionId(session) })),
     }
 }
 
@@ -184,6 +344,10 @@ pub fn answer_to_peer(answer: Answer) -> v1::PeerAnswer {
                 AnswerValue::Reply(reply) => Some(Wire::Reply(reply)),
                 AnswerValue::Heads(heads) => Some(Wire::Heads(v1::HeadList { heads })),
                 AnswerValue::EffectDone(seq) => Some(Wire::EffectDone(seq)),
+                AnswerValue::Following { router, registered, pushed_through } => {
+                    let router_id = router.to_string();
+                    Some(Wire::Following(v1::Following { router_id, registered, pushed_through }))
+                }
                 AnswerValue::Nothing => None,
             },
         },
@@ -200,6 +364,11 @@ pub fn answer_from_peer(answer: v1::PeerAnswer) -> Answer {
         Some(Wire::Reply(reply)) => AnswerValue::Reply(reply),
         Some(Wire::Heads(list)) => AnswerValue::Heads(list.heads),
         Some(Wire::EffectDone(seq)) => AnswerValue::EffectDone(seq),
+        Some(Wire::Following(following)) => AnswerValue::Following {
+            router: InstanceId::parse(&following.router_id).map_err(|_| unavailable())?,
+            registered: following.registered,
+            pushed_through: following.pushed_through,
+        },
         None => AnswerValue::Nothing,
     })
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use im_proto::{
-    InstanceId, ShardId,
+    ConversationId, InstanceId, ShardId,
     link::{
         Arrival, Batch, Incoming, Outgoing,
         channel::{Connector, LinkItem, PeerEnd},
@@ -31,7 +31,7 @@ use tokio::{
 use crate::{
     cluster::Cluster,
     link_queue::{ACKNOWLEDGE_EVERY, Acknowledged, LinkQueue},
-    message::{Answer, ReplyTo, ShardMessage, answer_from_peer, answer_to_peer, unavailable},
+    message::{Answer, AudienceDelivery, ReplyTo, ShardMessage, answer_from_peer, answer_to_peer, unavailable},
 };
 
 /// Messages that wait for one peer.
@@ -385,10 +385,22 @@ fn take_message(cluster: &Arc<Cluster>, other: &InstanceId, message: &v1::PeerMe
     };
     match &message.message {
         Some(Message::Answer(answer)) => cluster.answered(message.request_id, answer_from_peer(answer.clone())),
-        Some(request) => match ShardMessage::from_peer(request, &cluster.config.cluster_secret) {
-            Some(request) => cluster.receive(ShardId(message.shard), request, reply_to),
-            None => cluster.answer(reply_to, Err(unavailable())),
-        },
+        Some(Message::AudienceDeliver(deliver)) => {
+            if let Some(delivery) = AudienceDelivery::from_peer(deliver) {
+                cluster.receive_audience(other, ShardId(message.shard), &delivery);
+            }
+        }
+        Some(Message::AudienceResync(resync)) => {
+            if let Ok(id) = ConversationId::from_slice(&resync.conversation_id) {
+                cluster.audiences.resync(cluster, &id);
+            }
+        }
+        Some(request) => {
+            match ShardMessage::from_peer(request, ShardId(message.shard), other, &cluster.config.cluster_secret) {
+                Some(request) => cluster.receive(ShardId(message.shard), request, reply_to),
+                None => cluster.answer(reply_to, Err(unavailable())),
+            }
+        }
         None => cluster.answer(reply_to, Err(unavailable())),
     }
 }

@@ -133,6 +133,12 @@ pub struct Consequences {
     pub writes: Vec<StateWrite>,
     /// Entries in other logs.
     pub effects: Vec<Effect>,
+    /// Who came into the group.
+    pub joined: Vec<UserId>,
+    /// Who left it.
+    pub gone: Vec<UserId>,
+    /// Of a self log: which conversation the user left.
+    pub left: Option<ConversationId>,
 }
 
 /// Applies an entry to a state and tells what follows from it.
@@ -244,6 +250,7 @@ fn apply_event(
             let value = MemberValue { left: true, ..MemberValue::default() };
             let key = Bytes::copy_from_slice(user.as_str().as_bytes());
             out.writes.push(write(Table::Members, id, key, value.encode_to_vec(), row.seq));
+            out.gone.push(user.clone());
             let gone = v1::ConversationLeft { conversation_id: id.to_bytes(), left_seq: row.seq };
             out.effects.push(effect(id, &user, row.seq, Event::ConversationLeft(gone), secret));
         }
@@ -268,6 +275,7 @@ fn join(
     let key = Bytes::copy_from_slice(user.as_str().as_bytes());
     out.writes.push(write(Table::Members, id, key, value.encode_to_vec(), row.seq));
     out.effects.push(joined(id, &user, v1::ConversationKind::Group, &state.name, "", row.seq, secret));
+    out.joined.push(user.clone());
     if state.members.get(&user).is_none_or(|known| known.joined_seq < row.seq) {
         state.members.insert(user, member);
     }
@@ -297,6 +305,7 @@ fn list_left(state: &mut State, id: &ConversationId, row: &Row, left: &v1::Conve
     let Ok(conversation) = ConversationId::from_slice(&left.conversation_id) else { return };
     let Some(known) = state.list.get(&conversation) else { return };
     let entry = ListRow { left_seq: left.left_seq, version: row.seq, ..(**known).clone() };
+    out.left = entry.left().then_some(conversation);
     put_list_row(state, id, conversation, entry, out);
 }
 

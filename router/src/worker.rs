@@ -9,6 +9,8 @@ pub mod input;
 pub mod waiting;
 
 pub mod fan_out;
+pub mod following;
+pub mod large;
 
 mod apply;
 mod calls;
@@ -18,7 +20,7 @@ mod heads;
 mod history;
 pub mod idle;
 mod opening;
-mod repeats;
+pub mod repeats;
 mod sends;
 mod sessions;
 mod shards;
@@ -94,6 +96,7 @@ pub struct Context {
     outgoing: HashMap<InstanceId, Vec<v1::RouterMessage>, FixedState>,
     history: history::Reads,
     scans: repeats::ScanBudgets,
+    next_sync: u64,
     stopped: bool,
 }
 
@@ -144,6 +147,7 @@ impl Worker {
                 outgoing: HashMap::default(),
                 history: history::Reads::default(),
                 scans: repeats::ScanBudgets::default(),
+                next_sync: 0,
                 stopped: false,
             },
             conversations: Conversations::new(shards),
@@ -213,7 +217,7 @@ impl Worker {
 
     fn take_shard(&mut self, shard: im_proto::ShardId, message: ShardMessage, reply_to: ReplyTo) {
         if let ShardMessage::Deliver(delivery) = &message {
-            return self.context.take_delivery(shard, delivery);
+            return self.context.take_delivery(delivery);
         }
         if let Some(parked) = self.context.shards.parking(shard) {
             return parked.push(Input::Shard { shard, message, reply_to });
@@ -222,13 +226,16 @@ impl Worker {
             return self.context.refuse(reply_to);
         }
         match message {
-            ShardMessage::Deliver(delivery) => self.context.take_delivery(shard, &delivery),
+            ShardMessage::Deliver(delivery) => self.context.take_delivery(&delivery),
             ShardMessage::ResyncShard => self.context.resync_shard(shard),
             ShardMessage::Effect(effect) => {
                 let target = effect.target;
                 self.request(target, waiting::Request::Effect { effect, reply_to });
             }
             ShardMessage::Heads(query) => self.heads(query, reply_to),
+            ShardMessage::Follow(follow) => self.context.follow(&follow, reply_to),
+            ShardMessage::Unfollow(unfollow) => self.context.unfollow(&unfollow),
+            ShardMessage::AudienceGone { conversation, router } => self.audience_gone(&conversation, &router),
             ShardMessage::Call(call) => self.take_call(call, reply_to),
         }
     }

@@ -1,10 +1,15 @@
 //! Repeats and predecessors that memory does not reach, senders who have left, and what strangers learn: nothing.
 
+use std::time::Duration;
+
 use im_proto::{ConversationId, StatusCode, method::Method, v1};
 use im_router::RouterConfig;
-use im_storage::{Memory, Store};
+use im_storage::{FaultPlan, Memory, Store};
 
-use crate::support::{CLUSTER, TestGateway, World, message, to, user};
+use crate::{
+    lifecycle::faulty,
+    support::{CLUSTER, TestGateway, World, message, to, user},
+};
 
 fn names(prefix: &str, count: usize) -> Vec<&'static str> {
     (0..count).map(|n| &*Box::leak(format!("{prefix}{n}").into_boxed_str())).collect()
@@ -54,7 +59,7 @@ async fn who_has_left_gets_the_ack_of_what_was_stored_before_and_nothing_else() 
             ..Default::default()
         };
         gateway.call::<v1::GroupInviteReply>(1, Method::GroupInvite, &invite).await.unwrap();
-        assert!(router.stop(std::time::Duration::from_secs(30)).await);
+        assert!(router.stop(Duration::from_secs(30)).await);
     }
 }
 
@@ -84,14 +89,17 @@ async fn looking_through_the_log_is_at_the_senders_cost() {
     let router = world.router(RouterConfig { dedupe_entries: 8, ..world.config("r1") }).await;
     let mut gateway = world.gateway("g1", &router).await;
     gateway.open(&world, 1, "alice", "a1").await;
-    let id = CLUSTER.self_id(&user("alice"));
+    gateway.open(&world, 2, "bob", "b1").await;
+    let id = group(&mut gateway, &["bob"]).await;
     for (index, name) in names("n", 2000).into_iter().enumerate() {
-        gateway.send(1, id, message("alice", name, name, "", index as u64)).await;
+        gateway.send(1, id, message("alice", name, name, "", index as u64 + 1)).await;
         gateway.ack(name).await;
     }
+    // Each makes the owner forget what it read for the other.
     let mut refused = None;
-    for name in names("x", 100) {
-        gateway.send(1, id, message("alice", name, name, "never sent", 2000)).await;
+    for (count, name) in names("x", 300).into_iter().enumerate() {
+        let unknown = &*Box::leak(format!("never sent {name}").into_boxed_str());
+        gateway.send(1 + (count % 2) as u64, id, message("alice", name, name, unknown, 2001)).await;
         let status = gateway.ack(name).await.status.expect("a refusal");
         if status.code == StatusCode::RateLimited.number() {
             refused = Some(status.retry_after_ms);
@@ -99,10 +107,54 @@ async fn looking_through_the_log_is_at_the_senders_cost() {
         }
         assert_eq!(status.code, StatusCode::OutOfOrder.number());
     }
-    let wait = std::time::Duration::from_millis(u64::from(refused.expect("a hundred scans are too many")));
+    let wait = Duration::from_millis(u64::from(refused.expect("so many scans are too many")));
     tokio::time::sleep(wait).await;
-    gateway.send(1, id, message("alice", "later", "later", "n0", 2000)).await;
-    assert_eq!(gateway.ack("later").await.seq, 2001);
+    gateway.send(1, id, message("alice", "later", "later", "n0", 2001)).await;
+    assert_eq!(gateway.ack("later").await.seq, 2002);
+}
+
+/// A client that comes back repeats all that it has not seen acknowledged: the log is read once for all of it, and not at all for
+/// what comes behind a refused one.
+#[tokio::test(start_paused = true)]
+async fn a_burst_of_repeats_is_looked_up_once() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let router = world.router(RouterConfig { dedupe_entries: 8, ..world.config("r1") }).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.self_id(&user("alice"));
+    let stored = names("n", 1000);
+    for (index, name) in stored.iter().enumerate() {
+        gateway.send(1, id, message("alice", name, name, "", index as u64)).await;
+        gateway.ack(name).await;
+    }
+    let delay = Duration::from_millis(50)..=Duration::from_millis(50);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    let begun = tokio::time::Instant::now();
+    let mut after = "";
+    for name in stored[900..].iter().copied().chain(names("m", 20)) {
+        gateway.send(1, id, message("alice", name, name, after, 200)).await;
+        after = name;
+    }
+    for (index, name) in stored[900..].iter().enumerate() {
+        assert_eq!(gateway.ack(name).await.seq, index as u64 + 901);
+    }
+    for (index, name) in names("m", 20).into_iter().enumerate() {
+        assert_eq!(gateway.ack(name).await.seq, index as u64 + 1001);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    // A refused one and all behind it: none of them costs a reading.
+    gateway.send(1, id, message("alice", "p1", "p1", "never sent", 1020)).await;
+    assert_eq!(refusal(&mut gateway, "p1").await, StatusCode::OutOfOrder.number());
+    for name in names("o", 20) {
+        gateway.send(1, id, message("alice", name, name, "", 1020)).await;
+        gateway.ack(name).await;
+    }
+    store.set_plan(FaultPlan { dropped_permille: 1000, ..FaultPlan::none() });
+    for (name, after) in [("p2", "p1"), ("p3", "p2"), ("p4", "p3")] {
+        gateway.send(1, id, message("alice", name, name, after, 1040)).await;
+        assert_eq!(refusal(&mut gateway, name).await, StatusCode::OutOfOrder.number());
+    }
 }
 
 /// A conversation of others and one that does not exist are the same to a stranger, whatever is asked.

@@ -3,6 +3,7 @@
 mod support;
 
 mod conversations;
+mod large;
 mod lifecycle;
 mod moves;
 mod ownership;

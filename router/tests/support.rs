@@ -1,9 +1,9 @@
 //! A router with in-memory store and registry, and a scripted gateway on the other end of its link.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -80,12 +80,115 @@ pub fn user(name: &str) -> UserId {
 
 pub const SHARDS: u32 = 4;
 
+/// Links between the routers of a test, with a count of what travels on them.
+#[derive(Clone, Default)]
+pub struct Mesh(Arc<Mutex<MeshState>>);
+
+/// The mesh as one router dials into it.
+struct MeshOf {
+    mesh: Mesh,
+    from: InstanceId,
+}
+
+#[derive(Default)]
+struct MeshState {
+    routers: BTreeMap<InstanceId, Router>,
+    /// Messages by kind.
+    sent: BTreeMap<&'static str, usize>,
+    bytes: usize,
+    /// Nothing passes between these.
+    cut: Vec<[InstanceId; 2]>,
+}
+
+impl Mesh {
+    /// How a router dials others.
+    pub fn of(&self, name: &str) -> Arc<dyn Connector<PeerEnd>> {
+        Arc::new(MeshOf { mesh: self.clone(), from: InstanceId::parse(name).unwrap() })
+    }
+
+    /// From now on nothing passes between two routers, in either direction.
+    pub fn cut(&self, one: &str, other: &str) {
+        let ids = [one, other].map(|name| InstanceId::parse(name).unwrap());
+        self.0.lock().unwrap().cut.push(ids);
+    }
+
+    fn is_cut(&self, one: &InstanceId, other: &InstanceId) -> bool {
+        self.0.lock().unwrap().cut.iter().any(|pair| pair.contains(one) && pair.contains(other))
+    }
+
+    pub fn add(&self, name: &str, router: &Router) {
+        self.0.lock().unwrap().routers.insert(InstanceId::parse(name).unwrap(), router.clone());
+    }
+
+    /// Messages by kind, and bytes of all, since the last time.
+    pub fn take(&self) -> (BTreeMap<&'static str, usize>, usize) {
+        let state = &mut *self.0.lock().unwrap();
+        (std::mem::take(&mut state.sent), std::mem::take(&mut state.bytes))
+    }
+
+    fn count(&self, item: &LinkItem<v1::PeerBatch>) {
+        use v1::peer_message::Message;
+        let LinkItem::Batch(batch) = item else { return };
+        let state = &mut *self.0.lock().unwrap();
+        for message in &batch.messages {
+            let kind = match &message.message {
+                Some(Message::Deliver(_)) => "deliver",
+                Some(Message::AudienceDeliver(_)) => "audience deliver",
+                Some(Message::Follow(_)) => "follow",
+                Some(Message::Heads(_)) => "heads",
+                Some(Message::ResyncShard(_) | Message::AudienceResync(_)) => "resync",
+                _ => "other",
+            };
+            *state.sent.entry(kind).or_default() += 1;
+            state.bytes += message.encoded_len();
+        }
+    }
+
+    #[allow(clippy::disallowed_methods, reason = "the wires between the routers of a test belong to the test")]
+    fn wire(
+        &self,
+        ends: [InstanceId; 2],
+        mut from: tokio::sync::mpsc::Receiver<LinkItem<v1::PeerBatch>>,
+        to: tokio::sync::mpsc::Sender<LinkItem<v1::PeerBatch>>,
+    ) {
+        let mesh = self.clone();
+        tokio::spawn(async move {
+            while let Some(item) = from.recv().await {
+                if mesh.is_cut(&ends[0], &ends[1]) {
+                    return;
+                }
+                mesh.count(&item);
+                if to.send(item).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+impl Connector<PeerEnd> for MeshOf {
+    fn connect(&self, to: &InstanceId, _address: &str) -> Connecting<PeerEnd> {
+        let router = self.mesh.0.lock().unwrap().routers.get(to).cloned();
+        let Some(router) = router.filter(|_| !self.mesh.is_cut(&self.from, to)) else {
+            let to = to.clone();
+            return Box::pin(async move { Err(LinkError { to, reason: "there is no way".to_owned() }) });
+        };
+        let ((near, first), (second, far)) = (pair(64), pair(64));
+        let ends = || [self.from.clone(), to.clone()];
+        self.mesh.wire(ends(), first.receiver, second.sender);
+        self.mesh.wire(ends(), second.receiver, first.sender);
+        router.accept_peer(far);
+        Box::pin(async move { Ok(near) })
+    }
+}
+
 pub struct World {
     pub environment: Environment,
     pub registry: InProcessRegistry,
     pub store: Store,
     pub key: SigningKey,
     pub peers: Arc<dyn Connector<PeerEnd>>,
+    pub shards: u32,
 }
 
 impl World {
@@ -97,13 +200,14 @@ impl World {
             store,
             key: SigningKey::from_pkcs8(der.as_ref()).unwrap(),
             peers: Arc::new(NoPeers),
+            shards: SHARDS,
         }
     }
 
     pub fn config(&self, name: &str) -> RouterConfig {
         let instance = InstanceId::parse(name).unwrap();
         let mut config = RouterConfig::new(instance, BootId(1), CLUSTER.clone(), RouterSecret::new([9; 32]));
-        config.shards = ShardCount::new(SHARDS).unwrap();
+        config.shards = ShardCount::new(self.shards).unwrap();
         config.verify_keys = vec![self.key.verify_key()];
         config.workers = 2;
         config
@@ -151,7 +255,7 @@ impl World {
             instance_id: name.to_owned(),
             boot_id: 5,
             cluster_id: "im".to_owned(),
-            shards: SHARDS,
+            shards: self.shards,
             ..v1::LinkHello::default()
         };
         gateway.end.sender.send(LinkItem::Hello(hello)).await.unwrap();
@@ -184,6 +288,15 @@ pub struct TestGateway {
 }
 
 impl TestGateway {
+    /// Takes what has come into the inbox, without waiting for more.
+    pub async fn gather(&mut self) {
+        while let Ok(Some(item)) = tokio::time::timeout(Duration::from_millis(200), self.end.receiver.recv()).await {
+            if let LinkItem::Batch(batch) = item {
+                self.inbox.extend(batch.messages.iter().filter_map(|message| message.message.clone()));
+            }
+        }
+    }
+
     pub async fn push(&mut self, messages: Vec<Up>) {
         let messages: Vec<_> =
             messages.into_iter().map(|message| v1::GatewayMessage { message: Some(message) }).collect();

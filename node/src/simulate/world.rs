@@ -352,6 +352,10 @@ impl Start {
             peer_timeout: dice.millis(1_500, 4_000),
             resync_spread: dice.millis(50, 500),
             link_queue_bytes_max: if plan.tight { 4 * 1024 } else { 1024 * 1024 },
+            store_timeout: dice.millis(500, 5_000),
+            // Groups have a handful of members here.
+            large_members: *dice.pick(&[1, 3, 256]),
+            named_sessions_min: *dice.pick(&[1, 16]),
             ..config
         }
     }

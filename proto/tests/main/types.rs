@@ -32,6 +32,7 @@ types! {
     LinkHello Identity Capability GatewayBatch GatewayMessage SessionOpen SessionAnnounce SessionPresent SessionClose SessionRenew
     SessionSend SessionCall SessionReceived SessionSignal GatewayLoad AudienceWanted RouterBatch RouterMessage SessionOpened SessionRefused
     SessionRenewed SendResult Deliver AudienceSet AudienceDeliver SessionsMove LoadBound CallReply SessionsResync SessionKick SendReturned CapabilityWanted PeerBatch PeerMessage
+    PeerFollow PeerUnfollow PeerAudienceDeliver PeerAudienceResync PeerAudienceGone PeerLoads PeerLoad Following
     PeerDeliver PeerResyncShard PeerEffect PeerHeads PeerCall PeerAnswer HeadList Head
     GatewayLinkItem RouterLinkItem PeerLinkItem
 }

@@ -56,7 +56,7 @@ impl Context {
 
     /// Writes the rows and queues the effects of a committed entry.
     pub fn apply_consequences(&mut self, conversation: &mut Conversation, seq: u64, consequences: Consequences) {
-        let Consequences { writes, effects } = consequences;
+        let Consequences { writes, effects, .. } = consequences;
         if !writes.is_empty() {
             conversation.unapplied.insert(seq);
             let (id, epoch) = (conversation.id, conversation.epoch);
@@ -161,8 +161,8 @@ impl Context {
             Request::Signal { caller, signal } => self.signal(conversation, &caller, signal),
             Request::Effect { effect, reply_to } => self.effect(conversation, effect, reply_to),
             Request::Call { call, reply_to } => self.call(conversation, call, reply_to),
-            Request::Head { user, answer } => {
-                let _ = answer.send(super::heads::head_of(conversation, &user));
+            Request::Head { user, router, answer } => {
+                let _ = answer.send(self.head_of(conversation, &user, &router));
             }
         }
     }

@@ -93,7 +93,7 @@ impl Context {
             body: request.body,
             after: bytes::Bytes::new(),
             known_seq: request.known_seq,
-            sought_through: 0,
+            was_member: false,
         };
         self.send(conversation, call.caller.clone(), send, SendAnswer::Reply(reply_to));
         Ok(())

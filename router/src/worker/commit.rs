@@ -256,6 +256,8 @@ impl Context {
             crate::state::apply(&mut conversation.settled, &conversation.id, row, &self.cluster.config.cluster_secret);
         conversation.members_version += 1;
         conversation.last_event = conversation.last_event.max(row.seq);
+        self.members_changed(conversation, &consequences);
+        self.left_elsewhere(conversation, &consequences);
         self.apply_consequences(conversation, row.seq, consequences);
     }
 
@@ -273,6 +275,9 @@ impl Context {
         let waiting = std::mem::take(&mut conversation.waiters).into_values().flatten();
         for completion in flying.chain(queued).chain(waiting) {
             self.give_up(id, completion);
+        }
+        if let Some(lookups) = conversation.lookups.take() {
+            lookups.into_waiting().for_each(|request| self.give_back(id, request));
         }
         self.cluster.metrics.conversations_open.decrement(1.0);
     }

@@ -1,82 +1,141 @@
 //! From committed entries to the owners of the receivers' shards: one message for each owner and commit, whatever the number of
 //! entries and members.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
-use im_proto::{ShardId, UserId, frame, v1};
+use im_proto::{InstanceId, ShardId, UserId, frame, v1};
 use im_storage::Row;
 
 use crate::{
+    audience::AudiencePush,
     caller::{Caller, SessionKey},
+    cluster::Cluster,
     conversation::Conversation,
     message::{Delivery, ReplyTo, ShardMessage},
     worker::Context,
 };
 
-/// The members of a conversation by the shard that acts for them.
+/// Users by who acts for them: each worker of this router, and each other router as a whole.
 #[derive(Debug, Default)]
-pub struct Routes {
+pub struct Groups {
     owners_version: u64,
     members_version: u64,
     groups: Vec<Group>,
     valid: bool,
 }
 
-/// The members whose sessions one worker or one other router's shard holds.
+/// The users whose sessions one worker or one other router holds, in the order of their shards.
 #[derive(Debug)]
 struct Group {
-    /// Finds the worker.
+    /// Finds the worker, or the router.
     shard: ShardId,
     users: Arc<[UserId]>,
-    /// All of them, if they are several.
-    shards: Arc<[ShardId]>,
+    /// How many of them are of which shard.
+    spans: Arc<[(ShardId, u32)]>,
 }
 
-impl Routes {
+/// Whose sessions they are.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Holder<'a> {
+    Worker(usize),
+    Router(&'a InstanceId),
+    /// Nobody knows yet: each shard for itself.
+    Nobody(ShardId),
+}
+
+impl Groups {
     /// Forgets what was computed.
     pub fn invalidate(&mut self) {
         self.valid = false;
     }
+
+    /// Computes the groups again if owners or users have changed.
+    pub fn refresh<'a>(
+        &mut self,
+        cluster: &Cluster,
+        members_version: u64,
+        users: impl Iterator<Item = (ShardId, &'a UserId)>,
+    ) {
+        let owners = cluster.owners();
+        if self.valid && self.owners_version == owners.version && self.members_version == members_version {
+            return;
+        }
+        let mut by_holder: BTreeMap<Holder<'_>, Vec<(ShardId, &UserId)>> = BTreeMap::new();
+        for (shard, user) in users {
+            let holder = match owners.get(shard) {
+                Some((owner, _)) if *owner == cluster.config.instance => Holder::Worker(cluster.worker_of(shard)),
+                Some((owner, _)) => Holder::Router(owner),
+                None => Holder::Nobody(shard),
+            };
+            by_holder.entry(holder).or_default().push((shard, user));
+        }
+        self.groups = by_holder.into_values().filter_map(Group::new).collect();
+        (self.owners_version, self.members_version, self.valid) = (owners.version, members_version, true);
+    }
+
+    /// One message to each of them.
+    pub fn send(&self, cluster: &Cluster, frames: &Bytes, except: Option<&SessionKey>) {
+        for group in &self.groups {
+            let delivery = Delivery {
+                frames: frames.clone(),
+                users: group.users.clone(),
+                spans: group.spans.clone(),
+                except: except.cloned(),
+            };
+            cluster.send(group.shard, ShardMessage::Deliver(delivery), ReplyTo::Nobody);
+        }
+    }
+}
+
+impl Group {
+    fn new(mut users: Vec<(ShardId, &UserId)>) -> Option<Self> {
+        users.sort_unstable();
+        let (shard, _) = *users.first()?;
+        let mut spans: Vec<(ShardId, u32)> = Vec::new();
+        for (shard, _) in &users {
+            match spans.last_mut() {
+                Some((last, count)) if last == shard => *count += 1,
+                _ => spans.push((*shard, 1)),
+            }
+        }
+        Some(Self { shard, users: users.into_iter().map(|(_, user)| user.clone()).collect(), spans: spans.into() })
+    }
 }
 
 /// Delivers entries to the live sessions of all members. A run of entries of one sender's session travels as one run of frames.
-pub fn deliver(context: &mut Context, conversation: &mut Conversation, entries: &[(Row, Option<Arc<Caller>>)]) {
-    refresh_routes(context, conversation);
+pub fn deliver(context: &Context, conversation: &mut Conversation, entries: &[(Row, Option<Arc<Caller>>)]) {
     let mut from = 0;
     while from < entries.len() {
         let session = session_of(entries[from].1.as_ref());
         let run = entries[from..].iter().take_while(|(_, sender)| session_of(sender.as_ref()) == session).count();
         let frames = encode(conversation, &entries[from..from + run]);
-        send(context, conversation, &frames, session.cloned());
+        let last_seq = entries[from + run - 1].0.seq;
+        send(context, conversation, &frames, last_seq, session);
         from += run;
     }
 }
 
 /// Delivers a frame that is not an entry.
-pub fn deliver_frame(
-    context: &mut Context,
-    conversation: &mut Conversation,
-    frames: &Bytes,
-    except: Option<SessionKey>,
-) {
-    refresh_routes(context, conversation);
-    send(context, conversation, frames, except);
+pub fn deliver_frame(context: &Context, conversation: &mut Conversation, frames: &Bytes, except: Option<&SessionKey>) {
+    send(context, conversation, frames, 0, except);
 }
 
-fn send(context: &Context, conversation: &Conversation, frames: &Bytes, except: Option<SessionKey>) {
-    for group in &conversation.routes.groups {
-        let delivery = Delivery {
-            frames: frames.clone(),
-            users: group.users.clone(),
-            shards: group.shards.clone(),
-            except: except.clone(),
-        };
-        context.cluster.send(group.shard, ShardMessage::Deliver(delivery), ReplyTo::Nobody);
+fn send(
+    context: &Context,
+    conversation: &mut Conversation,
+    frames: &Bytes,
+    last_seq: u64,
+    except: Option<&SessionKey>,
+) {
+    if conversation.large.is_some() {
+        let push = AudiencePush { conversation: conversation.id, frames, last_seq, except };
+        return context.push_large(conversation, &push);
     }
+    let cluster = &context.cluster;
+    let members = conversation.settled.members.keys().map(|user| (cluster.shard_of_user(user), user));
+    conversation.routes.refresh(cluster, conversation.members_version, members);
+    conversation.routes.send(cluster, frames, except);
 }
 
 fn session_of(caller: Option<&Arc<Caller>>) -> Option<&SessionKey> {
@@ -110,35 +169,4 @@ pub fn entry_message(conversation_id: Bytes, row: &Row) -> v1::Message {
         kind: row.kind.into(),
         flags: row.flags,
     }
-}
-
-fn refresh_routes(context: &Context, conversation: &mut Conversation) {
-    let owners = context.cluster.owners();
-    let routes = &conversation.routes;
-    if routes.valid && routes.owners_version == owners.version && routes.members_version == conversation.members_version
-    {
-        return;
-    }
-    // A shard stands for its owner: this router's workers each, another router as a whole would need one message a shard,
-    // because the receiver finds its worker by the shard.
-    let mut groups: BTreeMap<(bool, u64), (BTreeSet<ShardId>, Vec<UserId>)> = BTreeMap::new();
-    for user in conversation.settled.members.keys() {
-        let shard = context.cluster.shard_of_user(user);
-        let local = owners.get(shard).is_some_and(|(owner, _)| *owner == context.cluster.config.instance);
-        let key = if local { context.cluster.worker_of(shard) as u64 } else { u64::from(shard.0) };
-        let (shards, users) = groups.entry((local, key)).or_default();
-        shards.insert(shard);
-        users.push(user.clone());
-    }
-    let group = |(shards, users): (BTreeSet<ShardId>, Vec<UserId>)| {
-        let shard = *shards.first()?;
-        let shards = if shards.len() > 1 { shards.into_iter().collect() } else { Arc::default() };
-        Some(Group { shard, users: users.into(), shards })
-    };
-    conversation.routes = Routes {
-        owners_version: owners.version,
-        members_version: conversation.members_version,
-        groups: groups.into_values().filter_map(group).collect(),
-        valid: true,
-    };
 }

@@ -44,6 +44,9 @@ impl Context {
         if request.name.len() > limits::GROUP_NAME_BYTES_MAX {
             return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
         }
+        if members.len() >= limits::GROUP_MEMBERS_MAX {
+            return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
+        }
         let others = members.iter().filter(|user| **user != caller.user).map(UserId::to_string);
         let created = v1::GroupCreated {
             name: request.name,
@@ -74,6 +77,9 @@ impl Context {
         if new.is_empty() {
             let reply = v1::GroupInviteReply { seq: 0 }.encode_to_vec();
             return self.answer_settled(conversation, call, reply_to, reply.into());
+        }
+        if conversation.deciding.members.len() + new.len() > limits::GROUP_MEMBERS_MAX {
+            return self.refuse_call(conversation, call, reply_to, StatusCode::TooLarge);
         }
         let joined = v1::MembersJoined { invited_by: caller.user.to_string(), members: new };
         self.assign_event(conversation, &caller, Event::MembersJoined(joined), ReplyKind::GroupInvite, reply_to);

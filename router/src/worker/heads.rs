@@ -1,7 +1,7 @@
 //! Heads: where conversations end and how far a user has read. From memory for open conversations, from head rows for quiet ones.
 
 use futures::{StreamExt as _, TryStreamExt as _};
-use im_proto::{ConversationId, StatusCode, UserId, v1};
+use im_proto::{ConversationId, InstanceId, StatusCode, UserId, v1};
 use im_storage::{StoreError, Table};
 use prost::Message as _;
 use tokio::sync::oneshot;
@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use super::{
     Context, Worker,
     idle::{CursorValue, HeadValue},
+    large::Registration,
     waiting::{Request, Slot},
 };
 use crate::{
@@ -23,23 +24,31 @@ const CONVERSATIONS_MAX: usize = 1024;
 /// Reads of one query that are under way: enough to hide the store's latency, few beside those of other queries.
 const READS_AT_A_TIME: usize = 32;
 
-/// The head of an open conversation, for a user.
-pub fn head_of(conversation: &Conversation, user: &UserId) -> v1::Head {
-    let cursor = conversation.cursor(user);
-    v1::Head {
-        conversation_id: conversation.id.to_bytes(),
-        head: conversation.committed,
-        counted: conversation.committed_counted,
-        first_seq: conversation.first_seq,
-        read_seq: cursor.seq,
-        read_counted: cursor.counted,
-        unavailable: false,
+impl Context {
+    /// The head of an open conversation, for a user at a router. What is committed from now on is sent to that router.
+    pub fn head_of(&self, conversation: &mut Conversation, user: &UserId, router: &InstanceId) -> v1::Head {
+        let registration = self.register(conversation, user, router);
+        let cursor = conversation.cursor(user);
+        v1::Head {
+            conversation_id: conversation.id.to_bytes(),
+            head: conversation.committed,
+            counted: conversation.committed_counted,
+            first_seq: conversation.first_seq,
+            read_seq: cursor.seq,
+            read_counted: cursor.counted,
+            unavailable: registration == Registration::Unreachable,
+            registered: registration == Registration::Made,
+        }
     }
 }
 
 impl Worker {
-    /// Answers for all conversations of a query at once.
+    /// Answers for all conversations of a query at once. The asking router is registered with those that are large.
     pub fn heads(&mut self, query: HeadsQuery, reply_to: ReplyTo) {
+        let router = match &reply_to {
+            ReplyTo::Peer { router, .. } => router.clone(),
+            _ => self.context.cluster.config.instance.clone(),
+        };
         if query.conversations.len() > CONVERSATIONS_MAX {
             return self.context.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
         }
@@ -50,10 +59,10 @@ impl Worker {
                 continue;
             }
             match self.conversations.get_mut(&id) {
-                Some(Slot::Open(conversation)) => ready.push(head_of(conversation, &query.user)),
+                Some(Slot::Open(conversation)) => ready.push(self.context.head_of(conversation, &query.user, &router)),
                 Some(Slot::Opening { .. } | Slot::Raising { .. }) => {
                     let (answer, receiver) = oneshot::channel();
-                    self.request(id, Request::Head { user: query.user.clone(), answer });
+                    self.request(id, Request::Head { user: query.user.clone(), router: router.clone(), answer });
                     opening.push(receiver);
                 }
                 None => quiet.push(id),

@@ -65,6 +65,8 @@ impl Worker {
 impl Context {
     fn look_after(&mut self, conversation: &mut Conversation) {
         self.send_effects(conversation);
+        self.ask_followers(conversation);
+        self.forget_lookups(conversation);
         if self.wants_marks(conversation) {
             self.write_marks(conversation, |_| {});
         }

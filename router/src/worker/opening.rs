@@ -120,9 +120,11 @@ impl Worker {
         for effect in opened.effects {
             conversation.outbox.push(effect);
         }
+        let sent_from = opened.rewritten.first().map_or(opened.head + 1, |row| row.seq);
+        self.context.open_large(&mut conversation, sent_from);
         let rewritten: Vec<_> = opened.rewritten.into_iter().map(|row| (row, None)).collect();
         if !rewritten.is_empty() {
-            fan_out::deliver(&mut self.context, &mut conversation, &rewritten);
+            fan_out::deliver(&self.context, &mut conversation, &rewritten);
         }
         self.context.send_effects(&mut conversation);
         self.context.plan_look(&mut conversation);

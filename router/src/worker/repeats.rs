@@ -1,31 +1,41 @@
 //! Repeated sends and predecessors that memory does not reach: they are looked for in the log, as far as that is bounded, at the
 //! cost of who sent them.
+//!
+//! What was read stays for a while: a client that comes back repeats all that it has not seen acknowledged, and one reading answers
+//! for all of it. One reading at a time runs for a conversation; sends that need another wait in their order.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+mod log;
 
-use im_proto::{ConversationId, StatusCode, UserId, limits};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use im_proto::{StatusCode, UserId, limits};
 use im_storage::{StoreError, Table};
 use prost::Message as _;
 use tokio::time::Instant;
 
+use self::log::{Known, RefusedIds, SenderLog};
 use super::{
-    Context, Worker, commit,
+    Context, commit,
     waiting::{Request, SendAnswer, SendRequest, Slot},
 };
 use crate::{
     caller::Caller,
     conversation::{Completion, Conversation, Dedupe, ReplyKind, Seen},
-    deadline::StoreCalls,
-    message::unavailable,
+    message::{overloaded, unavailable},
     state::MemberValue,
 };
 
-/// Entries of one read of a scan.
-const SCAN_ENTRIES: u64 = 4096;
 /// Entries that a user's sends may make the owner look through at once: two scans of the longest kind.
 const SCAN_BURST: u64 = 2 * limits::DEDUPE_SCAN_ENTRIES_MAX;
 /// Entries a second by which that comes back: a longest scan every four seconds.
 const SCAN_REFILL: u64 = limits::DEDUPE_SCAN_ENTRIES_MAX / 4;
+
+/// How long what was read is kept at least: while a client comes back.
+const LOOKUPS_KEPT: Duration = Duration::from_secs(10);
 
 /// What users have spent on scans lately.
 #[derive(Default)]
@@ -40,7 +50,7 @@ impl ScanBudgets {
         let spent = self.spent.get(user).map_or(0, |spent| left_over(*spent, now));
         let after = spent.saturating_add(entries);
         if after > SCAN_BURST {
-            return Err(Duration::from_secs((after - SCAN_BURST).div_ceil(SCAN_REFILL)));
+            return Err(Duration::from_millis((after - SCAN_BURST).saturating_mul(1000).div_ceil(SCAN_REFILL)));
         }
         self.spent.insert(user.clone(), (after, now));
         Ok(())
@@ -53,8 +63,27 @@ impl ScanBudgets {
 }
 
 fn left_over((spent, at): (u64, Instant), now: Instant) -> u64 {
-    let seconds = now.saturating_duration_since(at).as_secs();
-    spent.saturating_sub(seconds.saturating_mul(SCAN_REFILL))
+    let millis = u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
+    spent.saturating_sub(millis.saturating_mul(SCAN_REFILL) / 1000)
+}
+
+/// What an owner has looked up of a conversation's log for its senders. Not there for most.
+#[derive(Debug, Default)]
+pub struct Lookups {
+    /// Of the sender who was looked for last.
+    log: Option<SenderLog>,
+    running: bool,
+    /// Sends that need a reading while one runs.
+    waiting: VecDeque<(Arc<Caller>, SendRequest, SendAnswer)>,
+    refused: RefusedIds,
+    used: Option<Instant>,
+}
+
+impl Lookups {
+    /// What waits, when the conversation is closed.
+    pub fn into_waiting(self) -> impl Iterator<Item = Request> {
+        self.waiting.into_iter().map(|(caller, send, answer)| Request::Send { caller, send, answer })
+    }
 }
 
 impl Context {
@@ -75,6 +104,7 @@ impl Context {
             let status = StatusCode::PreconditionFailed.to_status();
             return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
         }
+        self.is_stored(conversation, Dedupe::key(&caller.user, &send.client_message_id));
         let completion = match answer {
             SendAnswer::Session => Completion::Ack { caller, client_message_id: send.client_message_id },
             SendAnswer::Reply(reply_to) => Completion::Reply { reply_to, kind: ReplyKind::Send },
@@ -116,22 +146,109 @@ impl Context {
         &mut self,
         conversation: &mut Conversation,
         caller: Arc<Caller>,
-        send: SendRequest,
+        mut send: SendRequest,
         answer: SendAnswer,
     ) {
-        let (from, to) = (send.known_seq + 1, conversation.dedupe.floor);
-        if to - send.known_seq > limits::DEDUPE_SCAN_ENTRIES_MAX {
+        let (known_seq, floor) = (send.known_seq, conversation.dedupe.floor);
+        if floor - known_seq > limits::DEDUPE_SCAN_ENTRIES_MAX {
             let status = StatusCode::SyncFirst.to_status();
             return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
         }
-        if let Err(wait) = self.scans.charge(&caller.user, to - send.known_seq, self.now()) {
+        match look_up(conversation, &caller.user, &send.client_message_id, known_seq + 1, floor) {
+            Known::At(seq) => {
+                let seen = Seen { seq, sent_at: conversation.last_sent_at, body_hash: None };
+                self.repeated(conversation, caller, send, answer, seen);
+            }
+            Known::Absent => {
+                // Everything up to here was looked at; what came after is in the map.
+                send.known_seq = floor;
+                self.send(conversation, caller, send, answer);
+            }
+            Known::Unread => self.read_log(conversation, caller, send, answer, known_seq + 1, false),
+        }
+    }
+
+    /// `after` names a send that memory does not know: it is in the log below what memory reaches, or it never came.
+    pub fn seek_predecessor(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: Arc<Caller>,
+        mut send: SendRequest,
+        answer: SendAnswer,
+    ) {
+        let floor = conversation.dedupe.floor;
+        let low = floor.saturating_sub(limits::DEDUPE_SCAN_ENTRIES_MAX).max(conversation.first_seq - 1) + 1;
+        let key = Dedupe::key(&caller.user, &send.after);
+        // One that was refused a moment ago has to come first in any case: then so do those behind it, a whole burst of them.
+        let was_refused = conversation.lookups.as_ref().is_some_and(|lookups| lookups.refused.contains(key));
+        let known = match was_refused || low > floor {
+            true => Known::Absent,
+            false => look_up(conversation, &caller.user, &send.after, low, floor),
+        };
+        match known {
+            Known::At(_) => {
+                // It is committed, and stays so.
+                send.after = bytes::Bytes::new();
+                self.send(conversation, caller, send, answer);
+            }
+            Known::Absent => {
+                let status = StatusCode::OutOfOrder.to_status();
+                self.answer_send(conversation, &caller, send.client_message_id, answer, status);
+            }
+            Known::Unread => self.read_log(conversation, caller, send, answer, low, true),
+        }
+    }
+
+    /// Reads what is not known of the sender from `low` up to what memory has, then decides again. For a predecessor the newest entries
+    /// come first, until it is found.
+    fn read_log(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: Arc<Caller>,
+        send: SendRequest,
+        answer: SendAnswer,
+        low: u64,
+        is_predecessor: bool,
+    ) {
+        let (id, floor) = (conversation.id, conversation.dedupe.floor);
+        let (now, waits_max) = (self.now(), self.cluster.config.conversation_queue_max);
+        let lookups = conversation.lookups.get_or_insert_default();
+        if lookups.running {
+            if lookups.waiting.len() >= waits_max {
+                return self.answer_send(conversation, &caller, send.client_message_id, answer, overloaded());
+            }
+            return lookups.waiting.push_back((caller, send, answer));
+        }
+        let log =
+            lookups.log.take().filter(|log| log.is_of(&caller.user)).unwrap_or_else(|| SenderLog::new(&caller.user));
+        if let Err(wait) = self.scans.charge(&caller.user, log.unread(low, floor), now) {
+            lookups.log = Some(log);
             let status = StatusCode::RateLimited.retry_after(wait);
             return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
         }
-        let (store, id) = (self.store.clone(), conversation.id);
-        let (user, wanted) = (caller.user.clone(), send.client_message_id.clone());
-        let read = async move { find(&store, id, from, to, &user, &wanted).await };
-        self.then(read, move |worker, outcome| worker.scanned(id, caller, send, answer, to, outcome));
+        lookups.running = true;
+        lookups.used = Some(now);
+        let store = self.store.clone();
+        let wanted = is_predecessor.then(|| send.after.clone());
+        let read = async move { log.extend(&store, id, low, floor, wanted.as_ref()).await };
+        self.then(read, move |worker, (log, outcome)| {
+            let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id) else {
+                return worker.request(id, Request::Send { caller, send, answer });
+            };
+            let lookups = conversation.lookups.get_or_insert_default();
+            (lookups.log, lookups.running) = (Some(log), false);
+            let waiting = std::mem::take(&mut lookups.waiting);
+            let context = &mut worker.context;
+            match outcome {
+                Ok(()) => context.send(conversation, caller, send, answer),
+                Err(_) => {
+                    context.answer_send(conversation, &caller, send.client_message_id, answer, unavailable());
+                }
+            }
+            for (caller, send, answer) in waiting {
+                context.send(conversation, caller, send, answer);
+            }
+        });
     }
 
     /// Who is not in the group now may have sent this before: only if the user has ever been a member the log is looked through.
@@ -139,9 +256,12 @@ impl Context {
         &mut self,
         conversation: &mut Conversation,
         caller: Arc<Caller>,
-        send: SendRequest,
+        mut send: SendRequest,
         answer: SendAnswer,
     ) {
+        if send.was_member {
+            return self.scan(conversation, caller, send, answer);
+        }
         let (store, id) = (self.store.clone(), conversation.id);
         let user = caller.user.clone();
         let read = async move {
@@ -154,8 +274,10 @@ impl Context {
             };
             let context = &mut worker.context;
             match outcome {
-                // The floor may have moved meanwhile; it only moves up.
-                Ok(true) => context.scan(conversation, caller, send, answer),
+                Ok(true) => {
+                    send.was_member = true;
+                    context.send(conversation, caller, send, answer);
+                }
                 Ok(false) => context.refuse_send(conversation, caller, send, answer),
                 Err(_) => {
                     context.answer_send(conversation, &caller, send.client_message_id, answer, unavailable());
@@ -164,109 +286,34 @@ impl Context {
         });
     }
 
-    /// `after` names a send that memory does not know: it is in the log below what memory reaches, or it never came.
-    pub fn seek_predecessor(
-        &mut self,
-        conversation: &mut Conversation,
-        caller: Arc<Caller>,
-        send: SendRequest,
-        answer: SendAnswer,
-    ) {
-        let to = conversation.dedupe.floor;
-        let lowest = to.saturating_sub(limits::DEDUPE_SCAN_ENTRIES_MAX);
-        let from = lowest.max(send.sought_through).max(conversation.first_seq.saturating_sub(1)) + 1;
-        if from > to {
-            let status = StatusCode::OutOfOrder.to_status();
-            return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
+    /// A send was refused, so its successors are out of order until it comes again.
+    pub fn is_refused(&self, conversation: &mut Conversation, caller: &Caller, client_message_id: &[u8]) {
+        let key = Dedupe::key(&caller.user, client_message_id);
+        let now = self.now();
+        let lookups = conversation.lookups.get_or_insert_default();
+        lookups.refused.insert(key);
+        lookups.used = Some(now);
+    }
+
+    /// It came again.
+    pub fn is_stored(&self, conversation: &mut Conversation, key: u128) {
+        if let Some(lookups) = &mut conversation.lookups {
+            lookups.refused.remove(key);
         }
-        if let Err(wait) = self.scans.charge(&caller.user, to - from + 1, self.now()) {
-            let status = StatusCode::RateLimited.retry_after(wait);
-            return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
-        }
-        let (store, id) = (self.store.clone(), conversation.id);
-        let (user, wanted) = (caller.user.clone(), send.after.clone());
-        let read = async move { find(&store, id, from, to, &user, &wanted).await };
-        self.then(read, move |worker, outcome| worker.sought(id, caller, send, answer, to, outcome));
+    }
+
+    /// What was read is of use while a client comes back, and no longer.
+    pub fn forget_lookups(&self, conversation: &mut Conversation) {
+        let is_idle = |lookups: &mut Box<Lookups>| {
+            let used_lately = lookups.used.is_some_and(|used| used.elapsed() < LOOKUPS_KEPT);
+            !lookups.running && lookups.waiting.is_empty() && !used_lately
+        };
+        conversation.lookups.take_if(is_idle);
     }
 }
 
-/// The seq under which a user sent a client message id, the newest entries first.
-async fn find(
-    store: &StoreCalls,
-    id: ConversationId,
-    from: u64,
-    to: u64,
-    user: &UserId,
-    wanted: &[u8],
-) -> Result<Option<u64>, StoreError> {
-    let mut high = to;
-    while high >= from {
-        let low = from.max((high + 1).saturating_sub(SCAN_ENTRIES));
-        let keys = store.read_keys(id, low, high).await?;
-        let found = keys.iter().find(|key| key.sender.as_ref() == Some(user) && key.client_message_id == wanted);
-        if let Some(key) = found {
-            return Ok(Some(key.seq));
-        }
-        high = low - 1;
-    }
-    Ok(None)
-}
-
-impl Worker {
-    fn scanned(
-        &mut self,
-        id: ConversationId,
-        caller: Arc<Caller>,
-        mut send: SendRequest,
-        answer: SendAnswer,
-        scanned_to: u64,
-        outcome: Result<Option<u64>, StoreError>,
-    ) {
-        let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else {
-            return self.request(id, Request::Send { caller, send, answer });
-        };
-        match outcome {
-            Ok(Some(seq)) => {
-                let seen = Seen { seq, sent_at: conversation.last_sent_at, body_hash: None };
-                self.context.repeated(conversation, caller, send, answer, seen);
-            }
-            Ok(None) => {
-                // Everything up to here was looked at; what came after is in the map, unless the map moved on meanwhile.
-                send.known_seq = scanned_to;
-                self.context.send(conversation, caller, send, answer);
-            }
-            Err(_) => {
-                let id = send.client_message_id;
-                self.context.answer_send(conversation, &caller, id, answer, unavailable());
-            }
-        }
-    }
-
-    fn sought(
-        &mut self,
-        id: ConversationId,
-        caller: Arc<Caller>,
-        mut send: SendRequest,
-        answer: SendAnswer,
-        sought_through: u64,
-        outcome: Result<Option<u64>, StoreError>,
-    ) {
-        let Some(Slot::Open(conversation)) = self.conversations.get_mut(&id) else {
-            return self.request(id, Request::Send { caller, send, answer });
-        };
-        match outcome {
-            Ok(found) => {
-                if found.is_some() {
-                    // It is committed, and stays so.
-                    send.after = bytes::Bytes::new();
-                }
-                send.sought_through = sought_through;
-                self.context.send(conversation, caller, send, answer);
-            }
-            Err(_) => {
-                let id = send.client_message_id;
-                self.context.answer_send(conversation, &caller, id, answer, unavailable());
-            }
-        }
-    }
+/// What is known of a sender's client message id among the entries `low..=high`.
+fn look_up(conversation: &Conversation, user: &UserId, wanted: &[u8], low: u64, high: u64) -> Known {
+    let log = conversation.lookups.as_ref().and_then(|lookups| lookups.log.as_ref()).filter(|log| log.is_of(user));
+    log.map_or(Known::Unread, |log| log.look_up(wanted, low, high))
 }

@@ -42,7 +42,7 @@ impl Worker {
             _ => None,
         };
         let v1::Send { client_message_id, body, after, known_seq, .. } = send;
-        let send = SendRequest { peer, client_message_id, body, after, known_seq, sought_through: 0 };
+        let send = SendRequest { peer, client_message_id, body, after, known_seq, was_member: false };
         self.request(id, Request::Send { caller, send, answer: SendAnswer::Session });
     }
 }
@@ -103,6 +103,7 @@ impl Context {
             send.body,
             meta,
         );
+        self.is_stored(conversation, key);
         let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash: Some(Dedupe::body_hash(&row.body)) };
         conversation.dedupe.insert(key, seen, conversation.committed);
         let completion = match answer {
@@ -200,12 +201,13 @@ impl Context {
     /// Answers a send that was not numbered.
     pub fn answer_send(
         &mut self,
-        conversation: &Conversation,
+        conversation: &mut Conversation,
         caller: &Caller,
         client_message_id: Bytes,
         answer: SendAnswer,
         status: v1::Status,
     ) {
+        self.is_refused(conversation, caller, &client_message_id);
         match answer {
             SendAnswer::Session => {
                 let ack = v1::SendAck {

@@ -12,9 +12,10 @@ use im_proto::{
 };
 use tokio::sync::oneshot;
 
-use super::{Context, Worker};
+use super::{Context, Worker, following::Following};
 use crate::{
     caller::{Caller, SessionKey},
+    cluster::Cluster,
     config::EXCLUSIVE_PLATFORMS,
     gateway_link::GatewayLink,
     message::{AnswerValue, Delivery, HeadsQuery, ReplyTo, unavailable},
@@ -62,21 +63,35 @@ pub struct Users {
 struct UserSessions {
     shard: ShardId,
     sessions: Vec<Live>,
+    /// The large conversations that these sessions follow.
+    following: Following,
 }
 
 impl Users {
     fn entry(&mut self, user: &UserId, shard: ShardId) -> &mut UserSessions {
         self.users.entry(user.clone()).or_insert_with(|| {
             self.by_shard.entry(shard).or_default().insert(user.clone());
-            UserSessions { shard, sessions: Vec::new() }
+            UserSessions { shard, sessions: Vec::new(), following: Following::new() }
         })
     }
 
+    /// What a user with sessions follows, and the sessions.
+    pub fn following(&mut self, user: &UserId) -> Option<(&mut Following, impl Iterator<Item = &SessionKey>)> {
+        let user = self.users.get_mut(user)?;
+        Some((&mut user.following, user.sessions.iter().map(|live| &live.key)))
+    }
+
     /// Removes sessions of a user; returns how many.
-    fn remove(&mut self, user: &UserId, gone: impl Fn(&Live) -> bool) -> usize {
+    fn remove(&mut self, cluster: &Cluster, user: &UserId, gone: impl Fn(&Live) -> bool) -> usize {
         let Some(entry) = self.users.get_mut(user) else { return 0 };
         let before = entry.sessions.len();
-        entry.sessions.retain(|live| !gone(live));
+        entry.sessions.retain(|live| {
+            let stays = !gone(live);
+            if !stays {
+                entry.following.keys().for_each(|id| cluster.audiences.remove(cluster, id, user, &live.key));
+            }
+            stays
+        });
         let removed = before - entry.sessions.len();
         if entry.sessions.is_empty() {
             let shard = entry.shard;
@@ -169,6 +184,11 @@ impl Context {
         let (mut kicked, before) = (Vec::new(), user.sessions.len());
         user.sessions.retain(|live| {
             let replaced = live.device == caller.device || (exclusive && live.platform == caller.platform);
+            if replaced {
+                user.following
+                    .keys()
+                    .for_each(|id| self.cluster.audiences.remove(&self.cluster, id, &caller.user, &live.key));
+            }
             if replaced && live.key != key {
                 kicked.push((live.key.clone(), live.device == caller.device));
             }
@@ -178,6 +198,7 @@ impl Context {
         let replaced = before - user.sessions.len();
         let room = user.sessions.len() < self.cluster.config.sessions_per_user_max;
         if room {
+            user.following.keys().for_each(|id| self.cluster.audiences.add(id, &caller.user, &key));
             let (device, platform) = (caller.device.clone(), caller.platform.clone());
             user.sessions.push(Live { key, device, platform, opened_at: caller.opened_at });
             self.cluster.metrics.sessions.increment(1.0);
@@ -213,7 +234,7 @@ impl Context {
     /// A session ended. Removal is by session, so a slow disconnect cannot remove its successor.
     pub fn close_session(&mut self, caller: &Caller) {
         let Some(key) = &caller.session else { return };
-        let removed = self.users.remove(&caller.user, |live| live.key == *key);
+        let removed = self.users.remove(&self.cluster, &caller.user, |live| live.key == *key);
         self.cluster.metrics.sessions.decrement(removed as f64);
     }
 
@@ -253,10 +274,8 @@ impl Context {
     }
 
     /// Pushes frames to live sessions. What cannot reach its users any more, because their shard has moved, ends in a resync.
-    pub fn take_delivery(&mut self, shard: ShardId, delivery: &Delivery) {
-        let own = [shard];
-        let shards = if delivery.shards.is_empty() { own.as_slice() } else { &delivery.shards };
-        for shard in shards.iter().filter(|shard| !self.shards.takes_pushes(**shard)) {
+    pub fn take_delivery(&mut self, delivery: &Delivery) {
+        for (shard, _) in delivery.spans.iter().filter(|(shard, _)| !self.shards.takes_pushes(*shard)) {
             self.cluster.push_lost(*shard);
         }
         self.deliver(delivery);
@@ -333,7 +352,7 @@ impl Context {
     }
 
     fn remove_sessions(&mut self, users: Vec<UserId>, gone: impl Fn(&Live) -> bool + Copy) {
-        let removed: usize = users.iter().map(|user| self.users.remove(user, gone)).sum();
+        let removed: usize = users.iter().map(|user| self.users.remove(&self.cluster, user, gone)).sum();
         self.cluster.metrics.sessions.decrement(removed as f64);
     }
 }

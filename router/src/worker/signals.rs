@@ -30,6 +30,6 @@ impl Context {
         signal.sender = caller.user.to_string();
         signal.target = Some(v1::signal::Target::ConversationId(conversation.id.to_bytes()));
         let frame = v1::ServerFrame { frame: Some(v1::server_frame::Frame::Signal(signal)) };
-        fan_out::deliver_frame(self, conversation, &frame::frame_to_bytes(&frame), caller.session.clone());
+        fan_out::deliver_frame(self, conversation, &frame::frame_to_bytes(&frame), caller.session.as_ref());
     }
 }

@@ -1,6 +1,9 @@
 //! Sync: the conversation list from the user's self log, with heads from the conversations' owners.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use im_proto::{ConversationId, ShardId, StatusCode, UserId, limits, v1};
@@ -12,7 +15,7 @@ use crate::{
     caller::Caller,
     cluster::Cluster,
     conversation::Conversation,
-    message::{Answer, AnswerValue, HeadsQuery, ReplyTo, ShardMessage, unavailable},
+    message::{AnswerValue, HeadsQuery, ReplyTo, ShardMessage, unavailable},
     state::ListRow,
 };
 
@@ -51,16 +54,33 @@ impl Context {
         .take(limit + 1)
         .map(|(id, row)| (*id, row.clone()))
         .collect();
-        let (cluster, user, version) = (self.cluster.clone(), caller.user.clone(), conversation.committed);
+        // Before any owner can register this router: what it sends from then on must find the user.
+        let is_group = |row: &ListRow| row.kind == v1::ConversationKind::Group && !row.left();
+        let groups: Vec<ConversationId> =
+            rows.iter().take(limit).filter(|(_, row)| is_group(row)).map(|(id, _)| *id).collect();
+        let (user, sync) = (caller.user.clone(), self.follow_while_asking(&caller.user, &groups));
+        let (cluster, version) = (self.cluster.clone(), conversation.committed);
         let (fence, past_lease) = (self.fence.clone(), self.past_lease());
-        self.cluster.environment.spawn(async move {
-            let mut answer = page(&cluster, user, version, &request, rows, limit).await;
-            if past_lease && !fence.clean().await {
-                answer = Err(unavailable());
-            }
-            cluster.answer(reply_to, answer);
+        let asking = user.clone();
+        let answer = async move {
+            let answer = page(&cluster, asking, version, &request, rows, limit).await;
+            if past_lease && !fence.clean().await { Err(unavailable()) } else { answer }
+        };
+        self.then(answer, move |worker, answer: Result<Page, v1::Status>| {
+            let (answer, registered) = match answer {
+                Ok(page) => (Ok(AnswerValue::Reply(page.reply)), page.registered),
+                Err(status) => (Err(status), BTreeSet::new()),
+            };
+            worker.context.asked_heads(&user, sync, &groups, &registered);
+            worker.context.cluster.answer(reply_to, answer);
         });
     }
+}
+
+struct Page {
+    reply: Bytes,
+    /// Conversations with which this router is registered now.
+    registered: BTreeSet<ConversationId>,
 }
 
 async fn page(
@@ -70,7 +90,7 @@ async fn page(
     request: &v1::SyncRequest,
     mut rows: Vec<(ConversationId, Arc<ListRow>)>,
     limit: usize,
-) -> Answer {
+) -> Result<Page, v1::Status> {
     let more = rows.len() > limit;
     rows.truncate(limit);
     let next = if more { rows.last().map(|(id, _)| id.to_bytes()).unwrap_or_default() } else { Bytes::new() };
@@ -87,7 +107,8 @@ async fn page(
         })
         .collect();
     let reply = v1::SyncReply { version, conversations, next };
-    Ok(AnswerValue::Reply(reply.encode_to_vec().into()))
+    let registered = heads.iter().filter(|(_, head)| head.registered).map(|(id, _)| *id).collect();
+    Ok(Page { reply: reply.encode_to_vec().into(), registered })
 }
 
 fn list_row(id: &ConversationId, row: &ListRow, head: &v1::Head) -> v1::ConversationRow {

@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
-use im_proto::{ConversationId, UserId, v1};
+use im_proto::{ConversationId, InstanceId, UserId, v1};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -19,7 +19,7 @@ pub enum Request {
     Signal { caller: Arc<Caller>, signal: v1::Signal },
     Effect { effect: Effect, reply_to: ReplyTo },
     Call { call: Call, reply_to: ReplyTo },
-    Head { user: UserId, answer: oneshot::Sender<v1::Head> },
+    Head { user: UserId, router: InstanceId, answer: oneshot::Sender<v1::Head> },
 }
 
 /// A message to be numbered.
@@ -31,8 +31,8 @@ pub struct SendRequest {
     pub body: Bytes,
     pub after: Bytes,
     pub known_seq: u64,
-    /// The log was looked through for `after` up to here.
-    pub sought_through: u64,
+    /// The sender is no member, and was one before.
+    pub was_member: bool,
 }
 
 /// Who gets the outcome of a send.

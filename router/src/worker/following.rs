@@ -1,0 +1,108 @@
+//! Which large conversations the users of this worker follow: from their lists as they sync, and from the owners of conversations
+//! that ask.
+//!
+//! A user follows while it is asked for heads, before any owner can register this router: what the owner sends from then on finds
+//! the user. What turns out not to be large is followed no longer, unless somebody else has said that it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use im_proto::{ConversationId, UserId};
+
+use super::Context;
+use crate::{
+    conversation::Conversation,
+    message::{AnswerValue, Follow, ReplyTo},
+    state::{Consequences, Kind},
+};
+
+/// Why a user follows a conversation.
+#[derive(Debug, Default)]
+pub struct Reasons {
+    /// Its owner said that it is large.
+    confirmed: bool,
+    /// Syncs whose answer will tell.
+    asked: BTreeSet<u64>,
+}
+
+/// What a user follows.
+pub type Following = BTreeMap<ConversationId, Reasons>;
+
+impl Context {
+    /// The users follow a conversation if they have a session. Tells whether anybody at this router does.
+    pub fn follow(&mut self, follow: &Follow, reply_to: ReplyTo) {
+        for user in follow.users.iter() {
+            self.start_following(user, follow.conversation, |reasons| reasons.confirmed = true);
+        }
+        let pushed_through = self.cluster.audiences.pushed_through(&follow.conversation);
+        let answer = AnswerValue::Following {
+            router: self.cluster.config.instance.clone(),
+            registered: pushed_through.is_some(),
+            pushed_through: pushed_through.unwrap_or(0),
+        };
+        self.cluster.answer(reply_to, Ok(answer));
+    }
+
+    /// The users are not members any more.
+    pub fn unfollow(&mut self, unfollow: &Follow) {
+        for user in unfollow.users.iter() {
+            self.change_following(user, &unfollow.conversation, |reasons| reasons.confirmed = false);
+        }
+    }
+
+    /// A user's own log says that the user is out of a conversation.
+    pub fn left_elsewhere(&mut self, conversation: &Conversation, consequences: &Consequences) {
+        if let (Some(left), Kind::SelfLog(user)) = (consequences.left, &conversation.settled.kind) {
+            self.change_following(user, &left, |reasons| reasons.confirmed = false);
+        }
+    }
+
+    /// A user's sync is about to ask for these heads.
+    pub fn follow_while_asking(&mut self, user: &UserId, conversations: &[ConversationId]) -> u64 {
+        self.next_sync += 1;
+        let sync = self.next_sync;
+        for conversation in conversations {
+            self.start_following(user, *conversation, |reasons| {
+                reasons.asked.insert(sync);
+            });
+        }
+        sync
+    }
+
+    /// The sync has its heads, or has failed.
+    pub fn asked_heads(
+        &mut self,
+        user: &UserId,
+        sync: u64,
+        conversations: &[ConversationId],
+        registered: &BTreeSet<ConversationId>,
+    ) {
+        for conversation in conversations {
+            if registered.contains(conversation) {
+                self.start_following(user, *conversation, |reasons| reasons.confirmed = true);
+            }
+            self.change_following(user, conversation, |reasons| {
+                reasons.asked.remove(&sync);
+            });
+        }
+    }
+
+    fn start_following(&mut self, user: &UserId, id: ConversationId, change: impl FnOnce(&mut Reasons)) {
+        let Some((following, sessions)) = self.users.following(user) else { return };
+        change(following.entry(id).or_default());
+        for key in sessions {
+            self.cluster.audiences.add(&id, user, key);
+        }
+    }
+
+    fn change_following(&mut self, user: &UserId, id: &ConversationId, change: impl FnOnce(&mut Reasons)) {
+        let Some((following, sessions)) = self.users.following(user) else { return };
+        let Some(reasons) = following.get_mut(id) else { return };
+        change(reasons);
+        if !reasons.confirmed && reasons.asked.is_empty() {
+            following.remove(id);
+            for key in sessions {
+                self.cluster.audiences.remove(&self.cluster, id, user, key);
+            }
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Large conversations at their owner: entries go to registered routers, not to members.
+//!
+//! A router is registered by asking for the head, or by answering that somebody there follows the conversation. A member whose owner
+//! has not answered yet is *pending* and gets every entry by name as well. All members are pending when the conversation is opened or
+//! becomes large, new ones when they come. So the cost of an entry does not depend on the number of members, online or not.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use im_proto::{ConversationId, InstanceId, ShardId, UserId};
+
+use super::{Context, Worker, fan_out::Groups, waiting::Slot};
+use crate::{
+    audience::AudiencePush,
+    conversation::Conversation,
+    message::{Answer, AnswerValue, AudienceDelivery, Follow, ReplyTo, ShardMessage},
+    state::{Consequences, Kind},
+};
+
+/// What the owner of a large conversation knows of those who follow it.
+#[derive(Debug, Default)]
+pub struct Large {
+    /// Routers where somebody follows.
+    registered: BTreeSet<InstanceId>,
+    pending: BTreeMap<ShardId, Pending>,
+    /// The pending members by their owners.
+    groups: Groups,
+    /// Entries below this one were sent by an earlier owner, or never; 0 if that does not matter.
+    sent_from: u64,
+    next_ask: u64,
+}
+
+/// Members of one shard whose owner has not answered.
+#[derive(Debug, Default)]
+struct Pending {
+    users: BTreeSet<UserId>,
+    /// The question under way.
+    ask: Option<u64>,
+}
+
+impl Large {
+    fn add(&mut self, shard: ShardId, user: UserId) {
+        let pending = self.pending.entry(shard).or_default();
+        pending.users.insert(user);
+        // An answer that is under way does not speak of this one.
+        pending.ask = None;
+        self.groups.invalidate();
+    }
+
+    fn remove(&mut self, shard: ShardId, user: &UserId) {
+        if let Some(pending) = self.pending.get_mut(&shard) {
+            pending.users.remove(user);
+            if pending.users.is_empty() {
+                self.pending.remove(&shard);
+            }
+            self.groups.invalidate();
+        }
+    }
+}
+
+impl Context {
+    /// A conversation with this many members is opened: nobody is registered yet. Entries from `sent_from` on are sent by this owner.
+    pub fn open_large(&mut self, conversation: &mut Conversation, sent_from: u64) {
+        let is_large = conversation.settled.kind == Kind::Group
+            && conversation.settled.members.len() > self.cluster.config.large_members;
+        if is_large {
+            self.become_large(conversation, sent_from);
+        }
+    }
+
+    fn become_large(&mut self, conversation: &mut Conversation, sent_from: u64) {
+        let mut large = Box::new(Large { sent_from, ..Large::default() });
+        for user in conversation.settled.members.keys() {
+            large.add(self.cluster.shard_of_user(user), user.clone());
+        }
+        conversation.large = Some(large);
+        self.ask_followers(conversation);
+    }
+
+    /// Members came or went by a committed entry.
+    pub fn members_changed(&mut self, conversation: &mut Conversation, consequences: &Consequences) {
+        let Some(large) = &mut conversation.large else {
+            if !consequences.joined.is_empty() {
+                self.open_large(conversation, 0);
+            }
+            return;
+        };
+        for user in &consequences.joined {
+            large.add(self.cluster.shard_of_user(user), user.clone());
+        }
+        for user in &consequences.gone {
+            let shard = self.cluster.shard_of_user(user);
+            large.remove(shard, user);
+            let unfollow = Follow { conversation: conversation.id, users: Arc::from([user.clone()]) };
+            self.cluster.send(shard, ShardMessage::Unfollow(unfollow), ReplyTo::Nobody);
+        }
+        self.ask_followers(conversation);
+    }
+
+    /// Asks the owners of all pending members that are not being asked.
+    pub fn ask_followers(&mut self, conversation: &mut Conversation) {
+        let id = conversation.id;
+        let Some(large) = &mut conversation.large else { return };
+        for (shard, pending) in large.pending.iter_mut().filter(|(_, pending)| pending.ask.is_none()) {
+            large.next_ask += 1;
+            pending.ask = Some(large.next_ask);
+            let follow = Follow { conversation: id, users: pending.users.iter().cloned().collect() };
+            let reply_to = ReplyTo::Follow { conversation: id, shard: *shard, ask: large.next_ask };
+            self.cluster.send(*shard, ShardMessage::Follow(follow), reply_to);
+        }
+    }
+
+    /// A router that asks for the head of a large conversation is registered with it; `false` if pushes would not find it yet.
+    pub fn register(&self, conversation: &mut Conversation, user: &UserId, router: &InstanceId) -> Registration {
+        let is_member = conversation.settled.members.contains_key(user);
+        let Some(large) = conversation.large.as_mut().filter(|_| is_member) else { return Registration::None };
+        if *router != self.cluster.config.instance && !self.cluster.peers.read().contains_key(router) {
+            return Registration::Unreachable;
+        }
+        large.registered.insert(router.clone());
+        Registration::Made
+    }
+
+    /// Sends frames to all registered routers; returns the groups of members that must get them by name.
+    pub fn push_large(&self, conversation: &mut Conversation, push: &AudiencePush<'_>) {
+        let Some(large) = &mut conversation.large else { return };
+        let shard = conversation.shard;
+        large.registered.retain(|router| {
+            let mut stays = true;
+            if *router == self.cluster.config.instance {
+                self.cluster.audiences.push(&self.cluster, push, || stays = false);
+            } else {
+                stays = self.cluster.send_audience(router, shard, &AudienceDelivery::of(push));
+            }
+            stays
+        });
+        if !large.pending.is_empty() {
+            let users =
+                large.pending.iter().flat_map(|(shard, pending)| pending.users.iter().map(|user| (*shard, user)));
+            large.groups.refresh(&self.cluster, 0, users);
+            large.groups.send(&self.cluster, push.frames, push.except);
+        }
+    }
+}
+
+/// What came of registering a router.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Registration {
+    /// The conversation is not large, or the user is not in it.
+    None,
+    Made,
+    /// This router knows no way to it yet.
+    Unreachable,
+}
+
+impl Worker {
+    /// The owner of pending members has answered, or could not.
+    pub fn followed(&mut self, id: &ConversationId, shard: ShardId, ask: u64, answer: Answer) {
+        let Some(Slot::Open(conversation)) = self.conversations.get_mut(id) else { return };
+        let Some(large) = &mut conversation.large else { return };
+        let Some(pending) = large.pending.get_mut(&shard).filter(|pending| pending.ask == Some(ask)) else { return };
+        let Ok(AnswerValue::Following { router, registered, pushed_through }) = answer else {
+            pending.ask = None;
+            // It is asked again with the next tick.
+            return self.context.look_soon(conversation);
+        };
+        large.pending.remove(&shard);
+        large.groups.invalidate();
+        let is_new = registered && large.registered.insert(router.clone());
+        if is_new && pushed_through > 0 && pushed_through + 1 < large.sent_from {
+            self.context.cluster.resync_audience(&router, conversation.shard, id);
+        }
+    }
+
+    /// Nobody follows the conversation at a router.
+    pub fn audience_gone(&mut self, id: &ConversationId, router: &InstanceId) {
+        if let Some(Slot::Open(conversation)) = self.conversations.get_mut(id)
+            && let Some(large) = &mut conversation.large
+        {
+            large.registered.remove(router);
+        }
+    }
+}

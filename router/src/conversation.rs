@@ -3,20 +3,21 @@
 //! Entries go through three stages: *assigned* (numbered, in `queue`), *in flight* (one batch handed to the store), *committed*.
 //! Losing the shard or raising the epoch drops the first two; what is committed is in the store.
 
+mod dedupe;
 mod outbox;
 
+pub use dedupe::{Dedupe, Seen};
 pub use outbox::Outbox;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
 use bytes::Bytes;
-use im_proto::{ConversationId, Epoch, ShardId, Timestamp, UserId, limits};
+use im_proto::{ConversationId, Epoch, ShardId, Timestamp, UserId};
 use im_storage::{Batch, Row};
 use tokio::time::Instant;
-use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use crate::{
     caller::Caller,
@@ -81,80 +82,6 @@ pub enum Busy {
     Inherited { since: u64 },
     /// Head row and deletion of the busy row are under way.
     Ending,
-}
-
-/// What was sent under a client message id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seen {
-    pub seq: u64,
-    pub sent_at: Timestamp,
-    /// XXH3-64 of the body, `None` if the entry was read back without its body.
-    pub body_hash: Option<u64>,
-}
-
-/// The newest client message ids of a conversation.
-#[derive(Debug, Default)]
-pub struct Dedupe {
-    seen: HashMap<u128, Seen, foldhash::quality::FixedState>,
-    order: VecDeque<u128>,
-    /// All entries above this seq are in the map.
-    pub floor: u64,
-    limit: usize,
-}
-
-impl Dedupe {
-    /// Remembers at most `limit` entries; knows everything above `floor`.
-    pub fn new(limit: usize, floor: u64) -> Self {
-        Self { limit, floor, ..Self::default() }
-    }
-
-    /// The 128-bit hash of a sender and a client message id: XXH3-128 over the sender, a zero byte and the id.
-    pub fn key(sender: &UserId, client_message_id: &[u8]) -> u128 {
-        let mut input = [0; limits::ID_BYTES_MAX + 1 + limits::CLIENT_MESSAGE_ID_BYTES_MAX];
-        let sender = sender.as_str().as_bytes();
-        let length = sender.len() + 1 + client_message_id.len();
-        if length > input.len() {
-            return xxh3_128(&[sender, &[0], client_message_id].concat());
-        }
-        input[..sender.len()].copy_from_slice(sender);
-        input[sender.len() + 1..length].copy_from_slice(client_message_id);
-        xxh3_128(&input[..length])
-    }
-
-    /// XXH3-64 of a body.
-    pub fn body_hash(body: &[u8]) -> u64 {
-        xxh3_64(body)
-    }
-
-    /// What was sent under a key, if it is remembered.
-    pub fn get(&self, key: u128) -> Option<Seen> {
-        self.seen.get(&key).copied()
-    }
-
-    /// Remembers the next entry; forgets the oldest over the limit, but never one that is not committed.
-    pub fn insert(&mut self, key: u128, seen: Seen, committed: u64) {
-        if self.seen.insert(key, seen).is_none() {
-            self.order.push_back(key);
-        }
-        while self.order.len() > self.limit {
-            let Some(oldest) = self.order.front().and_then(|key| self.seen.get(key)) else { break };
-            if oldest.seq > committed {
-                break;
-            }
-            self.floor = self.floor.max(oldest.seq);
-            if let Some(key) = self.order.pop_front() {
-                self.seen.remove(&key);
-            }
-        }
-    }
-
-    /// Corrects what was read back, once its body was compared.
-    pub fn set_body_hash(&mut self, key: u128, body_hash: u64, sent_at: Timestamp) {
-        if let Some(seen) = self.seen.get_mut(&key) {
-            seen.body_hash = Some(body_hash);
-            seen.sent_at = sent_at;
-        }
-    }
 }
 
 /// How far a user has read.

@@ -18,7 +18,7 @@ mod tests;
 use std::time::Duration;
 
 pub use dial::Dialler;
-pub use serve::{Serving, serve_api, serve_links};
+pub use serve::{LINK_SERVICE, Serving, serve_api, serve_links};
 
 /// Batches that wait in each direction on each side. A batch holds what gathered while the other side was busy, so a few keep both
 /// sides at work; a batch holds about 1 MiB at most, so 16 MiB wait on a stalled link.

@@ -13,7 +13,8 @@ use im_proto::{
 };
 use prost::Message;
 use tokio::sync::oneshot;
-use tonic::{Code, Request, Response, Status, service::Routes};
+use tonic::{Code, Request, Response, Status, server::NamedService, service::Routes};
+use tonic_health::ServingStatus;
 
 use crate::{
     Router, api,
@@ -32,29 +33,52 @@ struct Api {
 }
 
 impl Router {
-    /// All services with health and reflection, for a gRPC server.
+    /// The api with health and reflection, for a gRPC server.
     pub async fn api_routes(&self) -> Result<Routes, tonic_reflection::server::Error> {
         let api = Api { cluster: self.cluster.clone() };
-        let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<message::MessageServiceServer<Api>>().await;
-        health.set_serving::<conversation::ConversationServiceServer<Api>>().await;
-        health.set_serving::<group::GroupServiceServer<Api>>().await;
-        health.set_serving::<placement_server::PlacementServiceServer<Api>>().await;
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-            .build_v1()?;
         let message = message::MessageServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let conversation =
             conversation::ConversationServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let group = group::GroupServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let placement = placement_server::PlacementServiceServer::new(api).max_decoding_message_size(REQUEST_BYTES_MAX);
-        Ok(Routes::new(health_service)
-            .add_service(reflection)
-            .add_service(message)
-            .add_service(conversation)
-            .add_service(group)
-            .add_service(placement))
+        let names = [name(&message), name(&conversation), name(&group), name(&placement)];
+        let routes = self.health_and_reflection(&names).await?;
+        Ok(routes.add_service(message).add_service(conversation).add_service(group).add_service(placement))
     }
+
+    /// Health and reflection, to which a gRPC server adds the services that it names here. They and the server as a whole (the empty
+    /// name) are `SERVING` until the router is asked to stop or has ended by itself.
+    pub async fn health_and_reflection(
+        &self,
+        services: &[&'static str],
+    ) -> Result<Routes, tonic_reflection::server::Error> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let services: Vec<&'static str> = services.iter().copied().chain([""]).collect();
+        for service in &services {
+            health.set_service_status(*service, ServingStatus::Serving).await;
+        }
+        let (mut stopping, mut ended) = (self.stop.subscribe(), self.ended());
+        self.cluster.environment.spawn(async move {
+            tokio::select! {
+                biased;
+                // Nobody holds the router any more: it does not serve either.
+                _ = ended.wait_for(Option::is_some) => {}
+                _ = stopping.wait_for(|stopping| *stopping) => {}
+            }
+            for service in services {
+                health.set_service_status(service, ServingStatus::NotServing).await;
+            }
+        });
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .build_v1()?;
+        Ok(Routes::new(health_service).add_service(reflection))
+    }
+}
+
+/// The full name of a service, as health checks name it.
+fn name<S: NamedService>(_: &S) -> &'static str {
+    S::NAME
 }
 
 impl Api {

@@ -86,7 +86,8 @@ impl Incarnation {
         let tls = grounds.service_tls.as_ref();
         let stop = || self.stop_serving.clone();
         let listener = again(&grounds.link)?;
-        let links = links::serve_links(listener, self.router.clone(), tls, environment, stop());
+        let around = self.router.health_and_reflection(&[links::LINK_SERVICE]).await.map_err(Failure::operation)?;
+        let links = links::serve_links(listener, around, self.router.clone(), tls, environment, stop());
         spawn_serving(environment, "links", links.map_err(Failure::usage)?);
         if let Some(listener) = &grounds.api {
             let routes = self.router.api_routes().await.map_err(Failure::operation)?;

@@ -85,9 +85,13 @@ impl<A: AcceptLinks> LinkService for Links<A> {
     }
 }
 
-/// Accepts links until cancelled.
+/// The name under which health checks ask for links.
+pub const LINK_SERVICE: &str = im_proto::v1::link_service_server::SERVICE_NAME;
+
+/// Accepts links until cancelled, beside what `routes` has: health and reflection.
 pub fn serve_links(
     listener: TcpListener,
+    routes: Routes,
     acceptor: impl AcceptLinks,
     tls: Option<&ServiceTls>,
     environment: &Environment,
@@ -95,7 +99,7 @@ pub fn serve_links(
 ) -> Result<Serving, Error> {
     let links = Links { acceptor, environment: environment.clone(), prove: tls.is_some() };
     let service = LinkServiceServer::new(links).max_decoding_message_size(ITEM_BYTES_MAX);
-    serve(listener, Routes::new(service), STREAMS_MAX, tls, cancel)
+    serve(listener, routes.add_service(service), STREAMS_MAX, tls, cancel)
 }
 
 /// Serves the api until cancelled.

@@ -23,10 +23,13 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
+use tonic::{service::Routes, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_reflection::pb::v1 as reflection;
 
 use super::{
     BATCHES_WAITING_MAX, Dialler, ITEM_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT,
-    serve::{AcceptLinks, serve_links},
+    serve::{AcceptLinks, LINK_SERVICE, serve_links},
     tls::ServiceTls,
 };
 use crate::{data_directory::DataLock, environment::Tasks};
@@ -75,7 +78,8 @@ impl Listening {
         let (peers, arrived_peers) = mpsc::channel(8);
         let environment = tasks.environment();
         let kept = Kept { gateways, peers };
-        let serving = serve_links(listener, kept, tls, &environment, CancellationToken::new()).unwrap();
+        let serving =
+            serve_links(listener, Routes::default(), kept, tls, &environment, CancellationToken::new()).unwrap();
         environment.spawn(async move { serving.await.unwrap() });
         Self { address, gateways: arrived_gateways, peers: arrived_peers, tasks }
     }
@@ -305,8 +309,13 @@ impl World {
     }
 
     async fn router(&self, id: &str) -> Router {
+        self.router_and_address(id).await.0
+    }
+
+    async fn router_and_address(&self, id: &str) -> (Router, String) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let instance = self.instance(id, Role::Router, "link", listener.local_addr().unwrap().to_string());
+        let address = listener.local_addr().unwrap().to_string();
+        let instance = self.instance(id, Role::Router, "link", address.clone());
         let router_secret = RouterSecret::new([2; 32]);
         let config = RouterConfig {
             cluster_id: CLUSTER.to_owned(),
@@ -319,10 +328,11 @@ impl World {
         let peers = Arc::new(Dialler::new(tls.cloned(), false, self.environment()));
         let router = Router::start(config, self.environment(), self.store.clone(), registry, instance, peers);
         let router = router.await.unwrap();
-        let serving =
-            serve_links(listener, router.clone(), tls, &self.environment(), CancellationToken::new()).unwrap();
+        let around = router.health_and_reflection(&[LINK_SERVICE]).await.unwrap();
+        let (accepts, never) = (router.clone(), CancellationToken::new());
+        let serving = serve_links(listener, around, accepts, tls, &self.environment(), never).unwrap();
         self.environment().spawn(async move { serving.await.unwrap() });
-        router
+        (router, address)
     }
 
     async fn gateway(&self, id: &str) -> (Gateway, Lease, String) {
@@ -424,5 +434,33 @@ async fn they_chat_over_mutual_tls_too() {
     let router = identity(root.path(), Role::Router, "router");
     let world = World::new(Some((router, identity(root.path(), Role::Gateway, "gateway"))));
     chat(&world).await;
+    world.tasks.stop().await;
+}
+
+#[tokio::test]
+async fn a_router_says_at_its_links_that_it_serves_until_it_stops_and_what() {
+    let world = World::new(None);
+    let (router, address) = world.router_and_address("r1").await;
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+    let mut health = HealthClient::new(channel.clone());
+    for service in ["", LINK_SERVICE] {
+        let request = HealthCheckRequest { service: service.to_owned() };
+        let mut changes = in_time(health.watch(request)).await.unwrap().into_inner();
+        let serving = in_time(changes.message()).await.unwrap().unwrap();
+        assert_eq!(serving.status(), ServingStatus::Serving, "{service:?}");
+        if service == LINK_SERVICE {
+            assert!(in_time(router.stop(PATIENCE)).await);
+            assert_eq!(in_time(changes.message()).await.unwrap().unwrap().status(), ServingStatus::NotServing);
+        }
+    }
+    let list = reflection::server_reflection_request::MessageRequest::ListServices(String::new());
+    let request = reflection::ServerReflectionRequest { host: String::new(), message_request: Some(list) };
+    let mut client = reflection::server_reflection_client::ServerReflectionClient::new(channel);
+    let answers = in_time(client.server_reflection_info(tokio_stream::iter([request]))).await.unwrap();
+    let answer = in_time(answers.into_inner().message()).await.unwrap().unwrap().message_response;
+    let Some(reflection::server_reflection_response::MessageResponse::ListServicesResponse(list)) = answer else {
+        panic!("not a list: {answer:?}");
+    };
+    assert!(list.service.iter().any(|service| service.name == LINK_SERVICE), "{list:?}");
     world.tasks.stop().await;
 }

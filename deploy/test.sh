@@ -104,8 +104,9 @@ install_what_is_missing() {
     command -v c++ >/dev/null || missing+=(g++)
     command -v git >/dev/null || missing+=(git)
     command -v perl >/dev/null || missing+=(perl-base)
-    # For the example of a reader of the registry.
+    # For the example of a reader of the registry, and the client in Python.
     command -v python3 >/dev/null || missing+=(python3)
+    python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
     if [ "${#missing[@]}" -gt 0 ]; then
         if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
             echo "please install: ${missing[*]}" >&2
@@ -148,6 +149,7 @@ step "tests on services" service_tests
 step "release build" cargo build --locked --release --workspace
 step "demo" target/release/imd demo
 step "end to end" bash deploy/e2e.sh
+step "a client from SPEC.md alone" bash deploy/e2e-python.sh
 step "end to end on a cluster" env IM_SERVICES_DIR="$services_dir" bash deploy/e2e-cluster.sh
 step "simulation" target/release/imd simulate --seeds "${SIMULATION_SEEDS:-200}"
 step "fuzzing" bash deploy/fuzz.sh "${FUZZ_SECONDS:-60}"

@@ -4,7 +4,7 @@
 //! numbering or idempotency. It is what this machine and this generator can do at most, so every report can carry a denominator
 //! measured in the same run. The router is a process of its own, pinned to the last core; the generator has the first.
 
-mod clients;
+mod bare;
 mod router;
 
 use std::{path::PathBuf, process::Stdio, time::Duration};
@@ -16,11 +16,9 @@ use tokio::{
     process::{Child, Command},
 };
 
+use self::bare::Bare;
 pub use self::router::{RouterOptions, serve};
-use crate::{
-    measure::{Reading, Usage},
-    report::{Percentiles, round},
-};
+use crate::{bench, measure::Usage, report::Percentiles};
 
 /// What goes through the bare router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -32,6 +30,8 @@ pub enum Workload {
     Pairs,
     /// One sends, all others receive, with an ack.
     Fanout,
+    /// Connections that only say now and then that they are there.
+    Idle,
 }
 
 /// One measurement.
@@ -47,6 +47,10 @@ pub struct Measurement {
     pub directory: Option<PathBuf>,
     pub warmup: Duration,
     pub time: Duration,
+    /// Server on the last core, generator on the first.
+    pub pin: bool,
+    /// Time between two heartbeats of an idle connection.
+    pub heartbeat: Option<Duration>,
 }
 
 /// What was reached.
@@ -123,9 +127,11 @@ impl Measurement {
     /// Starts the bare router, drives it, and ends it.
     pub async fn run(&self) -> anyhow::Result<Ceiling> {
         let (mut server, address) = self.start().await?;
-        let pid = server.id();
+        let pid = Vec::from_iter(server.id());
         let measurement = self.clone();
-        let clients = tokio::task::spawn_blocking(move || clients::drive(&measurement, &address, pid));
+        let clients = tokio::task::spawn_blocking(move || {
+            bench::drive(&measurement, Box::new(Bare::new(&measurement)), &address, &pid)
+        });
         let ceiling = clients.await.context("the generator of the ceiling failed")?;
         server.kill().await.ok();
         ceiling
@@ -151,35 +157,6 @@ impl Measurement {
         BufReader::new(output).read_line(&mut address).await.context("read from the bare router")?;
         anyhow::ensure!(!address.is_empty(), "the bare router did not start");
         Ok((server, address.trim().to_owned()))
-    }
-}
-
-/// What the generator counted while the router was measured.
-struct Counted {
-    acknowledged: u64,
-    delivered: u64,
-    ack_us: Percentiles,
-    delivery_us: Percentiles,
-    before: Reading,
-    after: Reading,
-}
-
-impl Counted {
-    fn ceiling(&self, of: &Measurement) -> Ceiling {
-        let usage = self.after.since(&self.before);
-        let per_s = |count: u64| round(count as f64 / usage.seconds);
-        Ceiling {
-            workload: of.workload,
-            size: of.size,
-            window: of.window,
-            durable: of.durable,
-            acked_per_s: per_s(self.acknowledged),
-            delivered_per_s: per_s(self.delivered),
-            ack_us: self.ack_us,
-            delivery_us: self.delivery_us,
-            usage,
-            delivered_per_server_core_s: round(self.delivered as f64 / usage.seconds / usage.server_cores.max(0.01)),
-        }
     }
 }
 

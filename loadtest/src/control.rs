@@ -50,6 +50,11 @@ impl Control {
         }
     }
 
+    /// Whether the TLS session was resumed; unknown without TLS.
+    pub fn resumed(&self) -> Option<bool> {
+        self.stream.resumed()
+    }
+
     async fn write(&mut self, member: client_frame::Frame) -> anyhow::Result<()> {
         let bytes = frame::frame_to_bytes(&v1::ClientFrame::from(member));
         self.stream.write_all(&bytes).await?;

@@ -70,6 +70,8 @@ pub struct Plan {
     pub user: String,
     pub token: String,
     pub lanes: Vec<LanePlan>,
+    /// From the moment that sending begins it reads nothing any more, with its connection open.
+    pub stalls: bool,
 }
 
 /// What a participant does in one conversation.
@@ -152,6 +154,9 @@ struct Participant {
     heartbeat: Micros,
     written_at: Micros,
     close: bool,
+    stalls: bool,
+    /// It stopped reading.
+    stalled: bool,
 }
 
 /// The clients of one generator thread.
@@ -218,7 +223,8 @@ impl Participants {
                 }
                 lanes.push(lane);
             }
-            members.push(Participant::new(plan.user, plan.token, client, lanes));
+            let stalls = plan.stalls;
+            members.push(Participant { stalls, ..Participant::new(plan.user, plan.token, client, lanes) });
         }
         Self {
             members,
@@ -283,6 +289,11 @@ impl Participants {
         lanes.filter_map(|(lane, user)| Some((lane.conversation?, user.clone()))).collect()
     }
 
+    /// Whether a participant stopped reading for good.
+    pub fn is_stalled(&self, member: usize) -> bool {
+        self.members[member].stalled
+    }
+
     /// Whether a participant's connection is to be opened again.
     pub fn is_closing(&self) -> bool {
         self.switches.closing.load(Ordering::Relaxed)
@@ -333,6 +344,11 @@ impl Participants {
             self.schedule.iter_mut().for_each(|scheduled| scheduled.next += now as f64);
             self.due = self.schedule.iter().enumerate().map(|(index, lane)| (lane.next as Micros, index)).collect();
             wake.extend(0..self.members.len());
+            for member in self.members.iter_mut().filter(|member| member.stalls) {
+                member.stalled = true;
+                // Whoever does not read is owed nothing.
+                member.lanes.iter().filter_map(|lane| lane.view).for_each(|view| self.history.unfollows(view));
+            }
         } else {
             // What was scheduled and could not be sent in time is not sent any more.
             let lanes = self.members.iter_mut().flat_map(|member| &mut member.lanes);
@@ -358,6 +374,8 @@ impl Participant {
             heartbeat: HEARTBEAT,
             written_at: 0,
             close: false,
+            stalls: false,
+            stalled: false,
         }
     }
 
@@ -369,6 +387,9 @@ impl Participant {
 
     /// What this participant still waits for.
     fn unsettled(&self, flows: &[Flow]) -> u64 {
+        if self.stalled {
+            return 0;
+        }
         let own = u64::from(self.state != State::Live) + u64::from(self.sync_at.is_some()) + self.calls.len() as u64;
         let lanes = self.lanes.iter().map(|lane| {
             let on_their_way = lane.sending.as_ref().map_or(0, |sending| {
@@ -384,6 +405,10 @@ impl Participant {
 impl driver::Crowd for Participants {
     fn frame(&mut self, member: usize, payload: &[u8], now: Micros) {
         self.receive(member, payload, now);
+    }
+
+    fn reads(&self, member: usize) -> bool {
+        !self.members[member].stalled
     }
 
     fn fill(&mut self, member: usize, out: &mut Vec<u8>, now: Micros) {

@@ -35,6 +35,17 @@ pub trait Crowd {
     /// A frame came, without its length prefix.
     fn frame(&mut self, connection: usize, payload: &[u8], now: Micros);
 
+    /// Bytes came: hands over every whole frame; the bytes used, or a length that is none. The product's frames, unless the crowd
+    /// speaks another protocol.
+    fn frames(&mut self, connection: usize, bytes: &[u8], now: Micros) -> Result<usize, usize> {
+        each_frame(bytes, |payload| self.frame(connection, payload, now))
+    }
+
+    /// Whether the connection is read from at all.
+    fn reads(&self, _: usize) -> bool {
+        true
+    }
+
     /// Appends what is to be written now; nothing: the connection waits. Called again until it appends nothing.
     fn fill(&mut self, connection: usize, out: &mut Vec<u8>, now: Micros);
 
@@ -129,7 +140,9 @@ impl<C: Crowd> Stage<C> {
     fn poll(&self, connection: usize, stream: &mut Stream, buffers: &mut Buffers, cx: &mut Context<'_>) -> Poll<Ended> {
         let mut crowd = self.crowd.borrow_mut();
         self.remember(connection, &mut crowd, cx.waker());
-        if let Poll::Ready(ended) = self.poll_read(connection, stream, buffers, &mut crowd, cx) {
+        if crowd.reads(connection)
+            && let Poll::Ready(ended) = self.poll_read(connection, stream, buffers, &mut crowd, cx)
+        {
             return Poll::Ready(ended);
         }
         let now = self.now();
@@ -184,7 +197,7 @@ impl<C: Crowd> Stage<C> {
             }
             let filled = kept + read.filled().len();
             let now = self.now();
-            match each_frame(&scratch[..filled], |payload| crowd.frame(connection, payload, now)) {
+            match crowd.frames(connection, &scratch[..filled], now) {
                 Ok(used) => {
                     buffers.partial.clear();
                     buffers.partial.extend_from_slice(&scratch[used..filled]);
@@ -198,7 +211,7 @@ impl<C: Crowd> Stage<C> {
 }
 
 /// Hands over every whole frame; the bytes used, or a length that is none.
-fn each_frame(bytes: &[u8], mut take: impl FnMut(&[u8])) -> Result<usize, usize> {
+pub fn each_frame(bytes: &[u8], mut take: impl FnMut(&[u8])) -> Result<usize, usize> {
     let mut used = 0;
     while let Some(prefix) = bytes[used..].first_chunk::<PREFIX_BYTES>() {
         let length = usize::try_from(u32::from_be_bytes(*prefix)).unwrap_or(usize::MAX);

@@ -6,6 +6,7 @@
 
 pub mod checker;
 
+mod bench;
 mod ceiling;
 mod control;
 mod crowd;
@@ -13,6 +14,7 @@ mod driver;
 mod load;
 mod measure;
 mod options;
+mod peer;
 mod report;
 mod scenario;
 mod server;
@@ -44,6 +46,10 @@ pub fn main(options: Options) -> ExitCode {
 fn run(options: Options) -> anyhow::Result<u8> {
     if let Scenario::CeilingServer { ack, message, log } = options.scenario {
         ceiling::serve(ceiling::RouterOptions { ack_bytes: ack, message_bytes: message, log })?;
+        return Ok(0);
+    }
+    if let Scenario::FloodClient { kind, address, udp, ca, rate } = options.scenario {
+        scenario::flood::attack(kind, &address, udp.as_deref(), ca.as_deref(), rate)?;
         return Ok(0);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -78,22 +84,36 @@ async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
     match scenario {
         Scenario::Ceiling { common, durable, workload } => scenario::ceiling::run(common, *durable, *workload).await,
         Scenario::Chat(common) => scenario::chat::run(common).await,
+        Scenario::Curve(common) => scenario::curve::run(common).await,
+        Scenario::Peer { common, name, workload } => scenario::peer::run(common, *name, *workload).await,
         Scenario::Fanout(common) => scenario::fanout::run(common).await,
         Scenario::Idle(common) => scenario::idle::run(common).await,
         Scenario::Crash { common, kills } => scenario::crash::run(common, *kills).await,
         Scenario::Soak { common, marks } => scenario::soak::run(common, *marks).await,
-        Scenario::CeilingServer { .. } => anyhow::bail!("the bare router has no report"),
+        Scenario::Connect(common) => scenario::connect::run(common).await,
+        Scenario::Stall { common, stalled } => scenario::stall::run(common, *stalled).await,
+        Scenario::Sync { common, conversations } => scenario::sync::run(common, *conversations).await,
+        Scenario::Flood { common, flood_rate } => scenario::flood::run(common, *flood_rate).await,
+        Scenario::CeilingServer { .. } | Scenario::FloodClient { .. } => anyhow::bail!("the bare router has no report"),
     }
 }
 
 impl Scenario {
     fn common(&self) -> Option<&Common> {
         match self {
-            Scenario::Chat(common) | Scenario::Fanout(common) | Scenario::Idle(common) => Some(common),
+            Scenario::Chat(common)
+            | Scenario::Connect(common)
+            | Scenario::Curve(common)
+            | Scenario::Fanout(common)
+            | Scenario::Idle(common)
+            | Scenario::Stall { common, .. }
+            | Scenario::Sync { common, .. }
+            | Scenario::Flood { common, .. }
+            | Scenario::Peer { common, .. } => Some(common),
             Scenario::Ceiling { common, .. } | Scenario::Crash { common, .. } | Scenario::Soak { common, .. } => {
                 Some(common)
             }
-            Scenario::CeilingServer { .. } => None,
+            Scenario::CeilingServer { .. } | Scenario::FloodClient { .. } => None,
         }
     }
 }

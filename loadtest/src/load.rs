@@ -228,7 +228,7 @@ async fn keep_connected(stage: Rc<Stage<Participants>>, thread: Rc<Thread>, memb
         };
         stage.crowd.borrow_mut().closed(member, &cause);
         server += 1;
-        if !thread.reconnect {
+        if !thread.reconnect || stage.crowd.borrow().is_stalled(member) {
             return;
         }
         // A fixed share of the pause by the participant's place, so that not all come at once.

@@ -34,12 +34,17 @@ pub struct Usage {
 }
 
 impl Reading {
-    /// Now; `server` is the server's process, if the harness knows it.
-    pub fn take(server: Option<u32>) -> Self {
+    /// Now; `servers` are the server's processes, as far as the harness knows them.
+    pub fn take(servers: &[u32]) -> Self {
+        Self::with_generators(servers, &[])
+    }
+
+    /// The same with further processes of the generator.
+    pub fn with_generators(servers: &[u32], generators: &[u32]) -> Self {
         Self {
             at: Instant::now(),
-            server_ticks: server.map_or(0, |pid| process_ticks(&format!("/proc/{pid}/stat"))),
-            generator_ticks: process_ticks("/proc/self/stat"),
+            server_ticks: ticks_of(servers),
+            generator_ticks: process_ticks("/proc/self/stat") + ticks_of(generators),
             machine_busy_ticks: machine_busy_ticks(),
             flushes: disk_flushes(),
         }
@@ -60,6 +65,10 @@ impl Reading {
             disk_flushes: self.flushes.saturating_sub(earlier.flushes),
         }
     }
+}
+
+fn ticks_of(processes: &[u32]) -> u64 {
+    processes.iter().map(|pid| process_ticks(&format!("/proc/{pid}/stat"))).sum()
 }
 
 /// User and system time of a process or thread.
@@ -95,9 +104,23 @@ pub fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Resident memory of a process in bytes.
-pub fn rss_bytes(pid: u32) -> u64 {
-    status_kib(&format!("/proc/{pid}/status"), "VmRSS:") * 1024
+/// Resident memory of processes in bytes.
+pub fn rss_bytes(processes: &[u32]) -> u64 {
+    processes.iter().map(|pid| status_kib(&format!("/proc/{pid}/status"), "VmRSS:") * 1024).sum()
+}
+
+/// The most resident memory of processes while a future runs, and what the future gave.
+pub async fn peak_rss<T>(processes: &[u32], meanwhile: impl Future<Output = T>) -> (u64, T) {
+    let mut peak = rss_bytes(processes);
+    let mut ticks = tokio::time::interval(Duration::from_millis(50));
+    let mut meanwhile = std::pin::pin!(meanwhile);
+    loop {
+        tokio::select! {
+            biased;
+            given = &mut meanwhile => return (peak.max(rss_bytes(processes)), given),
+            _ = ticks.tick() => peak = peak.max(rss_bytes(processes)),
+        }
+    }
 }
 
 /// Memory of the kernel's own objects in bytes: sockets live there.
@@ -169,15 +192,15 @@ mod tests {
 
     #[test]
     fn this_process_uses_time_and_memory() {
-        let before = Reading::take(None);
+        let before = Reading::take(&[]);
         let started = Instant::now();
         let mut number = 1u64;
         while process_ticks("/proc/self/stat") < before.generator_ticks + 2 && started.elapsed().as_secs() < 20 {
             number = std::hint::black_box(number.wrapping_mul(3));
         }
-        let usage = Reading::take(None).since(&before);
+        let usage = Reading::take(&[]).since(&before);
         assert!(usage.generator_cores > 0.0, "{usage:?}");
-        assert!(rss_bytes(std::process::id()) > 1024 * 1024);
+        assert!(rss_bytes(&[std::process::id()]) > 1024 * 1024);
         let machine = Machine::describe(Path::new("/tmp"));
         assert!(machine.cores > 0 && machine.memory_bytes > 0 && !machine.filesystem.is_empty(), "{machine:?}");
     }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::{ceiling::Workload, stream::Transport};
+use crate::{ceiling::Workload, peer::Peer, scenario::flood::Flood, stream::Transport};
 
 /// Load tests with a judgement: starts a server (or uses a running one), drives it, and checks every promise of the protocol.
 #[derive(Debug, Parser)]
@@ -19,6 +19,9 @@ const EXAMPLES: &str = "Examples:
   loadtest fanout --members 1000 --json fanout.json
   loadtest crash --kills 50
   loadtest ceiling --durable
+  loadtest peer redis-stream --pairs 100
+  loadtest chat --pairs 1000 --seconds 60 --fill 10000000 --data /var/tmp/store --peer redis-stream --repeat 3
+  loadtest chat --rate-of 0.25
   loadtest soak --server tcp://127.0.0.1:7200 --key signing.pk8 --seconds 60
 
 Exit codes: 0 done, 1 it could not run, 2 wrong usage, 3 a promise did not hold or the generator was the limit.";
@@ -58,6 +61,59 @@ pub enum Scenario {
         #[arg(long)]
         marks: bool,
     },
+    /// Latency over throughput, open loop: shares of the closed loop's rate, and the highest rate that leaves 30 % of the box free.
+    Curve(Common),
+    /// Connect, authenticate, welcome, and away again, as fast as it goes; over TLS and QUIC with and without resumption.
+    Connect(Common),
+    /// A group some of whose readers stop reading: what the others see of it, and what it costs the server in memory.
+    Stall {
+        #[command(flatten)]
+        common: Common,
+        /// Members who stop reading.
+        #[arg(long, default_value_t = 100)]
+        stalled: usize,
+    },
+    /// Sync of many conversations after absence, and history pages of 100, under load.
+    Sync {
+        #[command(flatten)]
+        common: Common,
+        /// Conversations of a user who comes back.
+        #[arg(long, default_value_t = 300)]
+        conversations: usize,
+    },
+    /// Established users while others flood the server with connects, TLS handshakes and garbage.
+    Flood {
+        #[command(flatten)]
+        common: Common,
+        /// Attempts a second.
+        #[arg(long, default_value_t = 2000.0)]
+        flood_rate: f64,
+    },
+    /// The flood itself; `flood` starts it.
+    #[command(hide = true)]
+    FloodClient {
+        #[arg(long, value_enum)]
+        kind: Flood,
+        #[arg(long)]
+        address: String,
+        #[arg(long)]
+        udp: Option<String>,
+        #[arg(long)]
+        ca: Option<PathBuf>,
+        #[arg(long)]
+        rate: f64,
+    },
+    /// Another server under the same traffic, started and ended here: the program is Debian's.
+    Peer {
+        /// Which one.
+        #[arg(value_enum)]
+        name: Peer,
+        #[command(flatten)]
+        common: Common,
+        /// pairs or fanout.
+        #[arg(long, value_enum, default_value_t = Workload::Pairs)]
+        workload: Workload,
+    },
     /// The bare router itself; `ceiling` starts it.
     #[command(hide = true)]
     CeilingServer {
@@ -88,9 +144,9 @@ pub struct Common {
     /// The certificate authority of that server, for TLS and QUIC.
     #[arg(long, value_name = "FILE")]
     pub ca: Option<PathBuf>,
-    /// The process id of that server on this machine, to measure its CPU and memory.
-    #[arg(long, value_name = "PID")]
-    pub server_pid: Option<u32>,
+    /// The process ids of that server on this machine, to measure its CPU and memory.
+    #[arg(long, value_name = "PID", num_args = 1..)]
+    pub server_pid: Vec<u32>,
     /// The server binary to start; else $IMD, else the one beside this program, else target/release/imd.
     #[arg(long, value_name = "FILE")]
     pub imd: Option<PathBuf>,
@@ -100,6 +156,9 @@ pub struct Common {
     /// The configuration file for the server to start.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// A setting for the server to start; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
     /// How clients connect to a server that is started here.
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub transport: Transport,
@@ -118,6 +177,18 @@ pub struct Common {
     /// Open loop: messages a second, all senders together, scheduled ahead; latency counts from the scheduled moment.
     #[arg(long)]
     pub rate: Option<f64>,
+    /// Seconds between two heartbeats of an idle connection; a server that is started here is told the same.
+    #[arg(long, value_name = "S", default_value_t = 30.0)]
+    pub heartbeat: f64,
+    /// Open loop at this share of what the closed loop reaches, measured first in the same run.
+    #[arg(long, value_name = "SHARE", conflicts_with = "rate")]
+    pub rate_of: Option<f64>,
+    /// Messages that the store holds before the run, filled in through the server; with --data kept for the next run.
+    #[arg(long, value_name = "MESSAGES", default_value_t = 0, conflicts_with = "server")]
+    pub fill: u64,
+    /// Measure this server first, in the same run: it is the denominator of `ratio`.
+    #[arg(long, value_enum, value_name = "PEER")]
+    pub peer: Option<Peer>,
     /// Bytes of text in a message.
     #[arg(long, default_value_t = 100)]
     pub body: usize,
@@ -159,6 +230,21 @@ impl Common {
         Duration::from_secs_f64(self.seconds.max(0.1))
     }
 
+    pub fn heartbeat(&self) -> Duration {
+        Duration::from_secs_f64(self.heartbeat.clamp(0.01, 3600.0))
+    }
+
+    /// How long a peer beside the product is measured.
+    pub fn peer_time(&self) -> Duration {
+        self.time()
+    }
+
+    /// Where data lies that must be on the same disk as the store.
+    pub fn store_parent(&self) -> PathBuf {
+        let parent = self.data.as_deref().and_then(|data| data.parent()).filter(|path| !path.as_os_str().is_empty());
+        parent.filter(|path| path.is_dir()).map_or_else(std::env::temp_dir, PathBuf::from)
+    }
+
     pub fn threads(&self) -> usize {
         usize::from(self.generator_threads)
     }
@@ -172,6 +258,8 @@ impl Common {
     pub fn parameters(&self) -> serde_json::Value {
         serde_json::json!({
             "pairs": self.pairs, "members": self.members, "window": self.window, "rate": self.rate,
+            "rate_of": self.rate_of, "fill": self.fill, "peer": self.peer, "heartbeat": self.heartbeat,
+            "set": self.set,
             "body_bytes": self.body, "warmup": self.warmup, "seconds": self.seconds, "repeat": self.repeat,
             "generator_threads": self.generator_threads, "pin": self.pin, "seed": self.seed,
         })

@@ -70,7 +70,11 @@ pub struct Report {
     pub quiet: bool,
     pub disk_flushes: u64,
     pub ceiling_per_s: Option<f64>,
+    /// What `ceiling_per_s` is the rate of.
+    pub denominator: String,
     pub ratio: Option<f64>,
+    /// What docs/performance.md asks for, as far as this scenario measures it.
+    pub goals: Vec<Goal>,
     pub verdict: String,
     pub reasons: Vec<String>,
     pub seconds: f64,
@@ -86,6 +90,37 @@ pub struct Report {
     pub spread: Option<Spread>,
     #[serde(skip)]
     pub generator_was_the_limit: bool,
+}
+
+/// One goal and what was measured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Goal {
+    pub id: String,
+    pub what: String,
+    /// `at most` or `at least` this.
+    pub bound: String,
+    pub wanted: f64,
+    pub measured: f64,
+    pub met: bool,
+}
+
+impl Goal {
+    pub fn at_most(id: &str, what: &str, wanted: f64, measured: f64) -> Self {
+        let met = measured <= wanted;
+        Self {
+            id: id.to_owned(),
+            what: what.to_owned(),
+            bound: "at most".to_owned(),
+            wanted,
+            measured: round(measured),
+            met,
+        }
+    }
+
+    pub fn at_least(id: &str, what: &str, wanted: f64, measured: f64) -> Self {
+        let met = measured >= wanted;
+        Self { bound: "at least".to_owned(), met, ..Self::at_most(id, what, wanted, measured) }
+    }
 }
 
 /// One of several runs.
@@ -176,10 +211,21 @@ impl Report {
     }
 
     /// The denominator that was measured in the same run.
-    pub fn ceiling(&mut self, per_s: f64) {
+    pub fn ceiling(&mut self, name: &str, per_s: f64) {
+        name.clone_into(&mut self.denominator);
         self.ceiling_per_s = Some(round(per_s));
         if per_s > 0.0 {
             self.ratio = Some(round(self.delivered_per_s / per_s));
+        }
+    }
+
+    /// Something that only this scenario has.
+    pub fn detail(&mut self, key: &str, value: impl Serialize) {
+        if !self.details.is_object() {
+            self.details = serde_json::json!({});
+        }
+        if let serde_json::Value::Object(details) = &mut self.details {
+            details.insert(key.to_owned(), serde_json::to_value(value).unwrap_or_default());
         }
     }
 

@@ -2,10 +2,17 @@
 
 pub mod ceiling;
 pub mod chat;
+pub mod connect;
 pub mod crash;
+pub mod curve;
 pub mod fanout;
+pub mod fill;
+pub mod flood;
 pub mod idle;
+pub mod peer;
 pub mod soak;
+pub mod stall;
+pub mod sync;
 
 use std::{
     collections::BTreeMap,
@@ -26,9 +33,11 @@ use crate::{
     load::{Load, Outcome, total},
     measure::{self, Machine, Reading, Usage},
     options::Common,
+    peer::PeerFigures,
     report::{Report, round},
     server::{Credentials, Endpoints, ServerProcess, SpawnOptions},
     stream::{Connector, Transport},
+    timeline::Timeline,
 };
 
 /// Sessions of this many clients must be there within a minute, however slow the machine.
@@ -44,9 +53,11 @@ pub struct Target {
     pub transport: Transport,
     pub endpoints: Endpoints,
     pub credentials: Credentials,
-    pid: Option<u32>,
+    pids: Vec<u32>,
     /// In the names of all users, so that runs on one server do not meet.
     run: String,
+    /// Loads of this run so far; each has users of its own.
+    loads: usize,
 }
 
 impl Target {
@@ -58,11 +69,17 @@ impl Target {
                 binary: options.imd.clone(),
                 data: options.data.clone(),
                 config: options.config.clone(),
+                settings: options.set.clone(),
             };
             let mut process = ServerProcess::spawn(spawn).await?;
             let endpoints = process.endpoints(options.transport).await?;
-            let (credentials, pid) = (process.credentials()?, process.pid());
-            return Ok(Self { process: Some(process), transport: options.transport, endpoints, credentials, pid, run });
+            let (credentials, pids) = (process.credentials()?, Vec::new());
+            let transport = options.transport;
+            let mut target = Self { process: Some(process), transport, endpoints, credentials, pids, run, loads: 0 };
+            if options.fill > 0 {
+                fill::fill(&mut target, options).await?;
+            }
+            return Ok(target);
         }
         let mut transport = None;
         let mut addresses = Vec::new();
@@ -87,14 +104,20 @@ impl Target {
             transport: transport.unwrap_or_default(),
             endpoints: Endpoints { addresses, ca: options.ca.clone(), version: String::new() },
             credentials: Credentials::load(key, &cluster)?,
-            pid: options.server_pid,
+            pids: options.server_pid.clone(),
             run,
+            loads: 0,
         })
     }
 
-    /// The name of one user of the run.
+    /// The name of one user of the present load.
     pub fn user(&self, index: usize) -> String {
-        format!("{}-{index}", self.run)
+        if self.loads == 0 { format!("{}-{index}", self.run) } else { format!("{}-{}-{index}", self.run, self.loads) }
+    }
+
+    /// From now on other users.
+    pub fn next_users(&mut self) {
+        self.loads += 1;
     }
 
     /// A token for a user's only device.
@@ -102,9 +125,9 @@ impl Target {
         self.credentials.token(user, "load")
     }
 
-    /// The server's process, if it runs on this machine.
-    pub fn pid(&self) -> Option<u32> {
-        self.process.as_ref().map_or(self.pid, ServerProcess::pid)
+    /// The server's processes, as far as they run on this machine and are known.
+    pub fn pids(&self) -> Vec<u32> {
+        self.process.as_ref().map_or_else(|| self.pids.clone(), |process| process.pid().into_iter().collect())
     }
 
     /// A connection for one call after the other.
@@ -172,6 +195,11 @@ impl Target {
         Ok(())
     }
 
+    /// A setting of a server that was started here, as its configuration writes it.
+    pub fn setting(&self, key: &str) -> Option<String> {
+        self.process.as_ref()?.setting(key)
+    }
+
     /// Where the data lies, for the description of the machine.
     pub fn directory(&self) -> PathBuf {
         self.process.as_ref().map_or_else(std::env::temp_dir, |process| process.directory().to_owned())
@@ -191,17 +219,22 @@ pub fn threads_of<T>(groups: Vec<Vec<T>>, threads: usize) -> Vec<Vec<T>> {
     spread
 }
 
-/// Warm-up, measured time, and the end of sending.
-pub async fn measured(load: &Load, options: &Common, server: Option<u32>) -> Usage {
+/// Warm-up, the measured time as long as `meanwhile` takes, and the end of sending.
+pub async fn measured<T>(
+    load: &Load,
+    options: &Common,
+    servers: &[u32],
+    meanwhile: impl Future<Output = T>,
+) -> (Usage, T) {
     load.switches.sending.store(true, Ordering::Relaxed);
     tokio::time::sleep(options.warmup()).await;
-    let before = Reading::take(server);
+    let before = Reading::take(servers);
     load.switches.measuring.store(true, Ordering::Relaxed);
-    tokio::time::sleep(options.time()).await;
+    let given = meanwhile.await;
     load.switches.measuring.store(false, Ordering::Relaxed);
-    let usage = Reading::take(server).since(&before);
+    let usage = Reading::take(servers).since(&before);
     load.switches.sending.store(false, Ordering::Relaxed);
-    usage
+    (usage, given)
 }
 
 /// Runs a load to its end: live, measured, settled; the report with everything but the judgement of the histories.
@@ -211,10 +244,26 @@ pub async fn run_load(
     options: &Common,
     scenario: &str,
 ) -> anyhow::Result<(Report, Outcome)> {
+    let (report, outcome, ()) =
+        run_load_while(load, target, options, scenario, tokio::time::sleep(options.time())).await?;
+    Ok((report, outcome))
+}
+
+/// The same, measured as long as `meanwhile` takes.
+pub async fn run_load_while<T>(
+    load: Load,
+    target: &Target,
+    options: &Common,
+    scenario: &str,
+    meanwhile: impl Future<Output = T>,
+) -> anyhow::Result<(Report, Outcome, T)> {
     let progress = ProgressLine::start(scenario, Arc::clone(&load.progress));
     load.all_live(LIVE_WITHIN).await?;
-    let usage = measured(&load, options, target.pid()).await;
-    let rss = target.pid().map_or(0, measure::rss_bytes);
+    let timeline = Timeline::start(Arc::clone(&load.progress));
+    let servers = target.pids();
+    let (usage, given) = measured(&load, options, &servers, meanwhile).await;
+    let recorded = timeline.finish();
+    let rss = measure::rss_bytes(&servers);
     let settled = load.settled(SETTLE_WITHIN).await;
     drop(progress);
     let outcome = load.finish()?;
@@ -222,12 +271,14 @@ pub async fn run_load(
     report.server.rss_bytes = rss;
     report.usage(&usage, options.threads());
     statistics(&mut report, &outcome.statistics, options, &usage);
+    report.detail("timeline", &recorded);
+    kept_up(&mut report, &outcome.statistics, options, &usage);
     if !settled {
         report.reasons.push(format!("not everything arrived within {SETTLE_WITHIN:?} after the load"));
         *report.error_causes.entry("not settled".to_owned()).or_default() += 1;
         report.errors += 1;
     }
-    Ok((report, outcome))
+    Ok((report, outcome, given))
 }
 
 /// The report's head.
@@ -285,26 +336,51 @@ pub async fn ceilings(options: &Common, workload: Workload, size: usize) -> anyh
             window: options.window,
             body_bytes: options.body,
             durable,
-            directory: options.data.as_deref().and_then(|data| data.parent()).map(PathBuf::from),
+            directory: Some(options.store_parent()),
             warmup: Duration::from_secs(1),
             time: Duration::from_secs_f64(options.ceiling),
+            pin: true,
+            heartbeat: None,
         };
         ceilings.push(measurement.run().await?);
     }
     Ok(ceilings)
 }
 
-/// The bare router is the denominator; the durable one stands beside it.
-pub fn add_ceilings(report: &mut Report, ceilings: &[Ceiling]) {
-    let Some(memory) = ceilings.iter().find(|ceiling| !ceiling.durable) else { return };
-    report.ceiling(memory.delivered_per_s);
-    if let serde_json::Value::Object(details) = &mut report.details {
-        details.insert("ceilings".to_owned(), serde_json::json!(ceilings));
-        if let Some(durable) = ceilings.iter().find(|ceiling| ceiling.durable) {
-            let ratio = round(report.delivered_per_s / durable.delivered_per_s.max(1.0));
-            details.insert("ratio_of_durable_ceiling".to_owned(), serde_json::json!(ratio));
-        }
+/// Open loop: says so if the schedule was not kept.
+fn kept_up(report: &mut Report, statistics: &Statistics, options: &Common, usage: &Usage) {
+    let Some(rate) = options.rate else { return };
+    let begun = statistics.begun as f64 / usage.seconds.max(1e-9);
+    report.detail("begun_per_s", round(begun));
+    if begun < rate * 0.98 {
+        report.reasons.push(format!(
+            "the schedule was not kept: {begun:.0} of {rate:.0} sends a second could be begun, what waited longer than the run is \
+             in no percentile"
+        ));
     }
+}
+
+/// What was reached as a share of everything that was measured in the same run. The denominator of `ratio` is the peer if there is
+/// one, else the bare router.
+pub fn ratios(report: &mut Report, ceilings: &[Ceiling], peer: Option<&PeerFigures>) {
+    let reached = report.delivered_per_s;
+    let mut denominators: Vec<(String, f64)> = Vec::new();
+    if let Some(peer) = peer {
+        denominators.push((format!("peer {}", peer.name), peer.reached.delivered_per_s));
+        report.detail("peer", peer);
+    }
+    for ceiling in ceilings {
+        let name = if ceiling.durable { "durable ceiling" } else { "ceiling" };
+        denominators.push((name.to_owned(), ceiling.delivered_per_s));
+    }
+    if !ceilings.is_empty() {
+        report.detail("ceilings", ceilings);
+    }
+    let Some((name, per_s)) = denominators.first() else { return };
+    report.ceiling(name, *per_s);
+    let ratios: BTreeMap<&String, f64> =
+        denominators.iter().map(|(name, per_s)| (name, round(reached / per_s.max(1.0)))).collect();
+    report.detail("ratios", ratios);
 }
 
 /// One line on standard error that follows a run, if that is a terminal.

@@ -76,6 +76,8 @@ pub struct SpawnOptions {
     pub data: Option<PathBuf>,
     /// A configuration file for `imd up`.
     pub config: Option<PathBuf>,
+    /// Single settings, `KEY=VALUE`.
+    pub settings: Vec<String>,
 }
 
 impl Credentials {
@@ -133,6 +135,9 @@ impl SpawnOptions {
         }
         if let Some(config) = &self.config {
             command.arg("--config").arg(config);
+        }
+        for setting in &self.settings {
+            command.args(["--set", setting]);
         }
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
         command.spawn().with_context(|| format!("start {}", binary.display()))
@@ -199,6 +204,17 @@ impl ServerProcess {
         self.child.id()
     }
 
+    /// A setting as the configuration writes it: what it was started with, else the default.
+    pub fn setting(&self, key: &str) -> Option<String> {
+        let given = self.command.settings.iter().rev().find_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
+        if let Some(given) = given {
+            return Some(given.to_owned());
+        }
+        let binary = self.command.find_binary().ok()?;
+        let output = std::process::Command::new(binary).args(["config", "defaults"]).output().ok()?;
+        default_of(&String::from_utf8_lossy(&output.stdout), key)
+    }
+
     /// The data directory.
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -239,5 +255,33 @@ impl ServerProcess {
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+}
+
+/// The value of `section.name` in the text of `imd config defaults`.
+fn default_of(text: &str, key: &str) -> Option<String> {
+    let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
+    let mut within = "";
+    for line in text.lines() {
+        if let Some(header) = line.strip_prefix('[') {
+            within = header.trim_end_matches(']');
+        } else if let Some((found, value)) = line.split_once(" = ")
+            && within == section
+            && found == name
+        {
+            return Some(value.trim_matches('"').to_owned());
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_default_is_found_in_its_section() {
+        let text = "a = \"1\"\n[gateway]\n# a = 2\na = \"1 MiB\"\n[router]\na = 3\n";
+        assert_eq!(super::default_of(text, "gateway.a").as_deref(), Some("1 MiB"));
+        assert_eq!(super::default_of(text, "a").as_deref(), Some("1"));
+        assert_eq!(super::default_of(text, "router.b"), None);
     }
 }

@@ -48,8 +48,13 @@ pub enum Stream {
 }
 
 impl Connector {
-    /// For a transport; `ca` is the PEM file of the certificate authority, which TLS and QUIC need.
+    /// For a transport; each connection after the first may resume its TLS session.
     pub fn new(transport: Transport, ca: Option<&Path>) -> anyhow::Result<Self> {
+        Self::with_resumption(transport, ca, true)
+    }
+
+    /// For a transport; `ca` is the PEM file of the certificate authority, which TLS and QUIC need.
+    pub fn with_resumption(transport: Transport, ca: Option<&Path>, resume: bool) -> anyhow::Result<Self> {
         let mut connector = Self { tls: None, quic: None };
         if transport == Transport::Tcp {
             return Ok(connector);
@@ -65,6 +70,9 @@ impl Connector {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![ALPN.to_vec()];
+        if !resume {
+            config.resumption = rustls::client::Resumption::disabled();
+        }
         if transport == Transport::Tls {
             connector.tls = Some(tokio_rustls::TlsConnector::from(Arc::new(config)));
         } else {
@@ -115,6 +123,16 @@ async fn connect_tcp(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = socket.connect(address).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
+}
+
+impl Stream {
+    /// Whether the TLS session was resumed; unknown over QUIC.
+    pub fn resumed(&self) -> Option<bool> {
+        match self {
+            Stream::Tls(stream) => Some(stream.get_ref().1.handshake_kind() == Some(rustls::HandshakeKind::Resumed)),
+            Stream::Tcp(_) | Stream::Quic { .. } => None,
+        }
+    }
 }
 
 impl Drop for Stream {

@@ -153,7 +153,7 @@ impl World {
             let flow = u32::try_from(member).unwrap();
             let sends = SendPlan { flow, window: 4, body_bytes: 20, every: None };
             let lanes = vec![LanePlan { with: With::Conversation(GROUP), sends: Some(sends) }];
-            Plan { user: user(member), token: String::new(), lanes }
+            Plan { user: user(member), token: String::new(), lanes, stalls: false }
         };
         let switches = Arc::<Switches>::default();
         switches.sending.store(true, Ordering::Relaxed);

@@ -19,7 +19,7 @@ pub async fn run(options: &Common, durable: bool, workload: Option<Workload>) ->
     let mut ceilings = Vec::new();
     for workload in workloads {
         let size = match workload {
-            Workload::Echo => options.connections.unwrap_or(SIZE),
+            Workload::Echo | Workload::Idle => options.connections.unwrap_or(SIZE),
             Workload::Pairs => options.pair_count(SIZE),
             Workload::Fanout => options.members,
         };
@@ -32,6 +32,8 @@ pub async fn run(options: &Common, durable: bool, workload: Option<Workload>) ->
             directory: Some(directory.clone()),
             warmup: options.warmup(),
             time: options.time(),
+            pin: workload != Workload::Idle,
+            heartbeat: (workload == Workload::Idle).then(|| options.heartbeat()),
         };
         ceilings.push(measurement.run().await?);
     }
@@ -46,7 +48,7 @@ fn report(options: &Common, ceilings: &[Ceiling], durable: bool, directory: &Pat
     let mut report = Report {
         scenario: if durable { "ceiling-durable" } else { "ceiling" }.to_owned(),
         connections: match main.workload {
-            Workload::Echo => main.size,
+            Workload::Echo | Workload::Idle => main.size,
             Workload::Pairs => 2 * main.size,
             Workload::Fanout => main.size + 1,
         },
@@ -62,7 +64,7 @@ fn report(options: &Common, ceilings: &[Ceiling], durable: bool, directory: &Pat
         ..Report::default()
     };
     report.usage(&main.usage, 1);
-    report.ceiling(main.delivered_per_s);
+    report.ceiling("itself", main.delivered_per_s);
     // The ceiling is one of machine and generator together: a full generator is part of it, not a fault of the run.
     report.generator_was_the_limit = false;
     report.verdict = "the ceiling of this machine with this generator".to_owned();

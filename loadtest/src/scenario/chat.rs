@@ -1,33 +1,65 @@
 //! One-to-one: in each pair one user sends to the other. PF1 and PF2.
 
-use super::{Target, add_ceilings, ceilings, judge, run_load, threads_of};
+use super::{Target, ceilings, judge, peer, ratios, run_load, threads_of};
 use crate::{
     ceiling::Workload,
     crowd::{Flow, LanePlan, Plan, SendPlan, With},
     load::{Load, LoadPlan},
     options::Common,
-    report::Report,
+    report::{Report, round},
 };
 
 /// Pairs if the options do not say.
-const PAIRS: usize = 100;
+pub const PAIRS: usize = 100;
 
-/// One run.
+/// One run: closed loop, open loop with `--rate`, or one after the other with `--rate-of`.
 pub async fn run(options: &Common) -> anyhow::Result<Report> {
     let pairs = options.pair_count(PAIRS);
     let ceilings = ceilings(options, Workload::Pairs, pairs).await?;
-    let target = Target::open(options).await?;
-    let plan = plan(&target, options, pairs)?;
-    let load = Load::start(plan, target.endpoints.clone())?;
-    let (mut report, outcome) = run_load(load, &target, options, "chat").await?;
-    report.connections = 2 * pairs;
-    judge(&target, options, outcome, &mut report).await?;
-    add_ceilings(&mut report, &ceilings);
+    let peer = match options.peer {
+        Some(name) => Some(peer::measure(options, name, Workload::Pairs, pairs, options.peer_time()).await?),
+        None => None,
+    };
+    let mut target = Target::open(options).await?;
+    let mut options = options.clone();
+    let closed = match options.rate_of {
+        Some(share) => {
+            let closed = closed_loop(&mut target, &options, pairs).await?;
+            options.rate = Some(closed.delivered_per_s * share);
+            Some(closed)
+        }
+        None => None,
+    };
+    let mut report = once(&mut target, &options, pairs).await?;
+    if let Some(closed) = closed {
+        report.detail("closed_loop_delivered_per_s", closed.delivered_per_s);
+        report.detail("share_of_closed_loop", round(report.delivered_per_s / closed.delivered_per_s.max(1.0)));
+    }
+    ratios(&mut report, &ceilings, peer.as_ref());
     target.close(&mut report).await?;
     Ok(report)
 }
 
-fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Result<LoadPlan> {
+/// What the server reaches without a schedule, by users of their own.
+pub async fn closed_loop(target: &mut Target, options: &Common, pairs: usize) -> anyhow::Result<Report> {
+    let options = Common { rate: None, ..options.clone() };
+    let report = once(target, &options, pairs).await?;
+    anyhow::ensure!(!report.promise_broken(), "a promise did not hold in the closed loop: {:?}", report.reasons);
+    Ok(report)
+}
+
+/// One load with users of its own, judged.
+pub async fn once(target: &mut Target, options: &Common, pairs: usize) -> anyhow::Result<Report> {
+    target.next_users();
+    let load = Load::start(plan(target, options, pairs)?, target.endpoints.clone())?;
+    let (mut report, outcome) = run_load(load, target, options, "chat").await?;
+    report.connections = 2 * pairs;
+    judge(target, options, outcome, &mut report).await?;
+    Ok(report)
+}
+
+/// Pairs of users, the first of each sends.
+pub fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Result<LoadPlan> {
     let mut groups = Vec::with_capacity(pairs);
     for pair in 0..pairs {
         let (sender, receiver) = (target.user(2 * pair), target.user(2 * pair + 1));
@@ -39,7 +71,7 @@ fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Result<LoadP
         };
         let lane = |peer: &str, sends| LanePlan { with: With::Peer(peer.to_owned()), sends };
         let plan = |user: &str, lane| {
-            anyhow::Ok(Plan { user: user.to_owned(), token: target.token(user)?, lanes: vec![lane] })
+            anyhow::Ok(Plan { user: user.to_owned(), token: target.token(user)?, lanes: vec![lane], stalls: false })
         };
         groups.push(vec![plan(&sender, lane(&receiver, Some(sends)))?, plan(&receiver, lane(&sender, None))?]);
     }

@@ -45,14 +45,14 @@ pub async fn run(options: &Common, kills: u32) -> anyhow::Result<Report> {
     let load = Load::start(plan, target.endpoints.clone())?;
     let progress = ProgressLine::start("crash", Arc::clone(&load.progress));
     load.all_live(PROGRESS_WITHIN).await?;
-    let before = Reading::take(None);
+    let before = Reading::take(&[]);
     load.switches.measuring.store(true, Ordering::Relaxed);
     load.switches.sending.store(true, Ordering::Relaxed);
     let timeline = Timeline::start(Arc::clone(&load.progress));
     let outages = kill_repeatedly(&mut target, &load, &timeline, kills, options.seed).await?;
     load.switches.measuring.store(false, Ordering::Relaxed);
     load.switches.sending.store(false, Ordering::Relaxed);
-    let usage = Reading::take(None).since(&before);
+    let usage = Reading::take(&[]).since(&before);
     let settled = load.settled(SETTLE_WITHIN).await;
     let recorded = timeline.finish();
     drop(progress);
@@ -106,7 +106,7 @@ pub async fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Re
         if index < members.len() {
             lanes.push(LanePlan { with: With::Conversation(group), sends: sends(members.len() - 1) });
         }
-        threads[index / 2 % options.threads()].push(Plan { token: target.token(&user)?, user, lanes });
+        threads[index / 2 % options.threads()].push(Plan { token: target.token(&user)?, user, lanes, stalls: false });
     }
     let plan = LoadPlan {
         transport: target.transport,

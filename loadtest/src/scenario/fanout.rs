@@ -5,7 +5,7 @@
 use anyhow::Context as _;
 use im_proto::{ConversationId, limits, method::Method, v1};
 
-use super::{Target, add_ceilings, ceilings, chat::schedule, judge, run_load};
+use super::{Target, ceilings, chat::schedule, judge, peer, ratios, run_load};
 use crate::{
     ceiling::Workload,
     crowd::{Flow, LanePlan, Plan, SendPlan, With},
@@ -18,15 +18,19 @@ use crate::{
 pub async fn run(options: &Common) -> anyhow::Result<Report> {
     let members = options.members.max(1);
     let ceilings = ceilings(options, Workload::Fanout, members).await?;
+    let peer = match options.peer {
+        Some(name) => Some(peer::measure(options, name, Workload::Fanout, members, options.peer_time()).await?),
+        None => None,
+    };
     let target = Target::open(options).await?;
     let users: Vec<String> = (0..=members).map(|index| target.user(index)).collect();
     let group = create_group(&target, &users).await?;
-    let plan = plan(&target, options, &users, group)?;
+    let plan = plan(&target, options, &users, group, 0)?;
     let load = Load::start(plan, target.endpoints.clone())?;
     let (mut report, outcome) = run_load(load, &target, options, "fanout").await?;
     report.connections = members + 1;
     judge(&target, options, outcome, &mut report).await?;
-    add_ceilings(&mut report, &ceilings);
+    ratios(&mut report, &ceilings, peer.as_ref());
     target.close(&mut report).await?;
     Ok(report)
 }
@@ -53,19 +57,31 @@ pub async fn create_group(target: &Target, users: &[String]) -> anyhow::Result<C
     Ok(ConversationId::from_slice(&created.conversation_id)?)
 }
 
-fn plan(target: &Target, options: &Common, users: &[String], group: ConversationId) -> anyhow::Result<LoadPlan> {
+/// The first user sends, all others receive; the last of them stop reading when the sending begins.
+pub fn plan(
+    target: &Target,
+    options: &Common,
+    users: &[String],
+    group: ConversationId,
+    stalled: usize,
+) -> anyhow::Result<LoadPlan> {
     let sends =
         SendPlan { flow: 0, window: options.window, body_bytes: options.body, every: schedule(options.rate, 0, 1) };
     let mut threads: Vec<Vec<Plan>> = (0..options.threads()).map(|_| Vec::new()).collect();
     for (index, user) in users.iter().enumerate() {
         let lane = LanePlan { with: With::Conversation(group), sends: (index == 0).then_some(sends) };
-        let plan = Plan { user: user.clone(), token: target.token(user)?, lanes: vec![lane] };
+        let plan = Plan {
+            user: user.clone(),
+            token: target.token(user)?,
+            lanes: vec![lane],
+            stalls: index + stalled >= users.len(),
+        };
         threads[index % options.threads()].push(plan);
     }
     Ok(LoadPlan {
         transport: target.transport,
         threads,
-        flows: vec![Flow::new(users.len() - 1)],
+        flows: vec![Flow::new(users.len() - 1 - stalled)],
         open_loop: options.rate.is_some(),
         reconnect: true,
         pin: options.pin,

@@ -29,19 +29,20 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
         report.reasons.push(format!("{connections} connections instead of {wanted}: the limit of descriptors"));
     }
     let plan = plan(&target, options, connections)?;
+    let servers = target.pids();
     // After the tokens were signed: what the harness itself takes does not matter, the server's growth does.
-    let server_before = target.pid().map_or(0, measure::rss_bytes);
+    let server_before = measure::rss_bytes(&servers);
     let slab_before = measure::slab_bytes();
-    let began = Reading::take(target.pid());
+    let began = Reading::take(&servers);
     let load = Load::start(plan, target.endpoints.clone())?;
     let progress = ProgressLine::start("idle", Arc::clone(&load.progress));
     load.all_live(LIVE_WITHIN).await?;
-    let connecting = Reading::take(target.pid()).since(&began);
-    let at_once = target.pid().map_or(0, measure::rss_bytes);
-    let began = Reading::take(target.pid());
+    let connecting = Reading::take(&servers).since(&began);
+    let at_once = measure::rss_bytes(&servers);
+    let began = Reading::take(&servers);
     tokio::time::sleep(options.time()).await;
-    let usage = Reading::take(target.pid()).since(&began);
-    let server_after = target.pid().map_or(0, measure::rss_bytes);
+    let usage = Reading::take(&servers).since(&began);
+    let server_after = measure::rss_bytes(&servers);
     let slab_after = measure::slab_bytes();
     drop(progress);
     let outcome = load.finish()?;
@@ -69,7 +70,7 @@ fn plan(target: &Target, options: &Common, connections: usize) -> anyhow::Result
     for index in 0..connections {
         let user = target.user(index);
         let token = target.token(&user)?;
-        threads[index % options.threads()].push(Plan { user, token, lanes: Vec::new() });
+        threads[index % options.threads()].push(Plan { user, token, lanes: Vec::new(), stalls: false });
     }
     Ok(LoadPlan {
         transport: target.transport,

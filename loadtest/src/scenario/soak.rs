@@ -36,7 +36,7 @@ pub async fn run(options: &Common, marks: bool) -> anyhow::Result<Report> {
     let load = Load::start(plan, target.endpoints.clone())?;
     let progress = ProgressLine::start("soak", Arc::clone(&load.progress));
     load.all_live(LIVE_WITHIN).await?;
-    let before = Reading::take(None);
+    let before = Reading::take(&target.pids());
     let timeline = Timeline::start(Arc::clone(&load.progress));
     load.switches.measuring.store(true, Ordering::Relaxed);
     load.switches.sending.store(true, Ordering::Relaxed);
@@ -47,7 +47,7 @@ pub async fn run(options: &Common, marks: bool) -> anyhow::Result<Report> {
     }
     load.switches.measuring.store(false, Ordering::Relaxed);
     load.switches.sending.store(false, Ordering::Relaxed);
-    let usage = Reading::take(None).since(&before);
+    let usage = Reading::take(&target.pids()).since(&before);
     let begun = Instant::now();
     let settled = load.settled(SETTLE_WITHIN).await;
     let recorded = timeline.finish();

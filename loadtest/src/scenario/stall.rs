@@ -1,0 +1,109 @@
+//! A group some of whose readers stop reading, with their connections open. PF11.
+//!
+//! The same load twice on one server: first all read, then some do not. What the others see must not change, and what waits for the
+//! stalled ones must stay under the server's own limits.
+
+use anyhow::bail;
+
+use super::{Target, fanout, judge, run_load_while};
+use crate::{
+    load::Load,
+    measure,
+    options::Common,
+    report::{Goal, Report, round},
+};
+
+/// Messages a second if the options do not say: with 1,000 members 100,000 deliveries.
+const RATE: f64 = 100.0;
+/// What the server keeps for a connection at most, as a multiple of `gateway.outbox_bytes_max`: there it closes it.
+const OUTBOXES: f64 = 2.0;
+const OUTBOX_KEY: &str = "gateway.outbox_bytes_max";
+/// The others' p99 may grow by this.
+const GROWTH_MAX: f64 = 1.1;
+
+/// One run.
+pub async fn run(options: &Common, stalled: usize) -> anyhow::Result<Report> {
+    let members = options.members.max(1);
+    if stalled >= members {
+        bail!("--stalled {stalled} of --members {members}: somebody has to read");
+    }
+    let options = Common { rate: Some(options.rate.unwrap_or(RATE)), ..options.clone() };
+    let mut target = Target::open(&options).await?;
+    let (without, without_growth) = once(&mut target, &options, 0).await?;
+    let (mut report, growth) = once(&mut target, &options, stalled).await?;
+    let ratio = report.delivery_us.p99 as f64 / without.delivery_us.p99.max(1) as f64;
+    report.detail("stalled", stalled);
+    report.detail(
+        "without",
+        serde_json::json!({
+            "delivery_us": without.delivery_us, "ack_us": without.ack_us, "delivered_per_s": without.delivered_per_s,
+            "server_rss_growth_bytes": without_growth,
+        }),
+    );
+    report.detail("p99_against_without", round(ratio));
+    report.detail("server_rss_growth_bytes", growth);
+    report.goals.push(Goal::at_most("PF11", "the others' delivery p99 against the run without", GROWTH_MAX, ratio));
+    if let Some(outbox) = target.setting(OUTBOX_KEY).and_then(|text| bytes(&text)) {
+        let bound = outbox as f64 * OUTBOXES * stalled as f64;
+        report.detail("memory_bound_bytes", bound);
+        report.detail("memory_bound", format!("{stalled} stalled × {OUTBOXES} × {OUTBOX_KEY} {outbox}"));
+        let beyond = growth.saturating_sub(without_growth) as f64;
+        report.goals.push(Goal::at_most(
+            "PF11",
+            "growth of the server's memory beyond the run without, bytes",
+            bound,
+            beyond,
+        ));
+    }
+    if without.promise_broken() {
+        report.reasons.push("a promise did not hold in the run without stalled readers".to_owned());
+        (report.lost, report.duplicated) = (report.lost + without.lost, report.duplicated + without.duplicated);
+        report.reordered += without.reordered;
+    }
+    target.close(&mut report).await?;
+    Ok(report)
+}
+
+/// One load; the report of those who read, and by how much the server's memory grew at most meanwhile.
+async fn once(target: &mut Target, options: &Common, stalled: usize) -> anyhow::Result<(Report, u64)> {
+    target.next_users();
+    let users: Vec<String> = (0..=options.members.max(1)).map(|index| target.user(index)).collect();
+    let group = fanout::create_group(target, &users).await?;
+    let plan = fanout::plan(target, options, &users, group, stalled)?;
+    let servers = target.pids();
+    let load = Load::start(plan, target.endpoints.clone())?;
+    load.all_live(super::LIVE_WITHIN).await?;
+    let before = measure::rss_bytes(&servers);
+    let time = tokio::time::sleep(options.time());
+    let running = run_load_while(load, target, options, "stall", time);
+    let (peak, ended) = measure::peak_rss(&servers, running).await;
+    let (mut report, outcome, ()) = ended?;
+    report.connections = users.len();
+    judge(target, options, outcome, &mut report).await?;
+    Ok((report, peak.saturating_sub(before)))
+}
+
+/// A size as the server's configuration writes it.
+fn bytes(text: &str) -> Option<u64> {
+    let text = text.trim().trim_matches('"');
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = match text[digits.len()..].trim() {
+        "" | "B" => 1,
+        "KiB" => 1024,
+        "MiB" => 1024 * 1024,
+        "GiB" => 1024 * 1024 * 1024,
+        _ => return None,
+    };
+    digits.replace('_', "").parse::<u64>().ok()?.checked_mul(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn sizes_are_read_as_the_configuration_writes_them() {
+        assert_eq!(super::bytes("\"1MiB\""), Some(1024 * 1024));
+        assert_eq!(super::bytes("64 KiB"), Some(64 * 1024));
+        assert_eq!(super::bytes("12"), Some(12));
+        assert_eq!(super::bytes("1 lot"), None);
+    }
+}

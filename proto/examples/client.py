@@ -59,7 +59,7 @@ class Client:
     # -- frames [1] and connections [2, 4]
 
     def connect(self):
-        """Connects and syncs, with full jitter between the tries; then sends again what has no seq."""
+        """Connects and syncs, with jitter between the tries; then sends again what has no seq."""
         pause = 0.1
         while True:
             try:

@@ -102,7 +102,6 @@ impl Open {
             Err(OpenError::EpochAhead { found, own }) => {
                 // A fenced owner stops quietly, as in any failover. Else somebody has lost the registry's state.
                 self.check_fence().await?;
-                self.cluster.metrics.alarms.increment(1);
                 return Err(OpenError::EpochAhead { found, own });
             }
             tail => tail?,
@@ -121,7 +120,9 @@ impl Open {
 
     async fn head_row(&self) -> Result<HeadValue, OpenError> {
         let row = self.retry(|| self.store.read(Table::Heads, self.id.as_bytes(), b"")).await?;
-        Ok(row.and_then(|row| HeadValue::decode(row.value).ok()).unwrap_or_default())
+        // One that cannot be read is not one that is missing: the log has entries.
+        let value = row.map(|row| HeadValue::decode(row.value)).transpose();
+        Ok(value.map_err(|_| self.alarm("the head row cannot be read".to_owned()))?.unwrap_or_default())
     }
 
     /// The newest rows, and what of them is committed; `None` for a log without entries.
@@ -292,7 +293,9 @@ impl Open {
     async fn load_state(&self) -> Result<State, OpenError> {
         let mut state = State::default();
         let row = self.retry(|| self.store.read(Table::Conversations, self.id.as_bytes(), b"")).await?;
-        let Some(value) = row.and_then(|row| ConversationValue::decode(row.value).ok()) else { return Ok(state) };
+        let value = row.map(|row| ConversationValue::decode(row.value)).transpose();
+        let value = value.map_err(|_| self.alarm("the row of the conversation cannot be read".to_owned()))?;
+        let Some(value) = value else { return Ok(state) };
         let (one, other) = (UserId::parse(&value.one).ok(), UserId::parse(&value.other).ok());
         state.name = value.name;
         match (v1::ConversationKind::try_from(value.kind as i32), one, other) {
@@ -321,9 +324,10 @@ impl Open {
     async fn load_members(&self, state: &mut State) -> Result<(), OpenError> {
         for row in self.scan(Table::Members).await? {
             let user = std::str::from_utf8(&row.key).ok().and_then(|text| UserId::parse(text).ok());
-            if let (Some(user), Ok(value)) = (user, MemberValue::decode(row.value))
-                && !value.left
-            {
+            let (Some(user), Ok(value)) = (user, MemberValue::decode(row.value)) else {
+                return Err(self.alarm("the row of a member cannot be read".to_owned()));
+            };
+            if !value.left {
                 let role = value.role.try_into().unwrap_or(v1::Role::Member);
                 let member = Member { role, joined_seq: value.joined_seq, joined_counted: value.joined_counted };
                 state.members.insert(user, member);
@@ -334,17 +338,18 @@ impl Open {
 
     async fn load_list(&self, state: &mut State) -> Result<(), OpenError> {
         for row in self.scan(Table::UserConversations).await? {
-            if let (Ok(id), Ok(value)) = (ConversationId::from_slice(&row.key), ListValue::decode(row.value)) {
-                let entry = ListRow {
-                    kind: value.kind.try_into().unwrap_or(v1::ConversationKind::Unspecified),
-                    name: value.name,
-                    peer_user_id: value.peer_user_id,
-                    joined_seq: value.joined_seq,
-                    left_seq: value.left_seq,
-                    version: row.timestamp,
-                };
-                state.list.insert(id, Arc::new(entry));
-            }
+            let (Ok(id), Ok(value)) = (ConversationId::from_slice(&row.key), ListValue::decode(row.value)) else {
+                return Err(self.alarm("a row of the conversation list cannot be read".to_owned()));
+            };
+            let entry = ListRow {
+                kind: value.kind.try_into().unwrap_or(v1::ConversationKind::Unspecified),
+                name: value.name,
+                peer_user_id: value.peer_user_id,
+                joined_seq: value.joined_seq,
+                left_seq: value.left_seq,
+                version: row.timestamp,
+            };
+            state.list.insert(id, Arc::new(entry));
         }
         Ok(())
     }

@@ -1,13 +1,18 @@
 //! Take-over: what a router has acknowledged is there for the next one, and a router that was fenced acknowledges nothing.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use im_proto::{StatusCode, method::Method, v1};
+use im_proto::{Epoch, ShardId, StatusCode, Timestamp, method::Method, v1, v1::router_message::Message as Down};
 use im_registry::Reach;
 use im_router::Ended;
-use im_storage::{Memory, Store};
+use im_storage::{
+    AppendRequest, Batch, Directory as _, FaultPlan, Memory, MessageLog as _, Row, StateWrite, Store, Table,
+};
 
-use crate::support::{CLUSTER, World, message, to, user};
+use crate::{
+    lifecycle::faulty,
+    support::{CLUSTER, TestGateway, World, message, to, user},
+};
 
 #[tokio::test(start_paused = true)]
 async fn a_stopped_router_hands_over_and_repeats_stay_single() {
@@ -70,4 +75,128 @@ async fn a_router_cut_off_from_the_registry_is_fenced_and_acknowledges_nothing_m
         .map(|m| m.client_message_id.clone())
         .collect();
     assert_eq!(ids, ["m1", "m2", "m3"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn past_the_lease_deadline_even_that_there_is_nothing_more_waits_for_a_fence_read() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let handle = world.registry.handle("r1", world.environment.clone());
+    let router = world.router_on(world.config("r1"), handle.clone().into()).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    gateway.send(1, id, message("bob", "m1", "m1", "", 0)).await;
+    gateway.ack("m1").await;
+    // Nothing is read from the store for it: the head is in memory.
+    let beyond = v1::HistoryRequest { target: to(id), from: 2, ..v1::HistoryRequest::default() };
+    let nothing: v1::HistoryReply = gateway.call(1, Method::MessageHistory, &beyond).await.unwrap();
+    assert_eq!((nothing.head, nothing.entries.len()), (1, 0));
+    handle.set_reach(Reach::Refused);
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    store.set_plan(FaultPlan { refused_permille: 1000, ..FaultPlan::none() });
+    let early = gateway.call::<v1::HistoryReply>(1, Method::MessageHistory, &beyond);
+    let early = tokio::time::timeout(Duration::from_secs(5), early).await;
+    assert!(early.is_err(), "another owner may have gone on: {early:?}");
+    store.set_plan(FaultPlan::none());
+    let nothing: v1::HistoryReply = gateway.call(1, Method::MessageHistory, &beyond).await.unwrap();
+    assert_eq!((nothing.head, nothing.entries.len()), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_committed_before_the_busy_row_of_its_burst_is_confirmed() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    gateway.open(&world, 2, "bob", "b1").await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    store.set_plan(FaultPlan { refused_table: Some(Table::Busy), ..FaultPlan::none() });
+    gateway.send(1, id, message("bob", "m1", "m1", "", 0)).await;
+    // The row of the log is confirmed, and a new owner would not look for it: the head row says that there is nothing.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    gateway.gather().await;
+    let told = |message: &Down| matches!(message, Down::SendResult(_) | Down::Deliver(_));
+    assert!(!gateway.inbox.iter().any(told), "{:?}", gateway.inbox);
+    store.set_plan(FaultPlan::none());
+    assert_eq!(gateway.ack("m1").await.seq, 1);
+}
+
+async fn is_returned(gateway: &mut TestGateway, id: &'static str) {
+    gateway
+        .expect("send returned", |message| match message {
+            Down::SendReturned(returned) if returned.client_message_id == id => Some(()),
+            _ => None,
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_later_epoch_in_one_conversation_refuses_the_whole_shard_and_no_other() {
+    let store = Store::from(Memory::new());
+    let world = World::new(store.clone());
+    let shards = world.config("any").shards;
+    let alice = user("alice");
+    let own = shards.shard_of(&CLUSTER.self_id(&alice));
+    let peers_in = |wanted: &dyn Fn(ShardId) -> bool| -> Vec<String> {
+        let names = (0..).map(|n| format!("peer{n}"));
+        names.filter(|name| wanted(shards.shard_of(&CLUSTER.direct_id(&alice, &user(name))))).take(2).collect()
+    };
+    let damaged = (0..crate::support::SHARDS).map(ShardId).find(|shard| *shard != own).unwrap();
+    let (bad, good) = (peers_in(&|shard| shard == damaged), peers_in(&|shard| shard == own));
+    let id_of = |name: &str| CLUSTER.direct_id(&user("alice"), &user(name));
+    let row = Row {
+        seq: 1,
+        counted: 1,
+        sender: Some(alice.clone()),
+        client_message_id: "x".into(),
+        sent_at: Timestamp::default(),
+        kind: v1::EntryKind::Message,
+        flags: 1,
+        body: bytes::Bytes::new(),
+        meta: bytes::Bytes::new(),
+    };
+    let batch = Batch { conversation: id_of(&bad[0]), epoch: Epoch(u64::MAX >> 8), committed: 0, rows: vec![row] };
+    store.submit(vec![AppendRequest { token: 1, batch: Arc::new(batch) }], Arc::new(|_| {}));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    gateway.send(1, id_of(&bad[1]), message(&bad[1], "before", "before", "", 0)).await;
+    assert_eq!(gateway.ack("before").await.seq, 1);
+    // Whoever wrote under the later epoch may be alive, and own every conversation of the shard.
+    let read = v1::HistoryRequest { target: to(id_of(&bad[0])), from: 1, ..v1::HistoryRequest::default() };
+    let reply = gateway.call::<v1::HistoryReply>(1, Method::MessageHistory, &read).await;
+    assert_eq!(reply.map_err(|status| status.code), Err(StatusCode::Unavailable.number()));
+    for (name, id) in [(&bad[1], "after"), (&bad[0], "same")] {
+        gateway.send(1, id_of(name), message(name, id, id, "", 1)).await;
+        is_returned(&mut gateway, id).await;
+    }
+    gateway.send(1, id_of(&good[0]), message(&good[0], "other", "other", "", 0)).await;
+    assert_eq!(gateway.ack("other").await.seq, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_head_row_without_its_log_or_without_sense_is_an_alarm_and_never_a_start_at_1() {
+    // Head 5, and bytes that are no protobuf.
+    for value in [&[0x08, 0x05][..], &[0xff]] {
+        let store = Store::from(Memory::new());
+        let world = World::new(store.clone());
+        let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+        let head = StateWrite {
+            table: Table::Heads,
+            partition: id.to_bytes(),
+            key: bytes::Bytes::new(),
+            value: Some(bytes::Bytes::copy_from_slice(value)),
+            timestamp: 5,
+        };
+        store.write(vec![head]).await.unwrap();
+        let router = world.router(world.config("r1")).await;
+        let mut gateway = world.gateway("g1", &router).await;
+        gateway.open(&world, 1, "alice", "a1").await;
+        gateway.send(1, id, message("bob", "m1", "m1", "", 0)).await;
+        assert_eq!(gateway.ack("m1").await.status.unwrap().code, StatusCode::Unavailable.number(), "{value:?}");
+        let row = store.read_range(id, 1, 10, 10).await.unwrap();
+        assert!(row.is_empty(), "nothing was written: {row:?}");
+    }
 }

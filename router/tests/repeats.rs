@@ -199,3 +199,48 @@ async fn a_stranger_learns_nothing_by_any_method() {
         assert_eq!(codes, [StatusCode::NotFound.number(); 7], "{id:?}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_repeated_invitation_or_leave_has_the_effect_of_one_also_at_the_next_owner() {
+    let world = World::new(Store::from(Memory::new()));
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    for (session, name) in [(1, "alice"), (2, "carol")] {
+        gateway.open(&world, session, name, "d").await;
+    }
+    let create =
+        v1::GroupCreateRequest { key: "k".into(), name: "walkers".to_owned(), members: vec!["bob".to_owned()] };
+    let created: v1::GroupCreateReply = gateway.call(1, Method::GroupCreate, &create).await.unwrap();
+    let id = created.conversation_id;
+    let invite = v1::GroupInviteRequest {
+        conversation_id: id.clone(),
+        members: vec!["carol".to_owned()],
+        client_message_id: "i1".into(),
+    };
+    let leave = v1::GroupLeaveRequest { conversation_id: id.clone(), client_message_id: "l1".into() };
+    let members = v1::GroupMembersRequest { conversation_id: id, ..v1::GroupMembersRequest::default() };
+    for _ in 0..2 {
+        let reply: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &invite).await.unwrap();
+        assert_eq!(reply.seq, 2);
+    }
+    for _ in 0..2 {
+        let reply: v1::GroupLeaveReply = gateway.call(2, Method::GroupLeave, &leave).await.unwrap();
+        assert_eq!(reply.seq, 3);
+    }
+    assert!(first.stop(Duration::from_secs(30)).await);
+    let second = world.router(world.config("r2")).await;
+    let mut gateway = world.gateway("g2", &second).await;
+    for (session, name) in [(1, "alice"), (2, "carol")] {
+        gateway.open(&world, session, name, "d").await;
+    }
+    // On its way all the time, or said again by a client that saw no answer.
+    let reply: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &invite).await.unwrap();
+    assert_eq!(reply.seq, 2);
+    let reply: v1::GroupLeaveReply = gateway.call(2, Method::GroupLeave, &leave).await.unwrap();
+    assert_eq!(reply.seq, 3);
+    let reply: v1::GroupMembersReply = gateway.call(1, Method::GroupMembers, &members).await.unwrap();
+    assert_eq!(reply.total, 2, "who has left stays out");
+    let again = v1::GroupInviteRequest { client_message_id: "i2".into(), ..invite };
+    let reply: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &again).await.unwrap();
+    assert_eq!(reply.seq, 4);
+}

@@ -29,12 +29,20 @@ pub struct FaultPlan {
     pub unknown_permille: u32,
     /// Calls that are never answered; half of them take effect.
     pub dropped_permille: u32,
+    /// Writes of state rows of this table fail without an effect; the others do as the rest of the plan says.
+    pub refused_table: Option<Table>,
 }
 
 impl FaultPlan {
     /// Nothing goes wrong.
     pub fn none() -> Self {
-        Self { delay: Duration::ZERO..=Duration::ZERO, refused_permille: 0, unknown_permille: 0, dropped_permille: 0 }
+        Self {
+            delay: Duration::ZERO..=Duration::ZERO,
+            refused_permille: 0,
+            unknown_permille: 0,
+            dropped_permille: 0,
+            refused_table: None,
+        }
     }
 }
 
@@ -197,6 +205,10 @@ impl MessageLog for Faulty {
 #[allow(refining_impl_trait, reason = "see `Boxed`")]
 impl Directory for Faulty {
     fn write(&self, writes: Vec<StateWrite>) -> Boxed<()> {
+        let refused = self.inner.state.lock().0.refused_table;
+        if writes.iter().any(|write| Some(write.table) == refused) {
+            return Box::pin(async { Err(unconfirmed()) });
+        }
         self.call(move |inner| async move { inner.store.write(writes).await })
     }
 

@@ -66,7 +66,10 @@ impl Context {
                 let request = decode!(v1::GroupInviteRequest);
                 self.group_invite(conversation, call, &request, reply_to);
             }
-            Method::GroupLeave => self.group_leave(conversation, call, reply_to),
+            Method::GroupLeave => {
+                let request = decode!(v1::GroupLeaveRequest);
+                self.group_leave(conversation, call, &request, reply_to);
+            }
             Method::GroupMembers => {
                 let request = decode!(v1::GroupMembersRequest);
                 self.group_members(conversation, &call.caller, &request, reply_to);

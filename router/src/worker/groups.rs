@@ -12,13 +12,21 @@ use prost::Message as _;
 use super::{Context, waiting::Request};
 use crate::{
     caller::Caller,
-    conversation::{Assigned, Completion, Conversation, ReplyKind},
-    message::{AnswerValue, Call, ReplyTo, overloaded, unavailable},
+    conversation::{Assigned, Completion, Conversation, Dedupe, ReplyKind, Seen},
+    message::{AnswerValue, Call, ReplyTo, overloaded},
     state::Kind,
 };
 
 /// Members of one answer.
 const MEMBERS_PAGE_MAX: u32 = 1_000;
+
+/// An entry that a call makes.
+struct Made {
+    event: Event,
+    /// The call's `client_message_id`; empty if it has none.
+    id: Bytes,
+    kind: ReplyKind,
+}
 
 impl Context {
     /// Creates the group, or answers with the one that the same creator and key have made.
@@ -53,7 +61,8 @@ impl Context {
             creator: caller.user.to_string(),
             members: std::iter::once(caller.user.to_string()).chain(others).collect(),
         };
-        self.assign_event(conversation, caller, Event::GroupCreated(created), ReplyKind::GroupCreate, reply_to);
+        let made = Made { event: Event::GroupCreated(created), id: Bytes::new(), kind: ReplyKind::GroupCreate };
+        self.assign_event(conversation, caller, made, reply_to);
     }
 
     /// Adds users who are not in the group yet.
@@ -65,6 +74,10 @@ impl Context {
         reply_to: ReplyTo,
     ) {
         let caller = call.caller.clone();
+        let id = request.client_message_id.clone();
+        let Some(reply_to) = self.unless_made(conversation, &caller, &id, ReplyKind::GroupInvite, reply_to) else {
+            return;
+        };
         if conversation.deciding.kind != Kind::Group || !conversation.is_member(&caller.user) {
             return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
         }
@@ -82,12 +95,23 @@ impl Context {
             return self.refuse_call(conversation, call, reply_to, StatusCode::TooLarge);
         }
         let joined = v1::MembersJoined { invited_by: caller.user.to_string(), members: new };
-        self.assign_event(conversation, &caller, Event::MembersJoined(joined), ReplyKind::GroupInvite, reply_to);
+        let made = Made { event: Event::MembersJoined(joined), id, kind: ReplyKind::GroupInvite };
+        self.assign_event(conversation, &caller, made, reply_to);
     }
 
     /// Takes the caller out.
-    pub fn group_leave(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo) {
+    pub fn group_leave(
+        &mut self,
+        conversation: &mut Conversation,
+        call: Call,
+        request: &v1::GroupLeaveRequest,
+        reply_to: ReplyTo,
+    ) {
         let caller = call.caller.clone();
+        let id = request.client_message_id.clone();
+        let Some(reply_to) = self.unless_made(conversation, &caller, &id, ReplyKind::GroupLeave, reply_to) else {
+            return;
+        };
         if conversation.deciding.kind != Kind::Group {
             return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
         }
@@ -98,7 +122,8 @@ impl Context {
             return self.refuse_call(conversation, call, reply_to, StatusCode::Forbidden);
         }
         let left = v1::MemberLeft { user_id: caller.user.to_string() };
-        self.assign_event(conversation, &caller, Event::MemberLeft(left), ReplyKind::GroupLeave, reply_to);
+        let made = Made { event: Event::MemberLeft(left), id, kind: ReplyKind::GroupLeave };
+        self.assign_event(conversation, &caller, made, reply_to);
     }
 
     /// A page of the members.
@@ -111,7 +136,7 @@ impl Context {
     ) {
         let state = &conversation.settled;
         if state.kind != Kind::Group || !state.members.contains_key(&caller.user) {
-            return self.cluster.answer(reply_to, Err(StatusCode::NotFound.to_status()));
+            return self.answer_read(reply_to, Err(StatusCode::NotFound.to_status()));
         }
         let limit = match request.limit {
             0 => MEMBERS_PAGE_MAX,
@@ -134,42 +159,41 @@ impl Context {
             if more { page.last().map(|member| member.user_id.clone()).unwrap_or_default() } else { String::new() };
         let total = u32::try_from(state.members.len()).unwrap_or(u32::MAX);
         let reply = v1::GroupMembersReply { members: page, name: state.name.clone(), total, next };
-        self.answer_read(reply_to, reply.encode_to_vec().into());
+        self.answer_read(reply_to, Ok(AnswerValue::Reply(reply.encode_to_vec().into())));
     }
 
-    /// Answers what was read from memory; past the lease deadline only after a fence read that begins now.
-    fn answer_read(&mut self, reply_to: ReplyTo, reply: Bytes) {
-        let answer = Ok(AnswerValue::Reply(reply));
-        if !self.past_lease() {
-            return self.cluster.answer(reply_to, answer);
-        }
-        let (fence, cluster) = (self.fence.clone(), self.cluster.clone());
-        self.cluster.environment.spawn(async move {
-            let answer = if fence.clean().await { answer } else { Err(unavailable()) };
-            cluster.answer(reply_to, answer);
-        });
-    }
-
-    fn assign_event(
+    /// Answers a call that was made before under its id: whoever was invited and has left again stays out, and who has left is told so
+    /// again. Gives `reply_to` back if it is new, as far as the newest entries tell.
+    fn unless_made(
         &mut self,
         conversation: &mut Conversation,
-        caller: &Arc<Caller>,
-        event: Event,
+        caller: &Caller,
+        id: &Bytes,
         kind: ReplyKind,
         reply_to: ReplyTo,
-    ) {
+    ) -> Option<ReplyTo> {
+        if id.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
+            self.cluster.answer(reply_to, Err(StatusCode::Malformed.to_status()));
+            return None;
+        }
+        let seen = (!id.is_empty()).then(|| conversation.dedupe.get(Dedupe::key(&caller.user, id))).flatten();
+        let Some(seen) = seen else { return Some(reply_to) };
+        self.when_committed(conversation, seen.seq, Completion::Reply { reply_to, kind });
+        None
+    }
+
+    fn assign_event(&mut self, conversation: &mut Conversation, caller: &Arc<Caller>, made: Made, reply_to: ReplyTo) {
         if conversation.queue.len() >= self.cluster.config.conversation_queue_max {
             return self.cluster.answer(reply_to, Err(overloaded()));
         }
-        let none = Bytes::new();
-        let row = self.next_row(
-            conversation,
-            EntryKind::Event,
-            Some(caller.user.clone()),
-            &none,
-            body::event(event),
-            Bytes::new(),
-        );
+        let Made { event, id, kind } = made;
+        let (sender, body) = (Some(caller.user.clone()), body::event(event));
+        let row = self.next_row(conversation, EntryKind::Event, sender, &id, body, Bytes::new());
+        if !id.is_empty() {
+            let body_hash = Some(Dedupe::body_hash(&row.body));
+            let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash };
+            conversation.dedupe.insert(Dedupe::key(&caller.user, &id), seen, conversation.committed);
+        }
         let completion = Some(Completion::Reply { reply_to, kind });
         // The caller's own session gets the entry too: the reply names only its seq.
         self.assign(conversation, Assigned { row, sender: None, completion });

@@ -73,6 +73,10 @@ impl Worker {
         let cluster = self.context.cluster.clone();
         self.context.cluster.environment.spawn(async move {
             let answer = gather(&store, &fence, past_lease, &query.user, ready, opening, quiet).await;
+            if let Err(StoreError::Damaged(what)) = &answer {
+                cluster.metrics.alarms.increment(1);
+                tracing::error!(what, "ALARM: heads cannot be read");
+            }
             cluster.answer(reply_to, answer.map(AnswerValue::Heads).map_err(|_| unavailable()));
         });
     }
@@ -111,7 +115,9 @@ async fn at_a_time<T>(
 
 async fn quiet_head(store: &StoreCalls, id: ConversationId) -> Result<v1::Head, StoreError> {
     let row = store.read(Table::Heads, id.as_bytes(), b"").await?;
-    let value = row.and_then(|row| HeadValue::decode(row.value).ok()).unwrap_or_default();
+    let value = row.map(|row| HeadValue::decode(row.value)).transpose();
+    let value =
+        value.map_err(|_| StoreError::Damaged(format!("the head row of {id} cannot be read")))?.unwrap_or_default();
     Ok(v1::Head {
         conversation_id: id.to_bytes(),
         head: value.head,

@@ -12,7 +12,7 @@ use crate::{
     caller::Caller,
     conversation::Conversation,
     deadline::StoreCalls,
-    message::{AnswerValue, ReplyTo, unavailable},
+    message::{Answer, AnswerValue, ReplyTo, unavailable},
 };
 
 /// A read that others may join.
@@ -48,14 +48,14 @@ impl Context {
         reply_to: ReplyTo,
     ) {
         if !conversation.settled.members.contains_key(&caller.user) {
-            return self.cluster.answer(reply_to, Err(StatusCode::NotFound.to_status()));
+            return self.answer_read(reply_to, Err(StatusCode::NotFound.to_status()));
         }
         let head = conversation.committed;
         let (from, to) = match range(request, conversation.first_seq, head) {
             Ok(Some(range)) => range,
             Ok(None) => {
                 let reply = encode_reply(conversation.id, head, conversation.first_seq, &[]);
-                return self.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply)));
+                return self.answer_read(reply_to, Ok(AnswerValue::Reply(reply)));
             }
             Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
         };
@@ -71,6 +71,19 @@ impl Context {
         }
         self.history.waiting.insert(key, vec![reply_to]);
         self.read_history(key);
+    }
+
+    /// Answers from memory; past the lease deadline only after a fence read that begins now, because another owner may have gone on
+    /// since. That there is nothing, or nothing more, is an answer like any other.
+    pub fn answer_read(&self, reply_to: ReplyTo, answer: Answer) {
+        if !self.past_lease() {
+            return self.cluster.answer(reply_to, answer);
+        }
+        let (fence, cluster) = (self.fence.clone(), self.cluster.clone());
+        self.cluster.environment.spawn(async move {
+            let answer = if fence.clean().await { answer } else { Err(unavailable()) };
+            cluster.answer(reply_to, answer);
+        });
     }
 
     fn read_history(&self, key: ReadKey) {

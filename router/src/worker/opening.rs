@@ -83,6 +83,13 @@ impl Worker {
         match outcome {
             Ok(opened) => self.install(id, epoch, opened, waiting),
             Err(OpenError::Lost) => waiting.into_iter().for_each(|request| self.context.give_back(id, request)),
+            Err(OpenError::EpochAhead { found, own }) => {
+                let shard = self.context.cluster.shard_of(&id);
+                tracing::error!(conversation = %id, ?found, ?own, "an entry has an epoch above the owner's");
+                waiting.into_iter().for_each(|request| self.context.refuse_request(&id, request));
+                // Not if the epoch was raised meanwhile, above the one that was found.
+                self.shard_refused(shard, found);
+            }
             Err(error) => self.open_failed(id, &error, waiting),
         }
     }

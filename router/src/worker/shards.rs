@@ -36,6 +36,9 @@ enum Shard {
         claim: Claim,
         cancelled: Arc<AtomicBool>,
     },
+    /// Claimed, not fenced, and yet a row of a later epoch was found: the registry has lost its state, and whoever wrote that row may
+    /// be alive. Nothing is served until the generation is raised, which ends this router.
+    Refused,
     /// Given up: finishes what is in flight, takes nothing new.
     Releasing {
         done: oneshot::Sender<()>,
@@ -185,6 +188,24 @@ impl Worker {
         if let Some(Shard::Claimed { parked, .. }) = self.context.shards.shards.remove(&shard) {
             self.refuse_parked(parked);
         }
+        self.context.forget_users_of(shard);
+        for id in self.conversations.of_shard(shard) {
+            self.drop_conversation(&id);
+        }
+    }
+
+    /// An owner that is not fenced has met an epoch above its own: what is true for one conversation may be so for all of the shard.
+    pub fn shard_refused(&mut self, shard: ShardId, found: Epoch) {
+        let Some(own) = self.context.shards.epoch(shard).filter(|own| found > *own) else { return };
+        self.context.cluster.metrics.alarms.increment(1);
+        tracing::error!(
+            shard = shard.0,
+            ?found,
+            ?own,
+            "ALARM: a shard is refused, because a later epoch wrote there. The registry was restored or lost: run `imd cluster recover`"
+        );
+        self.context.shards.cancel(shard);
+        self.context.shards.shards.insert(shard, Shard::Refused);
         self.context.forget_users_of(shard);
         for id in self.conversations.of_shard(shard) {
             self.drop_conversation(&id);

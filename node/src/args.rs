@@ -42,10 +42,13 @@ pub enum Command {
     )]
     Gateway(GatewayArguments),
     /// What the whole cluster does, and its recovery after etcd was lost.
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  imd cluster status --etcd http://127.0.0.1:2379 --secrets ./cluster"
+    )]
     Cluster(ClusterCommand),
     /// The tables of the CQL store.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  imd schema status --cql 127.0.0.1:9042")]
     Schema(SchemaCommand),
     /// Write all data of a cluster that does not run into one file.
     #[command(
@@ -88,7 +91,7 @@ pub enum Command {
     #[command(after_help = "Example:\n  imd token --user alice --data ./data")]
     Token(TokenArguments),
     /// Check, explain and show the configuration.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  imd config defaults > im.toml")]
     Config(ConfigCommand),
     /// Print the version.
     #[command(after_help = "Example:\n  imd version --json")]
@@ -208,4 +211,27 @@ pub enum ConfigCommand {
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
     config::parse_duration(text).ok_or_else(|| "expected a duration such as 30s, 5m, 12h or 30d".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::Arguments;
+
+    fn without_example(command: &clap::Command, path: &str, found: &mut Vec<String>) {
+        let path = format!("{path}{} ", command.get_name());
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        if !help.contains("Example") {
+            found.push(path.clone());
+        }
+        command.get_subcommands().for_each(|inner| without_example(inner, &path, found));
+    }
+
+    #[test]
+    fn every_command_has_an_example_in_its_help() {
+        let mut found = Vec::new();
+        without_example(&Arguments::command(), "", &mut found);
+        assert!(found.is_empty(), "{found:?}");
+    }
 }

@@ -41,6 +41,17 @@ pub struct Addresses {
     pub link: Option<SocketAddr>,
 }
 
+/// Tries whether these could be bound, before there is anything that binding needs. Somebody may still come first.
+pub fn probe(config: &Config) -> Result<(), Failure> {
+    let streams = [("tcp", config.tcp), ("tls", config.tls), ("api", config.api), ("http", config.http)];
+    for (option, wanted) in streams {
+        let Some(wanted) = wanted else { continue };
+        std::net::TcpListener::bind(wanted).map_err(|error| refused(option, wanted, &error))?;
+    }
+    let Some(wanted) = config.quic else { return Ok(()) };
+    std::net::UdpSocket::bind(wanted).map(drop).map_err(|error| refused("quic", wanted, &error))
+}
+
 /// Reads a certificate chain with its key.
 pub fn certificate(chain: &Path, key: &Path) -> Result<Certificate, Failure> {
     let read = |path: &Path| {

@@ -1,6 +1,6 @@
 //! `imd up`: all roles in one process, from an empty directory to a clean stop.
 //!
-//! Order of a start: take the data directory, create or read keys, listen, open the store, start the roles, say so. Whatever fails
+//! Order of a start: if there is no data directory yet, see that the ports are free; take the data directory, create or read keys, listen, open the store, start the roles, say so. Whatever fails
 //! before the store is opened is the environment's fault and exits 2. Order of a stop: no longer ready, clients told and drained,
 //! shards given up, store closed.
 
@@ -26,6 +26,10 @@ use roles::Roles;
 /// Runs until a signal, or until the server cannot go on.
 pub fn run(loaded: Loaded) -> Result<(), Failure> {
     let prepare = |config: &Config| {
+        // A taken port leaves no new directory behind. Where there is one, that it is in use says more.
+        if !config.data.exists() {
+            listen::probe(config)?;
+        }
         let lock = DataLock::take(&config.data).map_err(Failure::usage)?;
         let shards = u32::try_from(config.shards).map_err(Failure::usage)?;
         lock.open(shards).map_err(Failure::usage)

@@ -179,6 +179,7 @@ fn what_the_environment_does_not_allow_is_one_line_that_names_it_and_exit_2() {
         assert_eq!(code(&output), 2, "{option} {said}");
         let names = if data == below { below } else { option };
         assert!(said.contains(names) && said.lines().count() == 1, "{option}: {said}");
+        assert!(!std::path::Path::new(data).exists(), "{option}: nothing was changed");
     }
 }
 

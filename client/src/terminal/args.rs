@@ -150,7 +150,7 @@ pub(super) enum Command {
     #[command(after_help = "Example: im --as alice list --format json")]
     List,
     /// Create groups and change who is in them.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example: im --as alice group create friends @bob @carol")]
     Group(Group),
     /// Print the endpoints that the cluster offers to you.
     #[command(after_help = "Example: im --as alice locate")]
@@ -243,6 +243,20 @@ mod tests {
         }
         assert_eq!(code("im --help"), 0);
         assert_eq!(code("im tail --help"), 0);
+    }
+
+    fn without_example(command: &clap::Command, found: &mut Vec<String>) {
+        if !command.get_after_help().is_some_and(|help| help.to_string().contains("Example")) {
+            found.push(command.get_name().to_owned());
+        }
+        command.get_subcommands().for_each(|inner| without_example(inner, found));
+    }
+
+    #[test]
+    fn every_command_has_an_example_in_its_help() {
+        let mut found = Vec::new();
+        without_example(&<Arguments as clap::CommandFactory>::command(), &mut found);
+        assert!(found.is_empty(), "{found:?}");
     }
 
     #[test]

@@ -119,6 +119,7 @@ pub struct Statistics {
     pub gaps_repaired: u64,
     pub resyncs: u64,
     pub reconnects: u64,
+    pub heartbeats: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +154,8 @@ struct Participant {
     sync_page: bytes::Bytes,
     heartbeat: Micros,
     written_at: Micros,
+    /// When its silence is looked at next.
+    beat_at: Micros,
     close: bool,
     stalls: bool,
     /// It stopped reading.
@@ -289,6 +292,11 @@ impl Participants {
         lanes.filter_map(|(lane, user)| Some((lane.conversation?, user.clone()))).collect()
     }
 
+    /// Whether a participant is one of those who stop reading.
+    pub fn will_stall(&self, member: usize) -> bool {
+        self.members[member].stalls
+    }
+
     /// Whether a participant stopped reading for good.
     pub fn is_stalled(&self, member: usize) -> bool {
         self.members[member].stalled
@@ -373,6 +381,7 @@ impl Participant {
             sync_page: bytes::Bytes::new(),
             heartbeat: HEARTBEAT,
             written_at: 0,
+            beat_at: Micros::MAX,
             close: false,
             stalls: false,
             stalled: false,

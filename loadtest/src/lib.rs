@@ -11,6 +11,7 @@ mod ceiling;
 mod control;
 mod crowd;
 mod driver;
+mod html;
 mod load;
 mod measure;
 mod options;
@@ -19,6 +20,7 @@ mod report;
 mod scenario;
 mod server;
 mod stream;
+mod suite;
 mod timeline;
 mod wire;
 
@@ -64,20 +66,63 @@ fn run(options: Options) -> anyhow::Result<u8> {
 }
 
 async fn run_scenario(scenario: Scenario) -> anyhow::Result<u8> {
-    let common = scenario.common().cloned().context("this scenario has no report")?;
-    let mut runs = Vec::new();
-    for _ in 0..common.repeat {
-        runs.push(run_once(&scenario).await?);
+    if let Scenario::IdleClients(common) = &scenario {
+        return scenario::idle::clients(common).await.map(|()| 0);
     }
-    let mut report = report::median(runs).context("nothing was run")?;
-    let code = report.conclude();
+    let common = scenario.common().cloned().context("this scenario has no report")?;
+    let (report, reports, code) = match &scenario {
+        Scenario::Suite { common, quick } => {
+            let (reports, code) = run_suite(common, *quick).await;
+            (suite::report(common, reports.clone(), code), reports, code)
+        }
+        _ => {
+            let (report, code) = run_repeatedly(&scenario, common.repeat).await?;
+            (report.clone(), vec![report], code)
+        }
+    };
     let text = serde_json::to_string_pretty(&report)?;
     if let Some(path) = &common.json {
         std::fs::write(path, &text).with_context(|| format!("write {}", path.display()))?;
     }
+    if let Some(path) = &common.html {
+        let title = format!("loadtest {}", report["scenario"].as_str().unwrap_or_default());
+        std::fs::write(path, html::page(&title, &reports)).with_context(|| format!("write {}", path.display()))?;
+    }
     // A closed pipe is no failure: whoever reads has seen enough.
     let _ = writeln!(std::io::stdout(), "{text}");
     Ok(code)
+}
+
+/// The median of several runs, and the exit code.
+async fn run_repeatedly(scenario: &Scenario, repeat: u32) -> anyhow::Result<(serde_json::Value, u8)> {
+    let mut runs = Vec::new();
+    for _ in 0..repeat {
+        runs.push(run_once(scenario).await?);
+    }
+    let mut report = report::median(runs).context("nothing was run")?;
+    let code = report.conclude();
+    Ok((serde_json::to_value(&report)?, code))
+}
+
+/// Every step, also after one that failed; the worst exit code.
+async fn run_suite(common: &Common, quick: bool) -> (Vec<serde_json::Value>, u8) {
+    let steps = suite::steps(common, quick);
+    let (count, mut reports, mut worst) = (steps.len(), Vec::new(), 0);
+    for (number, step) in steps.iter().enumerate() {
+        suite::announce(number + 1, count, step);
+        // A step is a large future: not on the stack of its caller.
+        match Box::pin(run_repeatedly(&step.scenario, common.repeat)).await {
+            Ok((report, code)) => {
+                reports.push(report);
+                worst = worst.max(code);
+            }
+            Err(error) => {
+                reports.push(suite::failed(step, &error));
+                worst = worst.max(1);
+            }
+        }
+    }
+    (reports, worst)
 }
 
 async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
@@ -94,7 +139,11 @@ async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
         Scenario::Stall { common, stalled } => scenario::stall::run(common, *stalled).await,
         Scenario::Sync { common, conversations } => scenario::sync::run(common, *conversations).await,
         Scenario::Flood { common, flood_rate } => scenario::flood::run(common, *flood_rate).await,
-        Scenario::CeilingServer { .. } | Scenario::FloodClient { .. } => anyhow::bail!("the bare router has no report"),
+        Scenario::Scale { common, tool } => scenario::scale::run(common, tool).await,
+        Scenario::Suite { .. }
+        | Scenario::IdleClients(_)
+        | Scenario::CeilingServer { .. }
+        | Scenario::FloodClient { .. } => anyhow::bail!("this has no report of its own"),
     }
 }
 
@@ -106,6 +155,9 @@ impl Scenario {
             | Scenario::Curve(common)
             | Scenario::Fanout(common)
             | Scenario::Idle(common)
+            | Scenario::IdleClients(common)
+            | Scenario::Scale { common, .. }
+            | Scenario::Suite { common, .. }
             | Scenario::Stall { common, .. }
             | Scenario::Sync { common, .. }
             | Scenario::Flood { common, .. }

@@ -208,9 +208,10 @@ async fn keep_connected(stage: Rc<Stage<Participants>>, thread: Rc<Thread>, memb
             let endpoints = lock(&thread.endpoints);
             endpoints.addresses[server % endpoints.addresses.len()].clone()
         };
+        let narrow = stage.crowd.borrow().will_stall(member);
         let opened = {
             let Ok(_permit) = thread.opening.acquire().await else { return };
-            tokio::time::timeout(CONNECT_WITHIN, thread.connector.connect(&address)).await
+            tokio::time::timeout(CONNECT_WITHIN, thread.connector.connect_reading(&address, narrow)).await
         };
         let cause = match opened {
             Ok(Ok(mut stream)) => {
@@ -284,6 +285,7 @@ impl Statistics {
         self.gaps_repaired += other.gaps_repaired;
         self.resyncs += other.resyncs;
         self.reconnects += other.reconnects;
+        self.heartbeats += other.heartbeats;
     }
 }
 

@@ -61,6 +61,25 @@ pub enum Scenario {
         #[arg(long)]
         marks: bool,
     },
+    /// CPU a message at 1 to 8 gateways and 1 to 4 routers, and in groups of up to 100,000 members, on a cluster of this machine.
+    Scale {
+        #[command(flatten)]
+        common: Common,
+        /// What starts the cluster; IM_CLUSTER_DIR and the other variables of it hold.
+        #[arg(long, value_name = "FILE", default_value = "deploy/local/cluster")]
+        tool: PathBuf,
+    },
+    /// All of it, one after the other, as one report.
+    Suite {
+        #[command(flatten)]
+        common: Common,
+        /// Small sizes: whether everything runs, not how fast it is.
+        #[arg(long)]
+        quick: bool,
+    },
+    /// One process of idle clients; `idle` starts it.
+    #[command(hide = true)]
+    IdleClients(Common),
     /// Latency over throughput, open loop: shares of the closed loop's rate, and the highest rate that leaves 30 % of the box free.
     Curve(Common),
     /// Connect, authenticate, welcome, and away again, as fast as it goes; over TLS and QUIC with and without resumption.
@@ -126,6 +145,17 @@ pub enum Scenario {
     },
 }
 
+/// One sender stands for many here: no limit of what one user or connection may do. Limits of addresses do not hold on loopback.
+const RAISED: [&str; 4] = [
+    "gateway.sends_per_second_max=0",
+    "gateway.user_sends_per_second_max=0",
+    "gateway.frames_per_second_max=0",
+    "gateway.bytes_per_second_max=0B",
+];
+
+/// The server's own interval of heartbeats.
+const HEARTBEAT_SECONDS: f64 = 30.0;
+
 /// Options of every scenario.
 #[derive(Clone, Debug, Args)]
 pub struct Common {
@@ -159,18 +189,27 @@ pub struct Common {
     /// A setting for the server to start; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Further limits that a scenario raises.
+    #[arg(skip)]
+    pub also_raised: Vec<String>,
     /// How clients connect to a server that is started here.
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub transport: Transport,
     /// Connections; for chat two a pair.
     #[arg(long)]
     pub connections: Option<usize>,
+    /// Processes of clients for idle connections, each with a server of its own; else as many as their descriptors take.
+    #[arg(long)]
+    pub processes: Option<usize>,
     /// Pairs of users.
     #[arg(long)]
     pub pairs: Option<usize>,
     /// Members of the group besides the sender.
     #[arg(long, default_value_t = 1000)]
     pub members: usize,
+    /// Of those members so many are connected; the others never were. All, if it is not said.
+    #[arg(long)]
+    pub online: Option<usize>,
     /// Closed loop: messages of a sender that are not yet acknowledged and delivered to all.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=256))]
     pub window: u64,
@@ -178,7 +217,7 @@ pub struct Common {
     #[arg(long)]
     pub rate: Option<f64>,
     /// Seconds between two heartbeats of an idle connection; a server that is started here is told the same.
-    #[arg(long, value_name = "S", default_value_t = 30.0)]
+    #[arg(long, value_name = "S", default_value_t = HEARTBEAT_SECONDS)]
     pub heartbeat: f64,
     /// Open loop at this share of what the closed loop reaches, measured first in the same run.
     #[arg(long, value_name = "SHARE", conflicts_with = "rate")]
@@ -219,6 +258,9 @@ pub struct Common {
     /// Write the report to this file too.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Write the report with its plots to this file: one page that needs nothing else.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 impl Common {
@@ -232,6 +274,31 @@ impl Common {
 
     pub fn heartbeat(&self) -> Duration {
         Duration::from_secs_f64(self.heartbeat.clamp(0.01, 3600.0))
+    }
+
+    /// The same for another server, whose data lies beside.
+    pub fn with_data_beside(&self, number: usize) -> Self {
+        let beside = |data: &PathBuf| {
+            let mut name = data.clone().into_os_string();
+            name.push(format!("-{number}"));
+            PathBuf::from(name)
+        };
+        Self { data: self.data.as_ref().map(beside), ..self.clone() }
+    }
+
+    /// Limits of a single user or connection, which a load test is not about, for a server that is started here.
+    pub fn raised(&self) -> Vec<String> {
+        RAISED.iter().map(|setting| (*setting).to_owned()).chain(self.also_raised.clone()).collect()
+    }
+
+    /// Settings for a server that is started here: those of the options, and the interval of heartbeats.
+    pub fn settings(&self) -> Vec<String> {
+        let mut settings = Vec::new();
+        if self.heartbeat != HEARTBEAT_SECONDS {
+            settings.push(format!("gateway.heartbeat_interval={}ms", self.heartbeat().as_millis()));
+        }
+        settings.extend(self.set.iter().cloned());
+        settings
     }
 
     /// How long a peer beside the product is measured.
@@ -257,9 +324,9 @@ impl Common {
     /// What the report says of the options.
     pub fn parameters(&self) -> serde_json::Value {
         serde_json::json!({
-            "pairs": self.pairs, "members": self.members, "window": self.window, "rate": self.rate,
+            "pairs": self.pairs, "members": self.members, "online": self.online, "window": self.window, "rate": self.rate,
             "rate_of": self.rate_of, "fill": self.fill, "peer": self.peer, "heartbeat": self.heartbeat,
-            "set": self.set,
+            "settings": self.settings(),
             "body_bytes": self.body, "warmup": self.warmup, "seconds": self.seconds, "repeat": self.repeat,
             "generator_threads": self.generator_threads, "pin": self.pin, "seed": self.seed,
         })

@@ -82,6 +82,8 @@ pub struct Report {
     pub version: String,
     pub server_version: String,
     pub parameters: serde_json::Value,
+    /// What a server that was started here was told besides its defaults: the limits of a user, raised, and what the options say.
+    pub server_settings: Vec<String>,
     /// What only this scenario has.
     pub details: serde_json::Value,
     pub history: Option<Verdict>,

@@ -10,6 +10,7 @@ pub mod fill;
 pub mod flood;
 pub mod idle;
 pub mod peer;
+pub mod scale;
 pub mod soak;
 pub mod stall;
 pub mod sync;
@@ -69,7 +70,8 @@ impl Target {
                 binary: options.imd.clone(),
                 data: options.data.clone(),
                 config: options.config.clone(),
-                settings: options.set.clone(),
+                settings: options.settings(),
+                raised: options.raised(),
             };
             let mut process = ServerProcess::spawn(spawn).await?;
             let endpoints = process.endpoints(options.transport).await?;
@@ -290,6 +292,7 @@ pub fn new_report(scenario: &str, target: &Target, options: &Common) -> Report {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         server_version: target.endpoints.version.clone(),
         parameters: options.parameters(),
+        server_settings: target.process.as_ref().map(|process| process.settings().to_vec()).unwrap_or_default(),
         ..Report::default()
     }
 }

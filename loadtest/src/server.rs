@@ -78,6 +78,8 @@ pub struct SpawnOptions {
     pub config: Option<PathBuf>,
     /// Single settings, `KEY=VALUE`.
     pub settings: Vec<String>,
+    /// The same, used where the server knows the key and nothing else says a value for it.
+    pub raised: Vec<String>,
 }
 
 impl Credentials {
@@ -125,6 +127,32 @@ impl SpawnOptions {
         )
     }
 
+    fn given(&self, key: &str) -> Option<&str> {
+        self.settings.iter().rev().find_map(|setting| setting.strip_prefix(key)?.strip_prefix('='))
+    }
+
+    /// The text of `imd config defaults`.
+    fn defaults(&self) -> String {
+        let output = self.find_binary().and_then(|binary| {
+            Ok(std::process::Command::new(binary).args(["config", "defaults"]).stdin(Stdio::null()).output()?)
+        });
+        output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+    }
+
+    /// Takes in the raised settings that the server knows. A configuration file has its own: it is left alone.
+    fn raise(&mut self) {
+        if self.raised.is_empty() || self.config.is_some() {
+            return;
+        }
+        let defaults = self.defaults();
+        for raised in std::mem::take(&mut self.raised) {
+            let Some((key, _)) = raised.split_once('=') else { continue };
+            if self.given(key).is_none() && default_of(&defaults, key).is_some() {
+                self.settings.push(raised);
+            }
+        }
+    }
+
     fn start(&self, directory: &Path) -> anyhow::Result<Child> {
         let binary = self.find_binary()?;
         let log = std::fs::File::options().create(true).append(true).open(directory.join("imd.log"))?;
@@ -146,7 +174,8 @@ impl SpawnOptions {
 
 impl ServerProcess {
     /// Starts a server and waits until it accepts connections.
-    pub async fn spawn(options: SpawnOptions) -> anyhow::Result<Self> {
+    pub async fn spawn(mut options: SpawnOptions) -> anyhow::Result<Self> {
+        options.raise();
         let (directory, temporary) = match &options.data {
             Some(data) => {
                 std::fs::create_dir_all(data)?;
@@ -196,7 +225,7 @@ impl ServerProcess {
 
     /// Signs tokens with the server's own key.
     pub fn credentials(&self) -> anyhow::Result<Credentials> {
-        Credentials::load(&self.directory.join("keys/signing.pk8"), &self.directory.join("cluster.json"))
+        Credentials::load(&self.key_file(), &self.directory.join("cluster.json"))
     }
 
     /// The process id.
@@ -206,13 +235,17 @@ impl ServerProcess {
 
     /// A setting as the configuration writes it: what it was started with, else the default.
     pub fn setting(&self, key: &str) -> Option<String> {
-        let given = self.command.settings.iter().rev().find_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
-        if let Some(given) = given {
-            return Some(given.to_owned());
-        }
-        let binary = self.command.find_binary().ok()?;
-        let output = std::process::Command::new(binary).args(["config", "defaults"]).output().ok()?;
-        default_of(&String::from_utf8_lossy(&output.stdout), key)
+        self.command.given(key).map(str::to_owned).or_else(|| default_of(&self.command.defaults(), key))
+    }
+
+    /// The single settings that it was started with.
+    pub fn settings(&self) -> &[String] {
+        &self.command.settings
+    }
+
+    /// The signing key.
+    pub fn key_file(&self) -> PathBuf {
+        self.directory.join("keys/signing.pk8")
     }
 
     /// The data directory.

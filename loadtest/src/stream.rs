@@ -24,6 +24,9 @@ const ALPN: &[u8] = b"im/1";
 /// Asked for; the kernel gives at most `net.core.rmem_max` and `wmem_max`.
 const QUIC_SOCKET_BYTES: usize = 4 * 1024 * 1024;
 
+/// What the kernel may take in for a narrow connection.
+const NARROW_BYTES: u32 = 4096;
+
 /// How the clients of a run connect.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -38,6 +41,8 @@ pub enum Transport {
 pub struct Connector {
     tls: Option<tokio_rustls::TlsConnector>,
     quic: Option<quinn::Endpoint>,
+    /// The address that TCP connections come from.
+    from: Option<std::net::IpAddr>,
 }
 
 /// A connected stream of bytes in both directions.
@@ -55,7 +60,7 @@ impl Connector {
 
     /// For a transport; `ca` is the PEM file of the certificate authority, which TLS and QUIC need.
     pub fn with_resumption(transport: Transport, ca: Option<&Path>, resume: bool) -> anyhow::Result<Self> {
-        let mut connector = Self { tls: None, quic: None };
+        let mut connector = Self { tls: None, quic: None, from: None };
         if transport == Transport::Tcp {
             return Ok(connector);
         }
@@ -87,8 +92,18 @@ impl Connector {
         Ok(connector)
     }
 
+    /// From now on TCP connections come from this address of the machine.
+    pub fn come_from(&mut self, address: std::net::IpAddr) {
+        self.from = Some(address);
+    }
+
     /// A connection to `host:port`.
     pub async fn connect(&self, address: &str) -> anyhow::Result<Stream> {
+        self.connect_reading(address, false).await
+    }
+
+    /// The same; a narrow one takes in little that nobody reads, so that a stalled reader is felt soon.
+    pub async fn connect_reading(&self, address: &str, narrow: bool) -> anyhow::Result<Stream> {
         let resolved = address.to_socket_addrs()?.next().context("the address resolves to nothing")?;
         let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
         if let Some(endpoint) = &self.quic {
@@ -96,7 +111,7 @@ impl Connector {
             let (send, receive) = connection.open_bi().await?;
             return Ok(Stream::Quic { send, receive, connection });
         }
-        let stream = connect_tcp(resolved).await?;
+        let stream = connect_tcp(resolved, self.from, narrow).await?;
         match &self.tls {
             None => Ok(Stream::Tcp(stream)),
             Some(connector) => {
@@ -118,8 +133,14 @@ fn quic_endpoint() -> anyhow::Result<quinn::Endpoint> {
     Ok(quinn::Endpoint::new(quinn::EndpointConfig::default(), None, socket, runtime)?)
 }
 
-async fn connect_tcp(address: SocketAddr) -> io::Result<TcpStream> {
+async fn connect_tcp(address: SocketAddr, from: Option<std::net::IpAddr>, narrow: bool) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(from) = from {
+        socket.bind(SocketAddr::new(from, 0))?;
+    }
+    if narrow {
+        socket.set_recv_buffer_size(NARROW_BYTES)?;
+    }
     let stream = socket.connect(address).await?;
     stream.set_nodelay(true)?;
     Ok(stream)

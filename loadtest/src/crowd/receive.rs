@@ -51,6 +51,7 @@ impl Participants {
                 }
                 self.history.session_started(participant.client);
                 let at = now + participant.heartbeat;
+                participant.beat_at = at;
                 self.wake_at(at, member);
             }
             Frame::Ping(ping) => {

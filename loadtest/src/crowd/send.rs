@@ -90,12 +90,18 @@ impl Participants {
         for lane in &mut participant.lanes {
             lane.close_gap(now);
         }
-        if now >= participant.written_at + participant.heartbeat {
+        if now < participant.beat_at {
+            return;
+        }
+        // Something may have been written since: silence counts from there.
+        participant.beat_at = participant.written_at + participant.heartbeat;
+        if now >= participant.beat_at {
+            participant.beat_at = now + participant.heartbeat;
+            self.statistics.heartbeats += 1;
             let ping = v1::Ping { echo: bytes::Bytes::new() };
             wire::put_frame(&mut participant.control, v1::client_frame::Frame::Ping(ping));
-            let at = now + participant.heartbeat;
-            self.timers.insert((at, member));
         }
+        self.timers.insert((participant.beat_at, member));
     }
 }
 

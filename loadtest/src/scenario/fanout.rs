@@ -17,21 +17,30 @@ use crate::{
 /// One run.
 pub async fn run(options: &Common) -> anyhow::Result<Report> {
     let members = options.members.max(1);
-    let ceilings = ceilings(options, Workload::Fanout, members).await?;
+    let online = options.online.unwrap_or(members).clamp(1, members);
+    let ceilings = ceilings(options, Workload::Fanout, online).await?;
     let peer = match options.peer {
-        Some(name) => Some(peer::measure(options, name, Workload::Fanout, members, options.peer_time()).await?),
+        Some(name) => Some(peer::measure(options, name, Workload::Fanout, online, options.peer_time()).await?),
         None => None,
     };
-    let target = Target::open(options).await?;
-    let users: Vec<String> = (0..=members).map(|index| target.user(index)).collect();
-    let group = create_group(&target, &users).await?;
-    let plan = plan(&target, options, &users, group, 0)?;
-    let load = Load::start(plan, target.endpoints.clone())?;
-    let (mut report, outcome) = run_load(load, &target, options, "fanout").await?;
-    report.connections = members + 1;
-    judge(&target, options, outcome, &mut report).await?;
+    let mut target = Target::open(options).await?;
+    let mut report = once(&mut target, options, online).await?;
     ratios(&mut report, &ceilings, peer.as_ref());
     target.close(&mut report).await?;
+    Ok(report)
+}
+
+/// One load with users of its own, judged. Of the group's members so many are there; the others never were.
+pub async fn once(target: &mut Target, options: &Common, online: usize) -> anyhow::Result<Report> {
+    target.next_users();
+    let users: Vec<String> = (0..=options.members.max(1)).map(|index| target.user(index)).collect();
+    let group = create_group(target, &users).await?;
+    let plan = plan(target, options, &users[..=online.min(users.len() - 1)], group, 0)?;
+    let load = Load::start(plan, target.endpoints.clone())?;
+    let (mut report, outcome) = run_load(load, target, options, "fanout").await?;
+    report.connections = online + 1;
+    report.detail("members_away", users.len() - 1 - online);
+    judge(target, options, outcome, &mut report).await?;
     Ok(report)
 }
 

@@ -29,6 +29,7 @@ const GROWTH_MAX: f64 = 1.2;
 const LOAD: f64 = 0.25;
 /// Attempts under way at once.
 const AT_ONCE: usize = 256;
+const FLOOD_FROM: std::net::IpAddr = std::net::IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 2));
 const ATTEMPT_WITHIN: Duration = Duration::from_secs(5);
 const GARBAGE_BYTES: usize = 4096;
 const DATAGRAM_BYTES: usize = 1200;
@@ -72,8 +73,10 @@ pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
         bail!("flood starts its own server: leave out --server");
     }
     let pairs = options.pair_count(chat::PAIRS);
-    let mut target = Target::open(options).await?;
-    let mut options = options.clone();
+    // Limits of addresses hold, and are wide enough for all established users of the run on one address.
+    let raised = ["gateway.address_limits_loopback=true", "gateway.address_connects_per_second_max=1000"];
+    let mut options = Common { also_raised: raised.map(str::to_owned).to_vec(), ..options.clone() };
+    let mut target = Target::open(&options).await?;
     if options.rate.is_none() {
         let closed = chat::closed_loop(&mut target, &options, pairs).await?;
         options.rate = Some(closed.delivered_per_s * options.rate_of.unwrap_or(LOAD));
@@ -201,7 +204,11 @@ impl Attack<'_> {
     /// At most [`AT_ONCE`] attempts at once, each lane at its share of the rate.
     async fn run(&self, counts: &Counts) -> anyhow::Result<()> {
         let transport = if self.kind == Flood::Handshakes { Transport::Tls } else { Transport::Tcp };
-        let connector = Connector::with_resumption(transport, self.ca, false)?;
+        let mut connector = Connector::with_resumption(transport, self.ca, false)?;
+        if self.address.starts_with("127.") {
+            // Another address than the established users have: limits of addresses must tell them apart.
+            connector.come_from(FLOOD_FROM);
+        }
         let datagrams = tokio::net::UdpSocket::bind("0.0.0.0:0").await?;
         let every = Duration::from_secs_f64(AT_ONCE as f64 / self.rate.max(0.1));
         let lanes = (0..AT_ONCE).map(|lane| {

@@ -60,6 +60,7 @@ pub struct Progress {
     pub delivered: AtomicU64,
     /// Conversations whose oldest unacknowledged send waits for long.
     pub stalled: AtomicU64,
+    pub heartbeats: AtomicU64,
     /// Messages sent, and everything not received yet: gaps, calls, unacknowledged sends.
     pub unsettled: AtomicU64,
 }
@@ -188,6 +189,7 @@ struct Published {
     delivered: u64,
     unsettled: u64,
     stalled: u64,
+    heartbeats: u64,
 }
 
 struct Scheduled {
@@ -326,6 +328,7 @@ impl Participants {
         add(&self.progress.unsettled, &mut self.published.unsettled, unsettled);
         add(&self.progress.acknowledged, &mut self.published.acknowledged, acknowledged);
         add(&self.progress.delivered, &mut self.published.delivered, delivered);
+        add(&self.progress.heartbeats, &mut self.published.heartbeats, self.statistics.heartbeats);
     }
 
     /// Open loop: hands the sends that are due by now to their lanes.

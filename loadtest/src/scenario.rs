@@ -43,6 +43,8 @@ use crate::{
 
 /// Sessions of this many clients must be there within a minute, however slow the machine.
 const LIVE_WITHIN: Duration = Duration::from_secs(120);
+/// A machine that is busy otherwise may need this long for the first message of the measured time.
+const ANYTHING_WITHIN: Duration = Duration::from_secs(30);
 /// After the load everything on its way must arrive within this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(30);
 /// Histories read back at once.
@@ -232,7 +234,13 @@ pub async fn measured<T>(
     tokio::time::sleep(options.warmup()).await;
     let before = Reading::take(servers);
     load.switches.measuring.store(true, Ordering::Relaxed);
+    let acknowledged = total(&load.progress.acknowledged);
     let given = meanwhile.await;
+    // A time in which nothing happened says nothing: it goes on until something does.
+    let deadline = tokio::time::Instant::now() + ANYTHING_WITHIN;
+    while total(&load.progress.acknowledged) == acknowledged && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     load.switches.measuring.store(false, Ordering::Relaxed);
     let usage = Reading::take(servers).since(&before);
     load.switches.sending.store(false, Ordering::Relaxed);

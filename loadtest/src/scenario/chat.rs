@@ -45,6 +45,7 @@ pub async fn closed_loop(target: &mut Target, options: &Common, pairs: usize) ->
     let options = Common { rate: None, ..options.clone() };
     let report = once(target, &options, pairs).await?;
     anyhow::ensure!(!report.promise_broken(), "a promise did not hold in the closed loop: {:?}", report.reasons);
+    anyhow::ensure!(report.delivered_per_s > 0.0, "the closed loop delivered nothing");
     Ok(report)
 }
 

@@ -8,14 +8,14 @@ use std::{collections::BTreeMap, io::Write as _, process::Stdio, sync::Arc, time
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     process::{Child, ChildStdin, ChildStdout, Command},
 };
 
 use super::{ProgressLine, Target, new_report};
 use crate::{
     crowd::Plan,
-    load::{Load, LoadPlan},
+    load::{Load, LoadPlan, total},
     measure::{self, Reading, Usage},
     options::Common,
     report::{Goal, Report, round},
@@ -76,12 +76,13 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
     let alone = usage_during(&servers, &[], ALONE).await;
     let before = (measure::rss_bytes(&servers), measure::slab_bytes());
     let began = Reading::take(&servers);
-    let clients = start_clients(options, &targets, &shares).await?;
+    let mut clients = start_clients(options, &targets, &shares).await?;
     let connecting = Reading::take(&servers).since(&began);
     let at_once = measure::rss_bytes(&servers);
     let generators: Vec<u32> = clients.iter().filter_map(|clients| clients.child.id()).collect();
-    let counted_from = heartbeats_so_far(connecting.seconds, options.heartbeat(), connections);
+    let counted = count(&mut clients).await?;
     let usage = usage_during(&servers, &generators, options.time()).await;
+    let heartbeats = count(&mut clients).await? - counted;
     let after = (measure::rss_bytes(&servers), measure::slab_bytes());
     let mut held = Held::default();
     for clients in clients {
@@ -106,24 +107,19 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
         "held_seconds": options.seconds,
         "server_cores_alone": round(alone.server_cores),
         "heartbeats": held.heartbeats,
-        "heartbeats_before_the_measured_time_at_most": counted_from,
+        "heartbeats_per_s": round(heartbeats as f64 / usage.seconds),
     });
     memory_goal(&mut report);
     for target in targets {
         target.close(&mut report).await?;
     }
-    heartbeats(&mut report, options, &shares, &usage, &alone).await?;
+    cost(&mut report, options, &shares, heartbeats, [&usage, &alone]).await?;
     Ok(report)
 }
 
 /// The connections of each process, as even as can be.
 fn shares(connections: usize, processes: usize) -> Vec<usize> {
     (0..processes).map(|process| (connections + process) / processes).collect()
-}
-
-/// Clients that were early have sent some while the last ones connected.
-fn heartbeats_so_far(connecting: f64, every: Duration, connections: usize) -> f64 {
-    round(connections as f64 * connecting / every.as_secs_f64())
 }
 
 async fn usage_during(servers: &[u32], generators: &[u32], time: Duration) -> Usage {
@@ -144,18 +140,15 @@ fn memory_goal(report: &mut Report) {
 }
 
 /// What a heartbeat costs, here and with the bare server.
-async fn heartbeats(
+async fn cost(
     report: &mut Report,
     options: &Common,
     shares: &[usize],
-    usage: &Usage,
-    alone: &Usage,
+    heartbeats: u64,
+    [usage, alone]: [&Usage; 2],
 ) -> anyhow::Result<()> {
-    // Each connection sends one an interval: what is not in the count is the part of an interval at both ends.
-    let per_s = report.connections as f64 / options.heartbeat().as_secs_f64();
-    let micros = |cores: f64| round(cores.max(0.0) * 1e6 / per_s);
+    let micros = |cores: f64| round(cores.max(0.0) * usage.seconds * 1e6 / heartbeats.max(1) as f64);
     let (all, own) = (micros(usage.server_cores), micros(usage.server_cores - alone.server_cores));
-    report.detail("heartbeats_per_s", round(per_s));
     report.detail("server_cpu_us_per_heartbeat", own);
     report.detail("server_cpu_us_per_heartbeat_with_what_servers_use_alone", all);
     if options.ceiling <= 0.0 || report.transport != Transport::Tcp {
@@ -167,6 +160,18 @@ async fn heartbeats(
     report.detail("heartbeat_against_bare", round(ratio));
     report.goals.push(Goal::at_most("PF6", "CPU of a heartbeat against the bare server", 1.5, ratio));
     Ok(())
+}
+
+/// Heartbeats of all clients until now.
+async fn count(clients: &mut [Clients]) -> anyhow::Result<u64> {
+    let mut sum = 0;
+    for one in clients {
+        one.input.write_all(b"\n").await?;
+        let mut line = String::new();
+        one.output.read_line(&mut line).await?;
+        sum += line.trim().parse::<u64>().context("a process of clients did not say how many heartbeats it sent")?;
+    }
+    Ok(sum)
 }
 
 async fn start_clients(options: &Common, targets: &[Target], shares: &[usize]) -> anyhow::Result<Vec<Clients>> {
@@ -225,7 +230,8 @@ impl Held {
     }
 }
 
-/// One process of clients: connects, says so with a line, and holds until its input ends.
+/// One process of clients: connects, says so with a line, answers each line with its heartbeats so far, and holds until its input
+/// ends.
 pub async fn clients(options: &Common) -> anyhow::Result<()> {
     let target = Target::open(options).await?;
     let load = Load::start(plan(&target, options)?, target.endpoints.clone())?;
@@ -233,7 +239,11 @@ pub async fn clients(options: &Common) -> anyhow::Result<()> {
     load.all_live(LIVE_WITHIN).await?;
     writeln!(std::io::stdout(), "live")?;
     std::io::stdout().flush()?;
-    tokio::io::stdin().read_to_end(&mut Vec::new()).await?;
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    while lines.next_line().await?.is_some() {
+        writeln!(std::io::stdout(), "{}", total(&load.progress.heartbeats))?;
+        std::io::stdout().flush()?;
+    }
     drop(progress);
     let statistics = load.finish()?.statistics;
     let held =

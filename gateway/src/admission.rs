@@ -12,8 +12,15 @@ use std::{
 
 use tokio::sync::watch;
 
+use crate::addresses::Excess;
+
 /// A bound that nobody repeats is forgotten: then the routers are gone, and any gateway is better than none.
 const BOUND_HOLDS: Duration = Duration::from_secs(10);
+/// Refused connections that are told why at a time; the next ones are closed without a word. Each holds a descriptor until it has
+/// read that.
+const FAREWELLS_MAX: usize = 1_000;
+/// From this part of the handshakes on strangers first prove their address.
+const PRESSURE: usize = 8;
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
@@ -25,6 +32,7 @@ pub(crate) struct Admission {
     handshakes_max: usize,
     connections: Arc<AtomicUsize>,
     handshakes: Arc<AtomicUsize>,
+    farewells: Arc<AtomicUsize>,
     /// What the routers think is this gateway's share, and until when that holds, in milliseconds since boot.
     bound: AtomicUsize,
     bound_until_ms: AtomicU64,
@@ -40,6 +48,8 @@ pub(crate) enum Refusal {
     Uneven,
     TooManyHandshakes,
     Draining,
+    /// Its address is over a limit.
+    Address(Excess),
 }
 
 /// A place that is given back on drop.
@@ -66,6 +76,7 @@ impl Admission {
             handshakes_max,
             connections: Arc::default(),
             handshakes: Arc::default(),
+            farewells: Arc::default(),
             bound: AtomicUsize::new(0),
             bound_until_ms: AtomicU64::new(0),
             draining: AtomicBool::new(false),
@@ -100,9 +111,14 @@ impl Admission {
         Permit::acquire(&self.handshakes, self.handshakes_max).ok_or(Refusal::TooManyHandshakes)
     }
 
+    /// A place for telling a refused connection why.
+    pub fn farewell(&self) -> Option<Permit> {
+        Permit::acquire(&self.farewells, FAREWELLS_MAX)
+    }
+
     /// So many handshakes are under way that strangers should first prove their address.
     pub fn is_under_pressure(&self) -> bool {
-        self.handshakes.load(Ordering::Acquire) > self.handshakes_max / 2
+        self.handshakes.load(Ordering::Acquire) > self.handshakes_max / PRESSURE
     }
 
     pub fn connections(&self) -> usize {

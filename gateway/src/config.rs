@@ -25,11 +25,30 @@ pub struct GatewayConfig {
     pub pending_sends_max: usize,
     /// Calls of a connection that have no answer yet.
     pub calls_in_flight_max: usize,
-    /// Sends of a session in one second; 0 is no limit.
+    /// Sends of a session in one second; 0 is no limit. As all rates here: a whole second's worth may come at once after a pause.
+    /// 5,000 is a file piped at full speed, and a fiftieth of what two cores carry.
     pub sends_per_second_max: u32,
-    /// Frames of a connection in one second, beyond which it is not read until the second is over; 0 is no limit. The default is
-    /// far above any client and keeps one connection from filling a core.
+    /// Sends of a user in one second, all its sessions on this gateway together; 0 is no limit. Two devices at their limit.
+    pub user_sends_per_second_max: u32,
+    /// Frames of a connection in one second, beyond which it is not read for a while; 0 is no limit. The default is four times the
+    /// sends, and keeps one connection from filling a core.
     pub frames_per_second_max: u32,
+    /// Bytes of a connection in one second, beyond which it is not read for a while; 0 is no limit. The default is 67 Mbit/s.
+    pub bytes_per_second_max: usize,
+    /// Connects of one address (IPv4, or IPv6 network of 64 bits) in one second; 0 is no limit. Limits of an address do not hold for
+    /// the machine itself, unless `address_limits_loopback`. 100: an office of 1,000 that comes back in ten seconds.
+    pub address_connects_per_second_max: u32,
+    /// Connections of one address at a time; 0 is no limit. A tenth of all, for networks that share one address among thousands.
+    pub address_connections_max: usize,
+    /// Handshakes of one address in one second that lead to nothing by its own fault; beyond that it may not connect for a while.
+    /// 0 is no limit. 10: a thousand clients of one address with expired tokens and a back-off of 10 s are ten times that, and are
+    /// let in slowly.
+    pub address_failures_per_second_max: u32,
+    /// Whether limits of an address hold for the machine itself: behind a proxy on it, say.
+    pub address_limits_loopback: bool,
+    /// The share of all cores for connections that are not welcomed yet, in percent; what is beyond it waits. 100 is no bound. 25:
+    /// of two cores some 2,000 TLS handshakes a second, and users that are in keep three quarters.
+    pub handshake_cpu_percent: usize,
     /// `Locate` of one address before `Hello` in one second; 0 is no limit. Not for the machine itself.
     pub locates_per_second_max: u32,
     /// Bytes that wait to be written to one connection. Beyond them live pushes are dropped and end in a `Resync`; at twice this
@@ -74,8 +93,15 @@ impl GatewayConfig {
             frame_bytes_max: limits::FRAME_BYTES_MAX,
             pending_sends_max: limits::PENDING_SENDS_MAX,
             calls_in_flight_max: limits::CALLS_IN_FLIGHT_MAX,
-            sends_per_second_max: 0,
-            frames_per_second_max: 200_000,
+            sends_per_second_max: 5_000,
+            user_sends_per_second_max: 10_000,
+            frames_per_second_max: 20_000,
+            bytes_per_second_max: 8 * 1024 * 1024,
+            address_connects_per_second_max: 100,
+            address_connections_max: 10_000,
+            address_failures_per_second_max: 10,
+            address_limits_loopback: false,
+            handshake_cpu_percent: 25,
             locates_per_second_max: 10,
             outbox_bytes_max: 1024 * 1024,
             reply_bytes_max: 4 * 1024 * 1024,

@@ -32,6 +32,7 @@ use tokio::{
 use v1::server_frame::Frame;
 
 use crate::{
+    addresses::{AddressPlace, Excess},
     admission::{Permit, Refusal},
     gateway::{PeerInfo, Shared},
     session::Session,
@@ -87,7 +88,9 @@ pub(crate) struct Connection<S> {
     discarded: usize,
     peer_transport: Transport,
     remote_address: SocketAddr,
+    /// Of a connection, or of a farewell.
     _place: Option<Permit>,
+    _address: Option<AddressPlace>,
     handshake: Option<Permit>,
 }
 
@@ -100,6 +103,8 @@ enum Stage {
     Live,
     /// The last frame is queued. What comes in is thrown away: closing a socket with unread input would take the last frame with it.
     Closing,
+    /// It is not even told why.
+    Over,
 }
 
 enum Step {
@@ -109,24 +114,31 @@ enum Step {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    /// Takes a stream, or tells it to go elsewhere.
-    pub fn accept(shared: Arc<Shared>, stream: S, peer: PeerInfo) -> Self {
+    /// Takes a stream, or tells it to go elsewhere. `address` is its place among those of its address, judged before.
+    pub fn accept(
+        shared: Arc<Shared>,
+        stream: S,
+        peer: PeerInfo,
+        address: Result<Option<AddressPlace>, Excess>,
+    ) -> Self {
         let metrics = &shared.metrics;
         metrics.accepted[peer.transport.index()].increment(1);
         metrics.connections.increment(1.0);
-        let admitted = shared
-            .admission
-            .connection(shared.environment.clock.since_boot())
-            .and_then(|place| Ok((place, shared.admission.handshake()?)));
+        let admitted = address.map_err(Refusal::Address).and_then(|address| {
+            let place = shared.admission.connection(shared.environment.clock.since_boot())?;
+            Ok((place, shared.admission.handshake()?, address))
+        });
         let session = Arc::new(Session::new(shared.sessions.next_id(), peer.transport));
-        let (place, handshake) = match admitted {
-            Ok((place, handshake)) => {
+        let (place, handshake, address, stage) = match admitted {
+            Ok((place, handshake, address)) => {
                 shared.sessions.insert(session.clone());
-                (Some(place), Some(handshake))
+                (Some(place), Some(handshake), address, Stage::Hello)
             }
             Err(refusal) => {
-                refuse(&shared, &session, refusal);
-                (None, None)
+                let farewell = shared.admission.farewell();
+                refuse(&shared, &session, refusal, farewell.is_some());
+                let stage = if farewell.is_some() { Stage::Hello } else { Stage::Over };
+                (farewell, None, None, stage)
             }
         };
         let timer = Timer::start(Instant::now() + shared.config.handshake_deadline);
@@ -137,17 +149,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             writer: Writer::default(),
             timer,
             rates: Rates::default(),
-            stage: Stage::Hello,
+            stage,
             discarded: 0,
             peer_transport: peer.transport,
             remote_address: peer.remote_address,
             _place: place,
+            _address: address,
             handshake,
             shared,
         }
     }
 
     fn step(&mut self, cx: &mut Context<'_>) -> Step {
+        if self.stage == Stage::Over {
+            return Step::End;
+        }
         self.follow_session();
         match self.writer.write(&mut self.stream, &self.session.outbox, self.shared.bounds, cx) {
             Wrote::Broken => return Step::End,
@@ -177,6 +193,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.rearm();
         }
         if self.stage != Stage::Closing && self.session.outbox.is_closing() {
+            if self.session.is_at_fault() && !self.session.is_live() {
+                let (limits, address) = (&self.shared.limits, self.remote_address.ip());
+                limits.addresses.failed(address, limits.time(Instant::now()));
+            }
             self.stage = Stage::Closing;
             self.input = Input::default();
             self.timer.arm(Instant::now() + self.shared.config.close_linger);
@@ -210,12 +230,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         if let Some(frames) = frames {
             self.shared.metrics.bytes_in.increment(u64::try_from(count).unwrap_or(u64::MAX));
-            self.handle(frames);
+            self.handle(frames, count);
         }
         Ok(Poll::Ready(count))
     }
 
-    fn handle(&mut self, frames: Frames) {
+    fn handle(&mut self, frames: Frames, bytes: usize) {
         let now = Instant::now();
         self.timer.received(now);
         let mut work = frames::borrow_work();
@@ -231,7 +251,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.shared.metrics.frames_in.increment(u64::from(count));
         self.session.apply(&self.shared, &mut work);
         frames::return_work(work);
-        self.rates.count_frames(count, now, self.shared.config.frames_per_second_max);
+        self.rates.count(&self.shared, count, bytes, now);
         if self.rates.is_paused() {
             self.rearm();
         }
@@ -252,7 +272,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let now = Instant::now();
         match self.stage {
-            Stage::Closing => return Step::End,
+            Stage::Closing | Stage::Over => return Step::End,
             Stage::Hello => self.close(StatusCode::TimedOut.to_status()),
             // The client did its part: it is not to blame, and may try again.
             Stage::Opening => self.close(StatusCode::Unavailable.to_status()),
@@ -303,14 +323,23 @@ fn refused_stream(error: &FrameError) -> v1::Status {
     }
 }
 
-fn refuse(shared: &Shared, session: &Session, refusal: Refusal) {
+fn refuse(shared: &Shared, session: &Session, refusal: Refusal, is_told: bool) {
+    let metrics = &shared.metrics;
     let (counter, code) = match refusal {
-        Refusal::Full => (&shared.metrics.refused_full, StatusCode::Overloaded),
-        Refusal::Uneven => (&shared.metrics.refused_uneven, StatusCode::Overloaded),
-        Refusal::TooManyHandshakes => (&shared.metrics.refused_handshakes, StatusCode::Overloaded),
-        Refusal::Draining => (&shared.metrics.refused_draining, StatusCode::Draining),
+        Refusal::Full => (&metrics.refused_full, StatusCode::Overloaded),
+        Refusal::Uneven => (&metrics.refused_uneven, StatusCode::Overloaded),
+        Refusal::TooManyHandshakes => (&metrics.refused_handshakes, StatusCode::Overloaded),
+        Refusal::Draining => (&metrics.refused_draining, StatusCode::Draining),
+        Refusal::Address(excess) => (metrics.limited_address(excess), StatusCode::RateLimited),
     };
     counter.increment(1);
+    if !is_told {
+        return metrics.dropped.increment(1);
+    }
+    if let Refusal::Address(excess) = refusal {
+        let wait = excess.wait() + shared.environment.jitter(std::time::Duration::from_secs(1));
+        return session.close(shared, code.retry_after(wait), &mut Wakers::default());
+    }
     let reconnect_after =
         std::time::Duration::from_secs(1) + shared.environment.jitter(std::time::Duration::from_secs(4));
     let go_away = v1::GoAway {
@@ -326,6 +355,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if self.stage == Stage::Live {
+            return self.run(cx);
+        }
+        let shared = self.shared.clone();
+        shared.limits.effort.measure(|| self.run(cx))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    fn run(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         for _ in 0..ROUNDS {
             match self.step(cx) {
                 Step::Again => {}

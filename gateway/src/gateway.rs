@@ -13,14 +13,17 @@ use im_registry::View;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::watch,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    addresses::{AddressPlace, Excess},
     admission::Admission,
     config::GatewayConfig,
     connection::{Connection, Transport, outbox::Bounds},
     drain,
+    limits::Limits,
     metrics::Metrics,
     neighbours::{AddressRate, Neighbours},
     routing::{self, Routing},
@@ -47,6 +50,7 @@ pub(crate) struct Shared {
     pub routing: Routing,
     pub neighbours: Neighbours,
     pub locates: AddressRate,
+    pub limits: Limits,
     pub admission: Admission,
     pub metrics: Metrics,
     pub stop: CancellationToken,
@@ -91,6 +95,7 @@ impl Gateway {
             },
             admission: Admission::new(config.connections_max, config.handshakes_max),
             neighbours: Neighbours::default(),
+            limits: Limits::new(&environment, &config),
             locates: AddressRate::new(&environment, config.locates_per_second_max),
             environment,
             instance,
@@ -113,7 +118,27 @@ impl Gateway {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        Connection::accept(self.shared.clone(), stream, peer)
+        let address = self.arrive(peer.remote_address);
+        Connection::accept(self.shared.clone(), stream, peer, address)
+    }
+
+    /// The same for a stream whose address was judged before its transport's handshake.
+    pub(crate) fn serve_judged<S>(
+        &self,
+        stream: S,
+        peer: PeerInfo,
+        address: Option<AddressPlace>,
+    ) -> impl Future<Output = ()> + Send + 'static
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        Connection::accept(self.shared.clone(), stream, peer, Ok(address))
+    }
+
+    /// Whether an address may connect once more.
+    pub(crate) fn arrive(&self, address: SocketAddr) -> Result<Option<AddressPlace>, Excess> {
+        let limits = &self.shared.limits;
+        limits.addresses.arrive(address.ip(), limits.time(Instant::now()))
     }
 
     /// Whether links lead to the owners of all shards.

@@ -7,19 +7,24 @@
 //! A gateway holds no state that a reconnect of its clients does not rebuild. It verifies no signature, numbers nothing and never
 //! invents an answer.
 
+mod addresses;
 mod admission;
 mod config;
 pub mod connection;
 mod drain;
+mod effort;
 mod error;
 mod gateway;
+mod limits;
 mod link;
 pub mod listener;
 mod metrics;
 mod neighbours;
+mod rate;
 mod routing;
 mod session;
 mod sessions;
+mod table;
 
 pub use config::GatewayConfig;
 pub use connection::Transport;

@@ -3,7 +3,7 @@
 use im_proto::StatusCode;
 use metrics::{Counter, Gauge, counter, gauge};
 
-use crate::connection::Transport;
+use crate::{addresses::Excess, connection::Transport};
 
 /// The gateway's metrics.
 pub(crate) struct Metrics {
@@ -14,6 +14,16 @@ pub(crate) struct Metrics {
     pub refused_uneven: Counter,
     pub refused_handshakes: Counter,
     pub refused_draining: Counter,
+    pub dropped: Counter,
+    pub limited_sends: Counter,
+    pub limited_user_sends: Counter,
+    pub limited_frames: Counter,
+    pub limited_bytes: Counter,
+    limited_address_connects: Counter,
+    limited_address_connections: Counter,
+    limited_address_failures: Counter,
+    pub quic_retries: Counter,
+    pub accept_waits: Counter,
     pub transport_failures: Counter,
     pub frames_in: Counter,
     pub bytes_in: Counter,
@@ -50,6 +60,16 @@ impl Metrics {
             refused_uneven: counter!("im_gateway_connections_refused_total", "reason" => "uneven"),
             refused_handshakes: counter!("im_gateway_connections_refused_total", "reason" => "handshakes"),
             refused_draining: counter!("im_gateway_connections_refused_total", "reason" => "draining"),
+            dropped: counter!("im_gateway_connections_dropped_total"),
+            limited_sends: counter!("im_gateway_limited_total", "limit" => "sends"),
+            limited_user_sends: counter!("im_gateway_limited_total", "limit" => "user sends"),
+            limited_frames: counter!("im_gateway_limited_total", "limit" => "frames"),
+            limited_bytes: counter!("im_gateway_limited_total", "limit" => "bytes"),
+            limited_address_connects: counter!("im_gateway_limited_total", "limit" => "address connects"),
+            limited_address_connections: counter!("im_gateway_limited_total", "limit" => "address connections"),
+            limited_address_failures: counter!("im_gateway_limited_total", "limit" => "address failures"),
+            quic_retries: counter!("im_gateway_quic_retries_total"),
+            accept_waits: counter!("im_gateway_accept_waits_total"),
             transport_failures: counter!("im_gateway_transport_handshake_failures_total"),
             frames_in: counter!("im_gateway_frames_received_total"),
             bytes_in: counter!("im_gateway_received_bytes_total"),
@@ -75,6 +95,15 @@ impl Metrics {
                 .iter()
                 .map(|code| counter!("im_gateway_closes_total", "status" => code.text()))
                 .collect(),
+        }
+    }
+
+    /// The counter of an address over a limit.
+    pub fn limited_address(&self, excess: Excess) -> &Counter {
+        match excess {
+            Excess::Connects(_) => &self.limited_address_connects,
+            Excess::Connections => &self.limited_address_connections,
+            Excess::Failures(_) => &self.limited_address_failures,
         }
     }
 

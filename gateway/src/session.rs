@@ -17,7 +17,7 @@ use std::{
     },
 };
 
-use im_proto::{ConversationId, Epoch, SessionId, ShardId, StatusCode, Timestamp, UserId, v1};
+use im_proto::{ConversationId, Epoch, SessionId, ShardId, StatusCode, Timestamp, UserId, status::Retry, v1};
 use parking_lot::{Mutex, MutexGuard};
 use v1::{gateway_message::Message, server_frame::Frame};
 
@@ -45,6 +45,8 @@ pub(crate) struct Session {
     user: OnceLock<UserId>,
     /// `Welcome` was queued.
     live: AtomicBool,
+    /// It was closed for something that its client did.
+    at_fault: AtomicBool,
     pub outbox: Outbox,
     state: Mutex<State>,
 }
@@ -90,6 +92,7 @@ impl Session {
             transport,
             user: OnceLock::new(),
             live: AtomicBool::new(false),
+            at_fault: AtomicBool::new(false),
             outbox: Outbox::new(),
             state: Mutex::default(),
         }
@@ -112,6 +115,11 @@ impl Session {
     /// The client was welcomed.
     pub fn is_live(&self) -> bool {
         self.live.load(Ordering::Acquire)
+    }
+
+    /// It was closed for something that its client did: another try of the same would end alike.
+    pub fn is_at_fault(&self) -> bool {
+        self.at_fault.load(Ordering::Acquire)
     }
 
     /// When the token ends.
@@ -263,6 +271,10 @@ impl Session {
     /// Ends the connection with a status.
     pub fn close(&self, shared: &Shared, status: v1::Status, wakers: &mut Wakers) {
         let code = status.code;
+        // Before the connection can see that it is closed.
+        let is_at_fault = StatusCode::from_number(code)
+            .is_some_and(|code| code == StatusCode::TimedOut || code.retry() != Retry::Later);
+        self.at_fault.store(is_at_fault, Ordering::Release);
         if let Some(waker) = self.outbox.close(status) {
             shared.metrics.closed(code);
             wakers.add(waker);

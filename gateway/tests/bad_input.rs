@@ -31,9 +31,12 @@ async fn bytes_that_are_no_frames_end_their_connection_alone() {
     ];
     for (name, bytes, code) in cases {
         println!("{name}");
+        let metric = format!("im_gateway_closes_total{{status={}}}", code.text());
+        let before = bench.counts.of(&metric);
         let mut client = bench.connect();
         client.send_bytes(&bytes).await;
         client.is_closed_with(code).await;
+        assert_eq!(bench.counts.of(&metric), before + 1, "{name}");
         bystander.is_alive().await;
     }
     router.is_silent(Duration::from_secs(1)).await;
@@ -115,6 +118,7 @@ async fn an_unknown_frame_is_refused_and_the_connection_goes_on() {
     let ServerFrame::Refused(refused) = client.next().await else { panic!("refused") };
     assert_eq!(refused.frame, 127);
     assert_eq!(status_of(refused.status.as_ref()), Some(StatusCode::UnknownFrame));
+    assert_eq!(bench.counts.of("im_gateway_frames_unknown_total"), 1);
     client.is_alive().await;
 }
 
@@ -148,7 +152,47 @@ async fn tokens_of_bad_form_or_age_never_reach_a_router() {
         client.send(hello(token)).await;
         client.is_closed_with(code).await;
     }
+    assert_eq!(bench.counts.of("im_gateway_closes_total{status=unauthenticated}"), 7);
+    assert_eq!(bench.counts.of("im_gateway_closes_total{status=token expired}"), 1);
     router.is_silent(Duration::from_secs(1)).await;
+}
+
+/// Whose signature or audience is wrong only the owner can tell.
+#[tokio::test(start_paused = true)]
+async fn a_token_that_the_owner_refuses_ends_its_connection_alone() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut bystander, _) = bench.login(&mut router, "bystander").await;
+    let mut elsewhere = bench.claims("ann");
+    elsewhere.aud = "another cluster".to_owned();
+    let foreign = Bench::new(config()).token("ann");
+    for token in [bench.sign(&elsewhere), foreign] {
+        let mut client = bench.connect();
+        client.send(hello(token.clone())).await;
+        let FromGateway::Open(open) = router.next().await else { panic!("the owner judges") };
+        assert_eq!(open.token, token, "it gets the token as it came");
+        let status = Some(StatusCode::Unauthenticated.to_status());
+        router.say(FromRouter::Refused(v1::SessionRefused { session_id: open.session_id, status })).await;
+        client.is_closed_with(StatusCode::Unauthenticated).await;
+        bystander.is_alive().await;
+    }
+    assert_eq!(bench.counts.of("im_gateway_closes_total{status=unauthenticated}"), 2);
+}
+
+/// Ranges of a history and a repeated send with another body are judged by the owner; what it says reaches the client as it is.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_of_the_owner_reaches_its_client_alone() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    let (mut bystander, _) = bench.login(&mut router, "bystander").await;
+    client.send(ClientFrame::Send(send(bench.conversation_in(1, 0), "m"))).await;
+    let forwarded = router.next_send().await;
+    let FromRouter::SendResult(mut result) = result(&forwarded, 0) else { unreachable!() };
+    let ack = result.ack.as_mut().expect("an ack");
+    ack.status = Some(StatusCode::PreconditionFailed.to_status());
+    router.say(FromRouter::SendResult(result)).await;
+    assert_eq!(status_of(client.ack().await.status.as_ref()), Some(StatusCode::PreconditionFailed));
+    client.is_alive().await;
+    bystander.is_alive().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -220,13 +264,21 @@ async fn other_frames_with_bad_fields_are_refused() {
 
 #[tokio::test(start_paused = true)]
 async fn a_hundred_thousand_sends_at_once_cost_their_sender_alone() {
-    let (bench, mut router) = Bench::with_router(config()).await;
+    // Without the limits of rates, which would refuse most of them before they wait.
+    let unlimited = im_gateway::GatewayConfig {
+        sends_per_second_max: 0,
+        user_sends_per_second_max: 0,
+        frames_per_second_max: 0,
+        bytes_per_second_max: 0,
+        ..config()
+    };
+    let (bench, mut router) = Bench::with_router(unlimited).await;
     let (mut bystander, _) = bench.login(&mut router, "bystander").await;
     let (mut client, _) = bench.login(&mut router, "ann").await;
     let conversation = bench.conversation_in(1, 0);
     let flood = async {
-        let mut refused = 0;
-        for round in 0..1000 {
+        let mut refused = 0_u64;
+        for round in 0..1000_u64 {
             let mut bytes = Vec::new();
             for number in 0..100 {
                 bytes.extend_from_slice(&encode(ClientFrame::Send(send(conversation, &format!("{round}.{number}")))));
@@ -247,6 +299,7 @@ async fn a_hundred_thousand_sends_at_once_cost_their_sender_alone() {
     };
     let (refused, ()) = tokio::join!(flood, others);
     assert_eq!(refused, 100_000 - 256);
+    assert_eq!(bench.counts.of("im_gateway_sends_refused_total"), refused);
     for _ in 0..256 {
         router.next_send().await;
     }

@@ -89,8 +89,46 @@ impl Connector<GatewayEnd> for Dialled {
     }
 }
 
+/// The counters of one gateway, by name and labels.
+#[derive(Clone, Default)]
+pub struct Counts(Arc<std::sync::Mutex<BTreeMap<String, Arc<AtomicU64>>>>);
+
+impl Counts {
+    fn handle(&self, key: &metrics::Key) -> Arc<AtomicU64> {
+        let labels: Vec<_> = key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
+        let name =
+            if labels.is_empty() { key.name().to_owned() } else { format!("{}{{{}}}", key.name(), labels.join(",")) };
+        self.0.lock().expect("not poisoned").entry(name).or_default().clone()
+    }
+
+    /// The value of `name` or `name{label=value}`, which must exist.
+    pub fn of(&self, name: &str) -> u64 {
+        let counts = self.0.lock().expect("not poisoned");
+        counts.get(name).unwrap_or_else(|| panic!("no metric {name}")).load(Ordering::Relaxed)
+    }
+}
+
+impl metrics::Recorder for Counts {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn register_counter(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        metrics::Counter::from_arc(self.handle(key))
+    }
+
+    fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        metrics::Gauge::noop()
+    }
+
+    fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        metrics::Histogram::noop()
+    }
+}
+
 /// A gateway under test.
 pub struct Bench {
+    pub counts: Counts,
     pub gateway: Gateway,
     pub environment: Environment,
     pub secret: ClusterSecret,
@@ -119,19 +157,22 @@ impl Bench {
         let shards = ShardCount::new(16).expect("a shard count");
         let (view, seen) = watch::channel(Arc::new(View::default()));
         let (ends, dialled) = mpsc::unbounded_channel();
-        let gateway = Gateway::start(
-            config,
-            environment.clone(),
-            id("g1"),
-            BootId(11),
-            secret.clone(),
-            shards,
-            seen,
-            Arc::new(Dialled { ends, capacity: 64 }),
-        );
+        let counts = Counts::default();
+        let gateway = metrics::with_local_recorder(&counts, || {
+            Gateway::start(
+                config,
+                environment.clone(),
+                id("g1"),
+                BootId(11),
+                secret.clone(),
+                shards,
+                seen,
+                Arc::new(Dialled { ends, capacity: 64 }),
+            )
+        });
         let pkcs8 = ring::signature::Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).expect("a key");
         let signing_key = SigningKey::from_pkcs8(pkcs8.as_ref()).expect("a signing key");
-        Self { gateway, environment, secret, shards, signing_key, view, dialled }
+        Self { counts, gateway, environment, secret, shards, signing_key, view, dialled }
     }
 
     /// A gateway with one router, `r1`, that owns everything and whose link is up.

@@ -15,21 +15,21 @@ use tokio::{
 
 use crate::support::*;
 
-const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+pub const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
 /// Where a gateway listens, and what a client needs to connect.
-struct Sockets {
-    tcp: SocketAddr,
-    tls: SocketAddr,
-    quic: SocketAddr,
-    client: Arc<rustls::ClientConfig>,
+pub struct Sockets {
+    pub tcp: SocketAddr,
+    pub tls: SocketAddr,
+    pub quic: SocketAddr,
+    pub client: Arc<rustls::ClientConfig>,
 }
 
 impl Sockets {
-    fn listen(bench: &Bench) -> Self {
+    pub fn listen(bench: &Bench) -> Self {
         let signed = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
         let key = PrivateKeyDer::try_from(signed.signing_key.serialize_der()).expect("a key");
         let certificate = Certificate { chain: vec![signed.cert.der().clone()], key };
@@ -51,7 +51,7 @@ impl Sockets {
         sockets
     }
 
-    async fn connect(&self, transport: Transport) -> Client<Box<dyn Stream>> {
+    pub async fn connect(&self, transport: Transport) -> Client<Box<dyn Stream>> {
         let stream: Box<dyn Stream> = match transport {
             Transport::Tcp => Box::new(TcpStream::connect(self.tcp).await.expect("connected")),
             Transport::Tls => {
@@ -179,6 +179,7 @@ async fn garbage_instead_of_a_handshake_harms_nobody() {
     for client in &mut live {
         client.is_alive().await;
     }
+    assert_eq!(bench.counts.of("im_gateway_transport_handshake_failures_total"), 2, "both that spoke TCP");
 }
 
 #[tokio::test]

@@ -12,7 +12,11 @@ use tokio::{
 use v1::{client_frame::Frame as ClientFrame, server_frame::Frame};
 
 use super::{Connection, Stage};
-use crate::session::{Opening, Work, common_version, failed_reply, refusal};
+use crate::{
+    gateway::Shared,
+    rate::Bucket,
+    session::{Opening, Work, common_version, failed_reply, refusal},
+};
 
 thread_local! {
     static WORK: RefCell<Vec<Work>> = const { RefCell::new(Vec::new()) };
@@ -28,58 +32,71 @@ pub(super) fn return_work(work: Vec<Work>) {
     WORK.replace(work);
 }
 
-/// What a connection used of its rates in the present second.
+/// What a connection used of its rates.
 #[derive(Default)]
 pub(super) struct Rates {
-    second: Option<Instant>,
-    sends: u32,
-    frames: u32,
-    paused: bool,
+    sends: Bucket,
+    frames: Bucket,
+    bytes: Bucket,
+    /// Once refused, sends are refused until then: a client that goes on sending would have every second one taken, out of order.
+    sends_again_at: Option<Instant>,
+    /// It is not read until then.
+    paused_until: Option<Instant>,
 }
 
-const SECOND: Duration = Duration::from_secs(1);
+/// The least that a client is told to wait whose send is over a rate.
+const SENDS_PAUSE_MIN: Duration = Duration::from_millis(100);
+/// How long somebody who asks where to go has to wait over the rate.
+const LOCATE_PAUSE: Duration = Duration::from_secs(1);
 
 impl Rates {
-    fn turn(&mut self, now: Instant) {
-        if self.second.is_none_or(|second| now >= second + SECOND) {
-            *self = Self { second: Some(now), ..Self::default() };
+    /// Takes one send of the session and of its user; the time to wait if there is none left.
+    fn take_send(&mut self, shared: &Shared, user: Option<&UserId>, now: Instant) -> Result<(), Duration> {
+        if let Some(again_at) = self.sends_again_at {
+            if now < again_at {
+                return Err(again_at - now);
+            }
+            self.sends_again_at = None;
         }
+        let (limits, time) = (&shared.limits, shared.limits.time(now));
+        let of_session = limits.sends.take(&mut self.sends, time);
+        let of_user = of_session.and_then(|()| user.map_or(Ok(()), |user| limits.take_user_send(user, time)));
+        let counter =
+            if of_session.is_err() { &shared.metrics.limited_sends } else { &shared.metrics.limited_user_sends };
+        of_user.map_err(|wait| {
+            counter.increment(1);
+            let wait = wait.max(SENDS_PAUSE_MIN);
+            self.sends_again_at = Some(now + wait);
+            wait
+        })
     }
 
-    /// Takes one send; the time to wait if there is none left.
-    fn take_send(&mut self, now: Instant, per_second_max: u32) -> Result<(), Duration> {
-        if per_second_max == 0 {
-            return Ok(());
+    /// Counts what was read; a connection that read too much rests.
+    pub fn count(&mut self, shared: &Shared, frames: u32, bytes: usize, now: Instant) {
+        let (limits, time) = (&shared.limits, shared.limits.time(now));
+        let of_frames = limits.frames.charge(&mut self.frames, frames.into(), time);
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        let of_bytes = limits.bytes.charge(&mut self.bytes, bytes, time);
+        if !of_frames.is_zero() {
+            shared.metrics.limited_frames.increment(1);
         }
-        self.turn(now);
-        if self.sends >= per_second_max {
-            return Err(self.second.map_or(SECOND, |second| (second + SECOND).saturating_duration_since(now)));
+        if !of_bytes.is_zero() {
+            shared.metrics.limited_bytes.increment(1);
         }
-        self.sends += 1;
-        Ok(())
-    }
-
-    pub fn count_frames(&mut self, count: u32, now: Instant, per_second_max: u32) {
-        if per_second_max == 0 {
-            return;
-        }
-        self.turn(now);
-        self.frames = self.frames.saturating_add(count);
-        self.paused = self.frames > per_second_max;
+        let wait = of_frames.max(of_bytes);
+        self.paused_until = (!wait.is_zero()).then(|| now + wait);
     }
 
     pub fn is_paused(&self) -> bool {
-        self.paused
+        self.paused_until.is_some()
     }
 
     pub fn resume(&mut self, now: Instant) {
-        if self.paused {
-            self.turn(now);
-        }
+        self.paused_until = self.paused_until.filter(|until| now < *until);
     }
 
     pub fn resume_at(&self) -> Option<Instant> {
-        self.second.filter(|_| self.paused).map(|second| second + SECOND)
+        self.paused_until
     }
 }
 
@@ -137,7 +154,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn locate(&self, request_id: u32) {
         let shared = &self.shared;
         if !shared.locates.take(&shared.environment, self.remote_address.ip()) {
-            return self.push(failed_reply(request_id, StatusCode::RateLimited.retry_after(SECOND)));
+            return self.push(failed_reply(request_id, StatusCode::RateLimited.retry_after(LOCATE_PAUSE)));
         }
         let reply = v1::LocateReply {
             endpoints: shared.neighbours.offer(&shared.environment),
@@ -201,9 +218,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Ok(conversation) => (Some(conversation), Ok(())),
             Err(code) => (None, Err(code.to_status())),
         };
-        let limit = self.shared.config.sends_per_second_max;
-        let admitted = checked
-            .and_then(|()| self.rates.take_send(now, limit).map_err(|wait| StatusCode::RateLimited.retry_after(wait)));
+        let admitted = checked.and_then(|()| {
+            let taken = self.rates.take_send(&self.shared, self.session.user(), now);
+            taken.map_err(|wait| StatusCode::RateLimited.retry_after(wait))
+        });
         match (conversation, admitted) {
             (Some(conversation), Ok(())) => {
                 let shard = self.shared.shards.shard_of(&conversation);

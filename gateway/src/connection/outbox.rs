@@ -200,8 +200,10 @@ impl Outbox {
         state.seal_tail();
         if state.queue.is_empty() {
             state.idle = true;
-            // A burst's buffers are not kept: an idle connection is small.
+            // Nothing is kept for the next burst: an idle connection is small, and allocating again costs less than a wake-up.
             state.tail = BytesMut::new();
+            state.queue = VecDeque::new();
+            *writing = VecDeque::new();
             return if state.closing { Taken::Closed } else { Taken::Nothing };
         }
         std::mem::swap(&mut state.queue, writing);

@@ -6,12 +6,15 @@ use rustls::{
     ServerConfig,
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
-    server::NoServerSessionStorage,
+    server::{NoServerSessionStorage, ServerSessionMemoryCache},
     version::TLS13,
 };
 
 use super::ALPN;
 use crate::ListenError;
+
+/// QUIC clients whose ticket is good for one more connection: some 400 bytes each, 3 MB.
+const QUIC_TICKETS_MAX: usize = 8_192;
 
 /// A certificate chain, leaf first, and the leaf's private key.
 #[derive(Debug)]
@@ -35,16 +38,31 @@ impl Certificate {
         Ok(Self { chain, key })
     }
 
-    pub(super) fn server_config(self) -> Result<ServerConfig, ListenError> {
+    /// For TLS over TCP: resumption by tickets alone, the server remembers nothing a client.
+    pub(super) fn tls_config(self) -> Result<ServerConfig, ListenError> {
+        let mut config = self.server_config()?;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.ticketer = ring::Ticketer::new()?;
+        Ok(config)
+    }
+
+    /// For QUIC, with data before the handshake: its ticket must be good for one use, so the server remembers the last ones. Whose
+    /// ticket was forgotten does a whole handshake.
+    pub(super) fn quic_config(self) -> Result<ServerConfig, ListenError> {
+        let mut config = self.server_config()?;
+        config.session_storage = ServerSessionMemoryCache::new(QUIC_TICKETS_MAX);
+        // The one value that QUIC allows.
+        config.max_early_data_size = u32::MAX;
+        Ok(config)
+    }
+
+    fn server_config(self) -> Result<ServerConfig, ListenError> {
         let provider = Arc::new(ring::default_provider());
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])?
             .with_no_client_auth()
             .with_single_cert(self.chain, self.key)?;
         config.alpn_protocols = vec![ALPN.to_vec()];
-        // Resumption by tickets alone: the server remembers nothing a client.
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.ticketer = ring::Ticketer::new()?;
         config.send_tls13_tickets = 1;
         Ok(config)
     }

@@ -1,7 +1,10 @@
 //! QUIC: one bidirectional stream, opened by the client, carries the frames.
 //!
-//! From 0-RTT data nothing is read: it is not enabled. Retry is asked for when many handshakes are under way, so that forged
-//! addresses cost nothing.
+//! Data may come before the handshake (0-RTT), and is read only after it: whoever sends such data again cannot finish the handshake,
+//! so nothing of it takes effect. Retry is asked for under pressure, so that forged addresses cost nothing.
+//!
+//! One endpoint, one socket: a second one on the same port (SO_REUSEPORT) gets packets by the address that they come from, and a
+//! client that changes its address would reach an endpoint that does not know it.
 
 use std::{
     io,
@@ -19,10 +22,10 @@ use ring::{
     rand::{SecureRandom as _, SystemRandom},
 };
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{certificate::Certificate, tcp::until_drain};
-use crate::{Gateway, ListenError, PeerInfo, Transport};
+use crate::{Gateway, ListenError, PeerInfo, Transport, effort::Effort};
 
 /// Of the whole connection and of its one stream: what one client may make this process hold.
 const RECEIVE_WINDOW_BYTES: u32 = 256 * 1024;
@@ -102,8 +105,8 @@ pub fn bind_with_reset_key(
 
 fn bind_with(address: SocketAddr, certificate: Certificate, endpoint: EndpointConfig) -> Result<Listener, ListenError> {
     let failed = |source| ListenError::Bind { address, source };
-    let crypto = QuicServerConfig::try_from(certificate.server_config()?)
-        .map_err(|error| ListenError::Quic(error.to_string()))?;
+    let crypto =
+        QuicServerConfig::try_from(certificate.quic_config()?).map_err(|error| ListenError::Quic(error.to_string()))?;
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
     config
         .transport_config(Arc::new(transport()?))
@@ -165,24 +168,35 @@ fn accept(gateway: &Gateway, incoming: Incoming) {
         shared.metrics.refused_handshakes.increment(1);
         return incoming.refuse();
     };
-    if shared.admission.is_under_pressure() && !incoming.remote_address_validated() {
+    let is_pressed = shared.admission.is_under_pressure() || shared.limits.effort.is_exhausted();
+    if is_pressed && !incoming.remote_address_validated() {
+        shared.metrics.quic_retries.increment(1);
         // Cannot fail for an address that is not validated.
         return incoming.retry().unwrap_or_else(|error| error.into_incoming().refuse());
     }
+    let address = match gateway.arrive(incoming.remote_address()) {
+        Ok(address) => address,
+        Err(excess) => {
+            shared.metrics.limited_address(excess).increment(1);
+            return incoming.refuse();
+        }
+    };
     let serving = gateway.clone();
     shared.environment.spawn(async move {
-        let (deadline, remote_address) = (serving.shared.config.handshake_deadline, incoming.remote_address());
-        match Box::pin(timeout(deadline, open(incoming))).await {
+        let shared = &serving.shared;
+        let (deadline, remote_address) = (shared.config.handshake_deadline, incoming.remote_address());
+        match Box::pin(timeout(deadline, open(&shared.limits.effort, incoming))).await {
             Ok(Ok((connection, stream))) => {
                 drop(permit);
                 let peer = PeerInfo { transport: Transport::Quic, remote_address };
-                serving.serve_stream(stream, peer).await;
+                serving.serve_judged(stream, peer, address).await;
                 connection.close(VarInt::from_u32(0), b"");
             }
             failed => {
                 let error = failed.map(|opened| opened.err());
                 tracing::debug!(%remote_address, ?error, "no QUIC stream was opened");
-                serving.shared.metrics.transport_failures.increment(1);
+                shared.limits.addresses.failed(remote_address.ip(), shared.limits.time(Instant::now()));
+                shared.metrics.transport_failures.increment(1);
             }
         }
     });
@@ -191,8 +205,12 @@ fn accept(gateway: &Gateway, incoming: Incoming) {
 type Stream = tokio::io::Join<quinn::RecvStream, quinn::SendStream>;
 
 /// The handshake and the client's stream.
-async fn open(incoming: Incoming) -> Result<(quinn::Connection, Stream), quinn::ConnectionError> {
-    let connection = incoming.accept()?.await?;
+async fn open(effort: &Effort, incoming: Incoming) -> Result<(quinn::Connection, Stream), quinn::ConnectionError> {
+    effort.step().await;
+    // All of the handshake's cryptography that the server does for the first flight happens in here.
+    let connecting = effort.measure(|| incoming.accept())?;
+    // Not `into_0rtt`: what came early may be a replay until the client has finished.
+    let connection = connecting.await?;
     let (send, receive) = connection.accept_bi().await?;
     Ok((connection, tokio::io::join(receive, send)))
 }

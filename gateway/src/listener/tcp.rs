@@ -53,7 +53,13 @@ impl Listener {
 
     /// Hands over each accepted stream.
     pub(super) async fn accept_each(&self, gateway: &Gateway, mut serve: impl FnMut(TcpStream, SocketAddr)) {
+        let (effort, metrics) = (&gateway.shared.limits.effort, &gateway.shared.metrics);
         loop {
+            // Who has to wait waits in the kernel, where it costs nothing.
+            if effort.is_exhausted() {
+                metrics.accept_waits.increment(1);
+            }
+            effort.accept().await;
             match self.socket.accept().await {
                 Ok((stream, remote_address)) => {
                     if let Err(error) = stream.set_nodelay(true) {

@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout},
+};
 use tokio_rustls::TlsAcceptor;
 
 use super::{ALPN, certificate::Certificate, tcp};
@@ -16,7 +19,7 @@ pub struct Listener {
 
 /// Binds an address; port 0 takes any free one.
 pub fn bind(address: SocketAddr, certificate: Certificate) -> Result<Listener, ListenError> {
-    let acceptor = TlsAcceptor::from(Arc::new(certificate.server_config()?));
+    let acceptor = TlsAcceptor::from(Arc::new(certificate.tls_config()?));
     Ok(Listener { tcp: tcp::bind(address)?, acceptor })
 }
 
@@ -39,19 +42,26 @@ impl Listener {
 /// The handshake is a task of its own, boxed, so that a served connection does not carry its state for life.
 async fn serve(gateway: Gateway, acceptor: TlsAcceptor, stream: TcpStream, remote_address: SocketAddr) {
     let shared = gateway.shared.clone();
+    let address = match gateway.arrive(remote_address) {
+        Ok(address) => address,
+        Err(excess) => return shared.metrics.limited_address(excess).increment(1),
+    };
     let Ok(permit) = shared.admission.handshake() else {
         // There is no cheap way to say why before the handshake.
         return shared.metrics.refused_handshakes.increment(1);
     };
-    let handshake = Box::pin(timeout(shared.config.handshake_deadline, acceptor.accept(stream)));
+    let handshake = shared.limits.effort.pace(acceptor.accept(stream));
+    let handshake = Box::pin(timeout(shared.config.handshake_deadline, handshake));
     let stream = match handshake.await {
         Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(ALPN) => stream,
         refused => {
             tracing::debug!(%remote_address, error = ?refused.map(|stream| stream.map(|_| "no ALPN")), "TLS failed");
+            shared.limits.addresses.failed(remote_address.ip(), shared.limits.time(Instant::now()));
             return shared.metrics.transport_failures.increment(1);
         }
     };
     drop(permit);
-    let connection = gateway.serve_stream(stream, PeerInfo { transport: Transport::Tls, remote_address });
+    let peer = PeerInfo { transport: Transport::Tls, remote_address };
+    let connection = gateway.serve_judged(stream, peer, address);
     shared.environment.spawn(connection);
 }

@@ -73,7 +73,7 @@ impl RouterTuning {
 
 /// What can be told a gateway.
 #[expect(clippy::too_many_lines, reason = "a list, not a procedure")]
-pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 22] {
+pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 29] {
     [
         setting(
             "gateway.connections_max",
@@ -121,8 +121,14 @@ pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 22] {
         ),
         setting(
             "gateway.sends_per_second_max",
-            "Sends of a session in one second; more are answered rate limited. 0: no limit, the window of pending sends is one.",
+            "Sends of a session in one second, a whole second's worth at once after a pause; more are answered rate limited.\n\
+             5,000: a file piped at full speed, and a fiftieth of what two cores carry. 0: no limit.",
             Slot::Rate(&mut config.sends_per_second_max, 0..=10_000_000),
+        ),
+        setting(
+            "gateway.user_sends_per_second_max",
+            "The same for all sessions of a user on this gateway together. 10,000: two devices at their limit. 0: no limit.",
+            Slot::Rate(&mut config.user_sends_per_second_max, 0..=10_000_000),
         ),
         setting(
             "gateway.locates_per_second_max",
@@ -132,9 +138,44 @@ pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 22] {
         ),
         setting(
             "gateway.frames_per_second_max",
-            "Frames of a connection in one second, beyond which it is not read until the second is over; 0 is no limit.\n\
-             200,000: far above any client, and below what fills a core.",
+            "Frames of a connection in one second, beyond which it is not read until the rate allows; 0 is no limit.\n\
+             20,000: four times the sends, and a tenth of what fills a core.",
             Slot::Rate(&mut config.frames_per_second_max, 0..=10_000_000),
+        ),
+        setting(
+            "gateway.bytes_per_second_max",
+            "Bytes from a connection in one second, beyond which it is not read until the rate allows; 0B is no limit.\n\
+             8 MiB: 67 Mbit/s, or 128 of the largest messages.",
+            Slot::Bytes(&mut config.bytes_per_second_max, 0..=1024 * MIB),
+        ),
+        setting(
+            "gateway.address_connects_per_second_max",
+            "Connects of one address (IPv4, or IPv6 network of 64 bits) in one second; 0 is no limit.\n\
+             100: an office of 1,000 comes back within ten seconds.",
+            Slot::Rate(&mut config.address_connects_per_second_max, 0..=1_000_000),
+        ),
+        setting(
+            "gateway.address_connections_max",
+            "Connections of one address at a time; 0 is no limit.\n\
+             10,000: a tenth of all, for networks in which thousands share one address.",
+            Slot::Count(&mut config.address_connections_max, 0..=10_000_000),
+        ),
+        setting(
+            "gateway.address_failures_per_second_max",
+            "Handshakes of one address in one second that fail by its own fault, beyond which it may not connect for a while; 0 is no limit.\n\
+             10: 100 clients of one address with an expired token, each of which tries again every ten seconds.",
+            Slot::Rate(&mut config.address_failures_per_second_max, 0..=1_000_000),
+        ),
+        setting(
+            "gateway.address_limits_loopback",
+            "Whether limits of an address hold for the machine itself too. false: tests and proxies on it stand for many.",
+            Slot::Flag(&mut config.address_limits_loopback),
+        ),
+        setting(
+            "gateway.handshake_cpu_percent",
+            "The share of all cores for connections that are not welcomed yet; what is beyond it waits. 100: no bound.\n\
+             25: of two cores some 2,000 TLS handshakes a second, and three quarters stay for users who are in.",
+            Slot::Count(&mut config.handshake_cpu_percent, 1..=100),
         ),
         setting(
             "gateway.outbox_bytes_max",
@@ -267,4 +308,32 @@ pub fn router(tuning: &mut RouterTuning) -> [Setting<'_>; 11] {
             Slot::Count(&mut tuning.sessions_per_user_max, 1..=4096),
         ),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn the_table_of_limits_says_what_is_configured() {
+        let text = include_str!("../../../docs/limits.md");
+        let rows = text.lines().filter_map(|line| line.strip_prefix("| `"));
+        let documented: BTreeMap<String, &str> = rows
+            .filter_map(|row| {
+                let mut cells = row.split(" | ");
+                Some((format!("gateway.{}", cells.next()?.trim_end_matches('`')), cells.next()?))
+            })
+            .collect();
+        let mut config = GatewayConfig::new("");
+        let settings: BTreeMap<_, _> =
+            gateway(&mut config).iter().map(|setting| (setting.key.to_owned(), setting.slot.to_string())).collect();
+        for (key, default) in &documented {
+            assert_eq!(settings.get(key).map(String::as_str), Some(*default), "{key}");
+        }
+        for key in settings.keys().filter(|key| key.ends_with("per_second_max") || key.ends_with("connections_max")) {
+            assert!(documented.contains_key(key), "docs/limits.md has no row for {key}");
+        }
+    }
 }

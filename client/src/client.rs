@@ -1,5 +1,7 @@
 //! The handle that applications hold. Cheap to clone; when the last clone is dropped the client ends.
 
+mod marks;
+
 use std::{
     future::Future,
     pin::Pin,
@@ -108,6 +110,14 @@ pub struct Page {
     pub head: u64,
     /// The first seq that is still kept.
     pub first_seq: u64,
+}
+
+/// The conversation list, or what of it has changed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConversationList {
+    /// For the next question about changes.
+    pub version: u64,
+    pub rows: Vec<v1::ConversationRow>,
 }
 
 impl Client {
@@ -314,25 +324,33 @@ impl Client {
         sent.map_err(|_| self.closed_reason())
     }
 
-    /// All conversations of the user, those left included.
+    /// All conversations of the user with what a list shows of each, those left included.
     pub async fn conversations(&self) -> Result<Vec<v1::ConversationRow>, CallError> {
-        let mut rows = Vec::new();
+        self.conversations_since(0, &[]).await.map(|list| list.rows)
+    }
+
+    /// The conversations that differ from what the application has: `version` is [`ConversationList::version`] of its list (0 if it has
+    /// none), `have` the head and the read cursor of each row of it. A version that the server does not know brings all.
+    pub async fn conversations_since(
+        &self,
+        version: u64,
+        have: &[v1::SyncHave],
+    ) -> Result<ConversationList, CallError> {
+        let mut list = ConversationList { version: 0, rows: Vec::new() };
         let mut page = Bytes::new();
         loop {
-            let request = v1::SyncRequest { page, ..v1::SyncRequest::default() };
+            let first = page.is_empty();
+            let request = v1::SyncRequest { version, have: have.to_vec(), page, limit: 0, details: true };
             let reply: v1::SyncReply = self.call(Method::ConversationSync, &request).await?;
-            rows.extend(reply.conversations);
+            if first {
+                list.version = reply.version;
+            }
+            list.rows.extend(reply.conversations);
             if reply.next.is_empty() {
-                return Ok(rows);
+                return Ok(list);
             }
             page = reply.next;
         }
-    }
-
-    /// Moves the read cursor forward to `seq`.
-    pub async fn mark_read(&self, target: Target, seq: u64) -> Result<v1::MarkReadReply, CallError> {
-        let target = Some(wire_target(&self.resolved(target).await?));
-        self.call(Method::ConversationMarkRead, &v1::MarkReadRequest { target, seq }).await
     }
 
     /// Creates a group of this user and the others.

@@ -22,6 +22,8 @@ pub struct ClientConfig {
     pub environment: Environment,
     /// Which conversations are followed without being asked for.
     pub follow_all: FollowAll,
+    /// Whether the server is told of entries that were handed over as events, so that their senders see them delivered.
+    pub receipts: bool,
     pub client_name: String,
     pub client_version: String,
     /// Unacknowledged sends, 1 to 256; [`crate::Client::send`] waits beyond it. 256 is what a gateway keeps for a session.
@@ -66,6 +68,7 @@ impl ClientConfig {
             dialer,
             environment,
             follow_all: FollowAll::No,
+            receipts: true,
             client_name: "im-client".to_owned(),
             client_version: env!("CARGO_PKG_VERSION").to_owned(),
             window: limits::PENDING_SENDS_MAX,

@@ -23,6 +23,7 @@ use crate::{
     error::{ClosedReason, Status},
     event::{Entry, Event, EventSink},
     pending::{Answer, Sends},
+    receipts::Receipts,
     sync::SyncState,
 };
 
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Follow { conversation: ConversationId, have: u64, head: u64, done: oneshot::Sender<()> },
     FollowPeerLater { user: UserId, from: u64, done: oneshot::Sender<()> },
     Unfollow(ConversationId),
+    Received { conversation: ConversationId, seq: u64 },
+    Signal { target: Target, signal: v1::signal::Signal },
     Close(oneshot::Sender<()>),
 }
 
@@ -78,6 +81,8 @@ pub(crate) struct Core {
     pub(crate) sync: SyncState,
     pub(crate) search: Option<Search>,
     pub(crate) events: EventSink,
+    receipts: Receipts,
+    receipts_wanted: bool,
     /// Frames to write.
     pub(crate) out: BytesMut,
     session: Option<Session>,
@@ -97,6 +102,8 @@ impl Core {
             sync: SyncState::new(),
             search: None,
             events,
+            receipts: Receipts::default(),
+            receipts_wanted: config.receipts,
             out: BytesMut::new(),
             session: None,
             window: config.window.max(1),
@@ -165,6 +172,7 @@ impl Core {
         self.calls.disconnected();
         self.conversations.disconnected();
         self.sync.disconnected();
+        self.receipts.disconnected(Instant::now());
         self.search = None;
         if self.session.take().is_some() {
             self.events.notice(Event::Disconnected { reason });
@@ -193,6 +201,8 @@ impl Core {
                 let _ = done.send(());
             }
             Command::Unfollow(conversation) => self.conversations.unfollow(conversation),
+            Command::Received { conversation, seq } => self.receipts.arrived(conversation, seq, Instant::now()),
+            Command::Signal { target, signal } => self.signal(target, signal),
             Command::Close(done) => return Some(done),
         }
         None
@@ -284,6 +294,30 @@ impl Core {
         self.write(client_frame::Frame::Renew(v1::Renew { token }));
     }
 
+    /// A signal is worth nothing later: without a session it is dropped.
+    fn signal(&mut self, target: Target, signal: v1::signal::Signal) {
+        use v1::signal::Target as Wire;
+        let target = match self.conversations.canonical(target) {
+            Target::Conversation(id) => Wire::ConversationId(id.to_bytes()),
+            Target::Peer(user) => Wire::PeerUserId(user.to_string()),
+            Target::Me => return,
+        };
+        if self.is_ready() {
+            let signal = v1::Signal { target: Some(target), sender: String::new(), signal: Some(signal) };
+            self.write(client_frame::Frame::Signal(signal));
+        }
+    }
+
+    /// Takes note of what the application was given, for receipts. One's own log needs none.
+    fn note_taken(&mut self, now: Instant) {
+        let own_log = self.conversations.own_log();
+        for (id, seq) in self.events.take_taken() {
+            if self.receipts_wanted && Some(id) != own_log {
+                self.receipts.arrived(id, seq, now);
+            }
+        }
+    }
+
     fn write(&mut self, frame: client_frame::Frame) {
         frame::encode_frame(&v1::ClientFrame::from(frame), &mut self.out);
     }
@@ -321,6 +355,7 @@ impl Core {
     /// Writes whatever may be written now.
     pub(crate) fn pump(&mut self, now: Instant) {
         self.events.flush_notices();
+        self.note_taken(now);
         let Some(session) = &self.session else { return };
         let (ready, window, calls) = (session.ready, session.window, session.calls);
         let leaving = session.go_away.as_ref().is_some_and(|(at, _)| now >= *at);
@@ -329,6 +364,9 @@ impl Core {
         if ready {
             self.start_search();
             self.start_fetches(now);
+            for received in self.receipts.take_due(now) {
+                self.write(client_frame::Frame::Received(received));
+            }
         }
         while let Some(call) = self.calls.next_call(calls, now) {
             self.write(client_frame::Frame::Call(call));
@@ -364,6 +402,7 @@ impl Core {
             self.sends.next_wake(),
             self.conversations.next_wake(),
             self.sync.due(),
+            self.receipts.due_at().filter(|_| self.is_ready()),
         ]
         .into_iter()
         .flatten()

@@ -114,6 +114,20 @@ impl CallError {
     }
 }
 
+/// Why entries were not forwarded, or not to all.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForwardError {
+    /// There is no such message, or its body is gone.
+    #[error("there is no message {seq} to forward")]
+    NothingThere { seq: u64 },
+    /// The entries cannot be read.
+    #[error(transparent)]
+    Read(#[from] CallError),
+    /// A target did not take them; those before it did.
+    #[error(transparent)]
+    Send(#[from] SendError),
+}
+
 /// Why there is no first connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {

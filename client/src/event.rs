@@ -1,6 +1,6 @@
 //! What a client tells its application, in one stream.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use im_proto::{ConversationId, Timestamp, UserId, v1};
@@ -21,6 +21,8 @@ pub struct Entry {
     /// An encoded [`v1::Body`], as its sender wrote it. Empty if `gone_reason` is not 0.
     pub body: Bytes,
     pub kind: v1::EntryKind,
+    /// A sum: 1 it counts as unread, 2 it mentions somebody by name, 4 it mentions all.
+    pub flags: u32,
     /// Sent by this user, from whatever device.
     pub own: bool,
     /// 0: present. Why the body is gone: 1 recalled, 2 expired, 3 moderated, 4 account deleted.
@@ -45,6 +47,7 @@ impl Entry {
             client_message_id: message.client_message_id,
             body: message.body,
             kind,
+            flags: message.flags,
             own,
             gone_reason,
         })
@@ -66,7 +69,8 @@ pub enum Event {
     Gone { conversation: ConversationId, through: u64 },
     /// A followed conversation cannot be read (any more). It is picked up again when the user is back in it.
     Unreadable { conversation: ConversationId, status: Status },
-    /// Somebody types, or another ephemeral signal. May be lost.
+    /// Somebody types, a cursor has moved ([`v1::Receipt`], also that of this user on another device), or another ephemeral signal.
+    /// May be lost.
     Signal(v1::Signal),
     /// A session is up. Sends wait for the sync that follows.
     Connected { endpoint: String },
@@ -86,11 +90,13 @@ const NOTICES_MAX: usize = 32;
 pub(crate) struct EventSink {
     sender: mpsc::Sender<Event>,
     notices: VecDeque<Event>,
+    /// The last entries of others that were taken, by conversation.
+    taken: BTreeMap<ConversationId, u64>,
 }
 
 impl EventSink {
     pub(crate) fn new(sender: mpsc::Sender<Event>) -> Self {
-        Self { sender, notices: VecDeque::new() }
+        Self { sender, notices: VecDeque::new(), taken: BTreeMap::new() }
     }
 
     /// How many entries are taken now.
@@ -114,11 +120,24 @@ impl EventSink {
         if self.room() == 0 {
             return Some(event);
         }
+        let entry = match &event {
+            Event::Message(entry) if !entry.own => Some((entry.conversation, entry.seq)),
+            _ => None,
+        };
         match self.sender.try_send(event) {
             Err(mpsc::error::TrySendError::Full(event)) => Some(event),
+            Ok(()) => {
+                self.taken.extend(entry);
+                None
+            }
             // Nobody wants events.
-            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => None,
+            Err(mpsc::error::TrySendError::Closed(_)) => None,
         }
+    }
+
+    /// The last entries of others that were taken since the last time.
+    pub(crate) fn take_taken(&mut self) -> BTreeMap<ConversationId, u64> {
+        std::mem::take(&mut self.taken)
     }
 
     pub(crate) fn notice(&mut self, event: Event) {

@@ -26,6 +26,7 @@
 mod calls;
 mod catch_up;
 mod client;
+pub mod compose;
 mod config;
 mod connection;
 mod conversation;
@@ -36,13 +37,14 @@ pub mod environment;
 mod error;
 mod event;
 mod pending;
+mod receipts;
 mod reconnect;
 mod sync;
 #[cfg(feature = "terminal")]
 pub mod terminal;
 
-pub use client::{Client, Page, PendingSend, Position, Sent};
+pub use client::{Client, ConversationList, Page, PendingSend, Position, Sent};
 pub use config::{Backoff, ClientConfig, Endpoint, EndpointSource, FollowAll, Target, TokenSource, Transport};
 pub use dial::{ByteStream, DialError, Dialer, NetDialer, Stream, Trust};
-pub use error::{CallError, ClosedReason, ConfigError, ConnectError, SendError, Status};
+pub use error::{CallError, ClosedReason, ConfigError, ConnectError, ForwardError, SendError, Status};
 pub use event::{Entry, Event};

@@ -116,6 +116,7 @@ impl Stored {
             sender: Some(me),
             sent_at: self.sent_at,
             client_message_id: self.client_message_id,
+            flags: im_proto::body::names(&self.body).flags(),
             body: self.body,
             kind: v1::EntryKind::Message,
             own: true,

@@ -83,8 +83,9 @@ impl Core {
 
     fn request_sync_page(&mut self, page: Bytes) {
         let have = self.conversations.have().take(HAVE_MAX);
-        let have = have.map(|(id, seq)| v1::SyncHave { conversation_id: id.to_bytes(), seq }).collect();
-        let request = v1::SyncRequest { version: self.sync.version, have, page, limit: limits::SYNC_CONVERSATIONS_MAX };
+        let have = have.map(|(id, seq)| v1::SyncHave { conversation_id: id.to_bytes(), seq, read_seq: 0 }).collect();
+        let (version, limit) = (self.sync.version, limits::SYNC_CONVERSATIONS_MAX);
+        let request = v1::SyncRequest { version, have, page, limit, details: false };
         let request = Bytes::from(request.encode_to_vec());
         self.calls.push(Request { method: Method::ConversationSync, request, purpose: Purpose::Sync });
     }

@@ -109,7 +109,7 @@ async fn a_resync_waits_within_its_spread_then_syncs_and_reads_what_was_lost() {
     connection.send(server_frame::Frame::Resync(v1::Resync { reason: 1, spread_ms: 2_000 })).await;
     let (id, request) = connection.expect_sync().await;
     assert!(before.elapsed() <= Duration::from_millis(2_001));
-    assert!(request.have.contains(&v1::SyncHave { conversation_id: conversation(1).to_bytes(), seq: 3 }));
+    assert!(request.have.contains(&v1::SyncHave { conversation_id: conversation(1).to_bytes(), seq: 3, read_seq: 0 }));
     let conversations = vec![row(conversation(1), 5)];
     connection.reply(id, &v1::SyncReply { version: 0, conversations, ..v1::SyncReply::default() }).await;
     let (id, request) = connection.expect_history().await;
@@ -127,7 +127,7 @@ async fn after_a_reconnect_only_what_is_new_comes() {
     drop(connection);
     let mut connection = server.accept().await;
     let request = connection.sync(0, vec![row(conversation(1), 6)]).await;
-    assert!(request.have.contains(&v1::SyncHave { conversation_id: conversation(1).to_bytes(), seq: 4 }));
+    assert!(request.have.contains(&v1::SyncHave { conversation_id: conversation(1).to_bytes(), seq: 4, read_seq: 0 }));
     let (id, request) = connection.expect_history().await;
     assert_eq!(request.from, 5);
     connection.reply_history(id, conversation(1), 5..=6, 6).await;

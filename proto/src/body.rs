@@ -6,8 +6,11 @@
 //!
 //! Not here: whether the sender may do what the body asks for (edit another's entry, mention all); its receiver decides that.
 
+mod names;
 mod rules;
 mod shape;
+
+pub use names::{FLAG_COUNTED, FLAG_MENTIONS, FLAG_MENTIONS_ALL, Names, names};
 
 use crate::{id::IdError, limits, status::StatusCode, v1};
 

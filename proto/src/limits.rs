@@ -68,4 +68,16 @@ limits! {
     GROUP_MEMBERS_MAX: usize = 100_000;
     /// Members up to which a conversation's entries are sent to each by name; beyond it routers register.
     LARGE_MEMBERS: usize = 256;
+    /// The body of a preview in a conversation list; a longer one is left out there.
+    PREVIEW_BODY_BYTES_MAX: usize = 2 * 1024;
+    /// Unread mentions by name that are counted in one conversation: this number means as many or more.
+    MENTIONS_COUNTED_MAX: usize = 1_000;
+    /// Seqs of unread mentions that a row of a conversation list names.
+    MENTIONED_SEQS_MAX: usize = 16;
+    /// Members up to which a conversation has receipts that the others see.
+    RECEIPT_MEMBERS_MAX: usize = 64;
+    /// The content of a signal: type and data of an application's own.
+    SIGNAL_BYTES_MAX: usize = 4 * 1024;
+    /// Signals of one user to one conversation in one second; what is over is dropped.
+    SIGNALS_PER_SECOND_MAX: u32 = 5;
 }

@@ -92,9 +92,9 @@ statuses! {
     Blocked = 10, "blocked", Never, false;
     /// The sender may not write here now.
     Muted = 11, "muted", Never, false;
-    /// The sender is not in the conversation.
+    /// The sender, or somebody whom the message mentions, is not in the conversation.
     NotAMember = 12, "not a member", Never, false;
-    /// There is no such thing, or the caller may not know of it.
+    /// There is no such thing, or the caller may not know of it. For a quote: the entry that it answers.
     NotFound = 13, "not found", Never, false;
     /// There is such a thing already.
     AlreadyExists = 14, "already exists", Never, false;

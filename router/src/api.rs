@@ -54,6 +54,7 @@ pub fn conversation_of(
         Method::MessageSend => target(cluster, caller, decode!(v1::SendRequest).target),
         Method::MessageHistory => target(cluster, caller, decode!(v1::HistoryRequest).target),
         Method::ConversationMarkRead => target(cluster, caller, decode!(v1::MarkReadRequest).target),
+        Method::ConversationSignal => target(cluster, caller, decode!(v1::SignalRequest).target),
         Method::ConversationSync => Ok(caller.self_id),
         Method::GroupCreate => {
             let request = decode!(v1::GroupCreateRequest);

@@ -4,9 +4,11 @@
 //! Losing the shard or raising the epoch drops the first two; what is committed is in the store.
 
 mod dedupe;
+mod marks;
 mod outbox;
 
 pub use dedupe::{Dedupe, Seen};
+pub use marks::Marks;
 pub use outbox::Outbox;
 
 use std::{
@@ -22,7 +24,7 @@ use tokio::time::Instant;
 use crate::{
     caller::Caller,
     message::ReplyTo,
-    state::State,
+    state::{self, State},
     worker::{fan_out::Groups, large::Large, repeats::Lookups, waiting::Request},
 };
 
@@ -89,6 +91,15 @@ pub enum Busy {
 pub struct Cursor {
     pub seq: u64,
     pub counted: u64,
+    /// The running number of mentions of all.
+    pub all: u64,
+}
+
+impl Cursor {
+    /// At an entry.
+    pub fn at(row: &Row) -> Self {
+        Self { seq: row.seq, counted: row.counted, all: state::all_of(row) }
+    }
 }
 
 /// An open conversation.
@@ -100,8 +111,14 @@ pub struct Conversation {
     pub first_seq: u64,
     pub committed: u64,
     pub committed_counted: u64,
+    /// The running number of mentions of all.
+    pub committed_all: u64,
+    /// The newest committed entry that counts as unread, and the newest that mentions anybody by name.
+    pub newest_counted: u64,
+    pub newest_mention: u64,
     pub assigned: u64,
     pub assigned_counted: u64,
+    pub assigned_all: u64,
     pub last_sent_at: Timestamp,
     /// The last assigned entry that changed `deciding`.
     pub last_event: u64,
@@ -126,6 +143,9 @@ pub struct Conversation {
     pub applied_written: u64,
     pub cursors: BTreeMap<UserId, Cursor>,
     pub cursors_dirty: BTreeSet<UserId>,
+    pub marks: Marks,
+    /// Personal mentions whose rows are being written.
+    pub mentions_unwritten: BTreeMap<u64, Vec<UserId>>,
     pub last_entry: Instant,
     pub last_use: Instant,
     /// Members by the owner of their shard, for the current owners and members.
@@ -149,8 +169,12 @@ impl Conversation {
             first_seq: 1,
             committed: 0,
             committed_counted: 0,
+            committed_all: 0,
+            newest_counted: 0,
+            newest_mention: 0,
             assigned: 0,
             assigned_counted: 0,
+            assigned_all: 0,
             last_sent_at: Timestamp::default(),
             last_event: 0,
             deciding: State::default(),
@@ -167,6 +191,8 @@ impl Conversation {
             applied_written: 0,
             cursors: BTreeMap::new(),
             cursors_dirty: BTreeSet::new(),
+            marks: Marks::default(),
+            mentions_unwritten: BTreeMap::new(),
             last_entry: now,
             last_use: now,
             routes: Groups::default(),
@@ -198,14 +224,22 @@ impl Conversation {
 
     /// A user's cursor: what was read, or where the user came in.
     pub fn cursor(&self, user: &UserId) -> Cursor {
-        let joined = self
-            .settled
-            .members
-            .get(user)
-            .map_or(Cursor::default(), |member| Cursor { seq: member.joined_seq, counted: member.joined_counted });
+        let joined = self.settled.members.get(user).map_or(Cursor::default(), |member| Cursor {
+            seq: member.joined_seq,
+            counted: member.joined_counted,
+            all: member.joined_all,
+        });
         match self.cursors.get(user) {
             Some(cursor) if cursor.seq > joined.seq => *cursor,
             _ => joined,
+        }
+    }
+
+    /// What is stored of a cursor.
+    pub fn load_cursor(&mut self, user: &UserId, stored: Cursor) {
+        let cursor = self.cursors.entry(user.clone()).or_default();
+        if cursor.seq < stored.seq {
+            *cursor = stored;
         }
     }
 

@@ -419,8 +419,14 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
                 inputs.push(GatewayInput::Signal { caller, conversation, signal: signal.clone() });
             }
         }
-        // Receipts that others can see are a later part of the protocol; a client may send them already.
-        FromGateway::Received(_) => {}
+        FromGateway::Received(received) => {
+            let caller = link.session(SessionId(received.session_id));
+            if let (Some(caller), Some(received)) = (caller, &received.received)
+                && let Ok(conversation) = ConversationId::from_slice(&received.conversation_id)
+            {
+                inputs.push(GatewayInput::Received { caller, conversation, seq: received.seq });
+            }
+        }
         FromGateway::AudienceWanted(wanted) => {
             if let Ok(id) = ConversationId::from_slice(&wanted.conversation_id) {
                 cluster.audiences.wanted(cluster, &link.instance, &id);

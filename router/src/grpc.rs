@@ -171,6 +171,7 @@ service!(message::MessageService {
 service!(conversation::ConversationService {
     sync: ConversationSync, SyncRequest => SyncReply;
     mark_read: ConversationMarkRead, MarkReadRequest => MarkReadReply;
+    signal: ConversationSignal, SignalRequest => SignalReply;
 });
 
 service!(group::GroupService {

@@ -80,6 +80,8 @@ pub struct AudienceDelivery {
 pub struct HeadsQuery {
     pub user: UserId,
     pub conversations: Vec<ConversationId>,
+    /// With what a list shows of them.
+    pub details: bool,
 }
 
 /// An api call on its way to the shard that answers it.
@@ -166,6 +168,7 @@ impl ShardMessage {
             ShardMessage::Heads(query) => Message::Heads(v1::PeerHeads {
                 user_id: query.user.to_string(),
                 conversation_ids: query.conversations.iter().map(|id| id.to_bytes()).collect(),
+                details: query.details,
             }),
             ShardMessage::Call(call) => Message::Call(v1::PeerCall {
                 identity: Some(call.caller.to_identity()),
@@ -223,6 +226,7 @@ impl ShardMessage {
                 ShardMessage::Heads(HeadsQuery {
                     user: UserId::parse(&heads.user_id).ok()?,
                     conversations: conversations?,
+                    details: heads.details,
                 })
             }
             Message::Call(call) => ShardMessage::Call(Call {

@@ -24,6 +24,8 @@ pub struct Metrics {
     pub calls_refused: Counter,
     pub effects_sent: Counter,
     pub fence_reads: Counter,
+    pub signals_passed: Counter,
+    pub signals_dropped: Counter,
 }
 
 impl Metrics {
@@ -49,6 +51,8 @@ impl Metrics {
             calls_refused: counter!("im_router_calls_refused_total"),
             effects_sent: counter!("im_router_effects_sent_total"),
             fence_reads: counter!("im_router_fence_reads_total"),
+            signals_passed: counter!("im_router_signals_passed_total"),
+            signals_dropped: counter!("im_router_signals_dropped_total"),
         }
     }
 }

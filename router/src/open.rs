@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use im_proto::{ConversationId, Epoch, Timestamp, UserId, limits, v1};
+use im_proto::{ConversationId, Epoch, Timestamp, UserId, body, limits, v1};
 use im_storage::{AppendRequest, Batch, BucketId, Row, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table};
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -37,6 +37,10 @@ const REPLAY_ROWS: usize = 512;
 pub struct Opened {
     pub head: u64,
     pub counted: u64,
+    /// The running number of mentions of all, at the head.
+    pub all: u64,
+    pub newest_counted: u64,
+    pub newest_mention: u64,
     pub first_seq: u64,
     pub last_sent_at: Timestamp,
     pub state: State,
@@ -84,6 +88,8 @@ struct Replayed {
     writes: Vec<StateWrite>,
     effects: Vec<Effect>,
     cursors: BTreeMap<UserId, Cursor>,
+    newest_counted: u64,
+    newest_mention: u64,
 }
 
 /// The end of a log as it was read.
@@ -92,6 +98,23 @@ struct Tail {
     rows: BTreeMap<u64, StoredRow>,
     head: u64,
     committed: u64,
+}
+
+impl Replayed {
+    /// What any entry does: it moves its sender's cursor, counts as unread, mentions.
+    fn note(&mut self, id: &ConversationId, row: &Row) {
+        if let Some(sender) = &row.sender {
+            self.cursors.insert(sender.clone(), Cursor::at(row));
+        }
+        if row.flags & body::FLAG_COUNTED != 0 {
+            self.newest_counted = row.seq;
+        }
+        let mentioned = state::mentioned(row);
+        if !mentioned.is_empty() {
+            self.newest_mention = row.seq;
+            self.writes.extend(state::mention_writes(id, row, &mentioned));
+        }
+    }
 }
 
 impl Open {
@@ -212,8 +235,10 @@ impl Open {
         let outbox = self.mark(OUTBOX).await?;
         let mut state = self.load_state().await?;
         let rewritten: Vec<Row> = tail.rows.range(tail.committed + 1..).map(|(_, row)| row.row.clone()).collect();
-        let from = (applied.min(outbox) + 1).min(tail.committed + 1).max(1);
-        let Replayed { writes, effects, cursors } = self.replay(&mut state, from, outbox, tail.head).await?;
+        // What the head row says of the log ends there.
+        let from = (applied.min(outbox) + 1).min(tail.committed + 1).min(head_row.head + 1).max(1);
+        let replayed = self.replay(&mut state, from, outbox, tail.head).await?;
+        let Replayed { writes, effects, cursors, newest_counted, newest_mention } = replayed;
         for chunk in writes.chunks(SCAN_ROWS) {
             self.retry(|| self.store.write(chunk.to_vec())).await?;
         }
@@ -223,6 +248,9 @@ impl Open {
         Ok(Opened {
             head: tail.head,
             counted: last.map_or(0, |row| row.counted),
+            all: last.map_or(0, state::all_of),
+            newest_counted: newest_counted.max(head_row.newest_counted),
+            newest_mention: newest_mention.max(head_row.newest_mention),
             first_seq: head_row.first_seq.max(1),
             last_sent_at: last.map_or(Timestamp::default(), |row| row.sent_at),
             state,
@@ -280,10 +308,7 @@ impl Open {
                         out.effects.extend(done.effects);
                     }
                 }
-                if let Some(sender) = &stored.row.sender {
-                    let cursor = Cursor { seq: stored.row.seq, counted: stored.row.counted };
-                    out.cursors.insert(sender.clone(), cursor);
-                }
+                out.note(&self.id, &stored.row);
                 next = stored.row.seq + 1;
             }
         }
@@ -301,14 +326,18 @@ impl Open {
         match (v1::ConversationKind::try_from(value.kind as i32), one, other) {
             (Ok(v1::ConversationKind::Direct), Some(one), Some(other)) => {
                 for user in [&one, &other] {
-                    state
-                        .members
-                        .insert(user.clone(), Member { role: v1::Role::Member, joined_seq: 0, joined_counted: 0 });
+                    state.members.insert(
+                        user.clone(),
+                        Member { role: v1::Role::Member, joined_seq: 0, joined_counted: 0, joined_all: 0 },
+                    );
                 }
                 state.kind = Kind::Direct(one, other);
             }
             (Ok(v1::ConversationKind::Self_), Some(owner), _) => {
-                state.members.insert(owner.clone(), Member { role: v1::Role::Owner, joined_seq: 0, joined_counted: 0 });
+                state.members.insert(
+                    owner.clone(),
+                    Member { role: v1::Role::Owner, joined_seq: 0, joined_counted: 0, joined_all: 0 },
+                );
                 state.kind = Kind::SelfLog(owner);
                 self.load_list(&mut state).await?;
             }
@@ -329,7 +358,8 @@ impl Open {
             };
             if !value.left {
                 let role = value.role.try_into().unwrap_or(v1::Role::Member);
-                let member = Member { role, joined_seq: value.joined_seq, joined_counted: value.joined_counted };
+                let MemberValue { joined_seq, joined_counted, joined_all, .. } = value;
+                let member = Member { role, joined_seq, joined_counted, joined_all };
                 state.members.insert(user, member);
             }
         }
@@ -399,6 +429,9 @@ fn empty() -> Opened {
     Opened {
         head: 0,
         counted: 0,
+        all: 0,
+        newest_counted: 0,
+        newest_mention: 0,
         first_seq: 1,
         last_sent_at: Timestamp::default(),
         state: State::default(),

@@ -35,6 +35,8 @@ pub struct Member {
     pub joined_seq: u64,
     /// `counted` at that entry: where the member's unread count begins.
     pub joined_counted: u64,
+    /// The running number of mentions of all at that entry.
+    pub joined_all: u64,
 }
 
 /// A row of a user's conversation list.
@@ -82,6 +84,9 @@ pub struct EntryMeta {
     pub origin: Bytes,
     #[prost(uint64, tag = "3")]
     pub origin_seq: u64,
+    /// The running number of mentions of all, this entry included.
+    #[prost(uint64, tag = "4")]
+    pub all: u64,
 }
 
 /// The value of `Table::Conversations`.
@@ -109,6 +114,19 @@ pub struct MemberValue {
     /// Has been a member and is none any more.
     #[prost(bool, tag = "4")]
     pub left: bool,
+    #[prost(uint64, tag = "5")]
+    pub joined_all: u64,
+}
+
+/// The value of `Table::Cursors` under a user id. The timestamp is the seq. Under a user id with a zero byte behind it, where it is
+/// empty, the timestamp is the seq up to which the user has received everything.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CursorValue {
+    #[prost(uint64, tag = "1")]
+    pub counted: u64,
+    /// The running number of mentions of all.
+    #[prost(uint64, tag = "2")]
+    pub all: u64,
 }
 
 /// The value of `Table::UserConversations`.
@@ -173,6 +191,41 @@ pub fn meta(row: &Row) -> EntryMeta {
     EntryMeta::decode(row.meta.clone()).unwrap_or_default()
 }
 
+/// The running number of mentions of all at an entry.
+pub fn all_of(row: &Row) -> u64 {
+    if row.meta.is_empty() { 0 } else { meta(row).all }
+}
+
+/// Whom an entry mentions by name. One that mentions all names nobody besides, and nobody is told what they said themselves.
+pub fn mentioned(row: &Row) -> Vec<UserId> {
+    if row.flags & body::FLAG_MENTIONS == 0 || row.flags & body::FLAG_MENTIONS_ALL != 0 {
+        return Vec::new();
+    }
+    let users = body::names(&row.body).users;
+    users
+        .into_iter()
+        .filter_map(|user| UserId::parse(user).ok())
+        .filter(|user| row.sender.as_ref() != Some(user))
+        .collect()
+}
+
+/// The rows of the personal mentions of an entry.
+pub fn mention_writes(id: &ConversationId, row: &Row, mentioned: &[UserId]) -> Vec<StateWrite> {
+    let write = |user: &UserId| StateWrite {
+        table: Table::Mentions,
+        partition: mention_partition(id, user),
+        key: Bytes::copy_from_slice(&row.seq.to_be_bytes()),
+        value: Some(Bytes::new()),
+        timestamp: row.seq,
+    };
+    mentioned.iter().map(write).collect()
+}
+
+/// Where a user's mentions in a conversation are.
+pub fn mention_partition(id: &ConversationId, user: &UserId) -> Bytes {
+    [id.as_bytes().as_slice(), user.as_str().as_bytes()].concat().into()
+}
+
 fn meta_user(row: &Row) -> Option<UserId> {
     UserId::parse(&meta(row).user_id).ok()
 }
@@ -185,7 +238,7 @@ fn begin(state: &mut State, id: &ConversationId, row: &Row, secret: &ClusterSecr
     }
     state.kind = Kind::Direct(sender.clone(), other.clone());
     for user in [&sender, &other] {
-        let member = Member { role: Role::Member, joined_seq: 0, joined_counted: 0 };
+        let member = Member { role: Role::Member, joined_seq: 0, joined_counted: 0, joined_all: 0 };
         state.members.entry(user.clone()).or_insert(member);
     }
     let value = ConversationValue {
@@ -208,7 +261,12 @@ fn begin_self(state: &mut State, id: &ConversationId, owner: UserId, out: &mut C
         other: String::new(),
     };
     out.writes.push(write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), 1));
-    state.members.entry(owner.clone()).or_insert(Member { role: Role::Owner, joined_seq: 0, joined_counted: 0 });
+    state.members.entry(owner.clone()).or_insert(Member {
+        role: Role::Owner,
+        joined_seq: 0,
+        joined_counted: 0,
+        joined_all: 0,
+    });
     state.kind = Kind::SelfLog(owner);
 }
 
@@ -269,11 +327,14 @@ fn join(
     out: &mut Consequences,
 ) {
     let Ok(user) = UserId::parse(name) else { return };
-    let member = Member { role, joined_seq: row.seq, joined_counted: row.counted };
-    let (joined_seq, joined_counted) = (member.joined_seq, member.joined_counted);
-    let value = MemberValue { role: role.into(), joined_seq, joined_counted, left: false };
+    let member = Member { role, joined_seq: row.seq, joined_counted: row.counted, joined_all: all_of(row) };
+    let Member { joined_seq, joined_counted, joined_all, .. } = member;
+    let value = MemberValue { role: role.into(), joined_seq, joined_counted, joined_all, left: false };
     let key = Bytes::copy_from_slice(user.as_str().as_bytes());
-    out.writes.push(write(Table::Members, id, key, value.encode_to_vec(), row.seq));
+    out.writes.push(write(Table::Members, id, key.clone(), value.encode_to_vec(), row.seq));
+    // The join moves the read cursor: what was said before is not unread.
+    let cursor = CursorValue { counted: joined_counted, all: joined_all };
+    out.writes.push(write(Table::Cursors, id, key, cursor.encode_to_vec(), row.seq));
     out.effects.push(joined(id, &user, v1::ConversationKind::Group, &state.name, "", row.seq, secret));
     out.joined.push(user.clone());
     if state.members.get(&user).is_none_or(|known| known.joined_seq < row.seq) {

@@ -16,10 +16,11 @@ mod apply;
 mod calls;
 mod commit;
 mod groups;
-mod heads;
+pub mod heads;
 mod history;
 pub mod idle;
 mod opening;
+pub mod receipts;
 pub mod repeats;
 mod sends;
 mod sessions;
@@ -208,6 +209,7 @@ impl Worker {
         match input {
             GatewayInput::Send { caller, conversation, send } => self.take_send(caller, conversation, send),
             GatewayInput::Signal { caller, conversation, signal } => self.take_signal(caller, conversation, signal),
+            GatewayInput::Received { caller, conversation, seq } => self.take_received(caller, conversation, seq),
             GatewayInput::Open { link, open, .. } => self.open_session(link, &open),
             GatewayInput::Announce { link: _, caller } => self.context.announce_session(caller),
             GatewayInput::Renew { link, caller, token } => self.context.renew_session(&link, &caller, &token),

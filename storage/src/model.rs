@@ -152,15 +152,17 @@ pub enum Table {
     UserConversations = 7,
     /// The greatest origin seq appended. Partition: target conversation. Key: origin conversation. Timestamp: that origin seq.
     Origins = 8,
-    /// Read cursors. Partition: conversation. Key: user id. Timestamp: seq.
+    /// Read cursors. Partition: conversation. Key: user id; with a zero byte behind it: the received cursor. Timestamp: seq.
     Cursors = 9,
     /// Devices of a user. Partition: the self log. Key: device id.
     Devices = 10,
+    /// Entries that mention a user by name. Partition: conversation, then the user id. Key: seq (8 bytes big-endian). Timestamp: seq.
+    Mentions = 11,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Cluster,
         Self::Heads,
         Self::Busy,
@@ -171,6 +173,7 @@ impl Table {
         Self::Origins,
         Self::Cursors,
         Self::Devices,
+        Self::Mentions,
     ];
 
     /// The table of a number, if there is one.

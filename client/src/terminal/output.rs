@@ -130,6 +130,7 @@ mod tests {
             client_message_id: Bytes::from_static(&[0, 1, 255]),
             body,
             kind: v1::EntryKind::Message,
+            flags: 1,
             own: false,
             gone_reason: 0,
         }

@@ -255,6 +255,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn signal(&self, signal: v1::Signal, work: &mut Vec<Work>) {
+        use v1::signal::Signal;
+        match &signal.signal {
+            // The server's own.
+            Some(Signal::Receipt(_)) => return self.refuse_frame(6, StatusCode::Forbidden),
+            Some(Signal::Custom(custom)) if custom.r#type.len() + custom.data.len() > limits::SIGNAL_BYTES_MAX => {
+                return self.refuse_frame(6, StatusCode::TooLarge);
+            }
+            Some(Signal::Typing(_) | Signal::Custom(_)) | None => {}
+        }
         let conversation = match &signal.target {
             Some(v1::signal::Target::ConversationId(id)) => self.conversation(id),
             Some(v1::signal::Target::PeerUserId(peer)) => self.direct(peer),

@@ -112,9 +112,15 @@ impl Participant {
             self.sync_at = None;
             let have = self.lanes.iter().filter_map(|lane| {
                 let conversation_id = lane.conversation?.to_bytes();
-                Some(v1::SyncHave { conversation_id, seq: lane.have })
+                Some(v1::SyncHave { conversation_id, seq: lane.have, read_seq: 0 })
             });
-            let request = v1::SyncRequest { version: 0, have: have.collect(), page: self.sync_page.clone(), limit: 0 };
+            let request = v1::SyncRequest {
+                version: 0,
+                have: have.collect(),
+                page: self.sync_page.clone(),
+                limit: 0,
+                details: false,
+            };
             self.call(out, Call::Sync, Method::ConversationSync.number(), &request);
         }
         for index in 0..self.lanes.len() {

@@ -19,6 +19,7 @@ fuzz_target!(|data: (u32, &[u8])| {
     read::<v1::HistoryRequest>(data);
     read::<v1::SyncRequest>(data);
     read::<v1::MarkReadRequest>(data);
+    read::<v1::SignalRequest>(data);
     read::<v1::GroupCreateRequest>(data);
     read::<v1::GroupInviteRequest>(data);
     read::<v1::GroupLeaveRequest>(data);

@@ -283,3 +283,26 @@ fn cost_of_a_check() {
         println!("{name}: check {checked:?}, decode {:?}", start.elapsed() / rounds);
     }
 }
+
+#[test]
+fn a_body_names_whom_its_own_text_mentions_each_once_and_the_entry_that_it_answers() {
+    let mention = |whom| v1::Mention { whom: Some(whom), offset_bytes: 0, length_bytes: 1 };
+    let user = |name: &str| mention(v1::mention::Whom::UserId(name.to_owned()));
+    let text = |mentions| v1::Text { text: "text".to_owned(), mentions };
+    assert_eq!(names(&super::text("plain")), Names::default());
+    assert_eq!(names(&super::text("plain")).flags(), FLAG_COUNTED);
+
+    let mentions = vec![user("bob"), user("alice"), user("bob"), mention(v1::mention::Whom::All(false))];
+    let body = encode(Content::Text(text(mentions)));
+    assert_eq!(names(&body), Names { quoted: None, all: false, users: vec!["alice", "bob"] });
+    assert_eq!(names(&body).flags(), FLAG_COUNTED | FLAG_MENTIONS);
+
+    let answer = v1::Quote { seq: 7, text: Some(text(vec![mention(v1::mention::Whom::All(true))])) };
+    let answer = encode(Content::Quote(answer));
+    assert_eq!(names(&answer), Names { quoted: Some(7), all: true, users: Vec::new() });
+    assert_eq!(names(&answer).flags(), FLAG_COUNTED | FLAG_MENTIONS_ALL);
+
+    let entry = v1::ForwardedEntry { sender: "alice".to_owned(), sent_at_ms: 1, body };
+    let forward = v1::Forward { title: String::new(), entries: vec![entry] };
+    assert_eq!(names(&encode(Content::Forward(forward))), Names::default());
+}

@@ -24,10 +24,10 @@ macro_rules! types {
 types! {
     Method Body Text Mention Media Sticker Location ContactCard Quote Forward ForwardedEntry CallRecord Recalled Edited Reaction
     Custom SystemEvent GroupCreated MembersJoined MemberLeft ConversationJoined ConversationLeft
-    ClientFrame ServerFrame Status Hello Welcome Limits Ping Pong Send SendAck Message Received Signal Typing CustomSignal Resync
+    ClientFrame ServerFrame Status Hello Welcome Limits Ping Pong Send SendAck Message Received Signal Typing CustomSignal Receipt Resync
     GoAway Call Reply Renew Renewed Close Refused
     Target SendRequest SendReply HistoryRequest HistoryReply HistoryEntry SyncRequest SyncHave SyncReply ConversationRow
-    MarkReadRequest MarkReadReply GroupCreateRequest GroupCreateReply GroupInviteRequest GroupInviteReply GroupLeaveRequest
+    MemberCursor MarkReadRequest MarkReadReply SignalRequest SignalReply GroupCreateRequest GroupCreateReply GroupInviteRequest GroupInviteReply GroupLeaveRequest
     GroupLeaveReply GroupMembersRequest GroupMembersReply GroupMember LocateRequest LocateReply Endpoint
     LinkHello Identity Capability GatewayBatch GatewayMessage SessionOpen SessionAnnounce SessionPresent SessionClose SessionRenew
     SessionSend SessionCall SessionReceived SessionSignal GatewayLoad AudienceWanted RouterBatch RouterMessage SessionOpened SessionRefused

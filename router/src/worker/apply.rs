@@ -65,6 +65,7 @@ impl Context {
                     && conversation.epoch == epoch
                 {
                     conversation.unapplied.remove(&seq);
+                    conversation.mentions_unwritten.remove(&seq);
                 }
             });
         }
@@ -108,7 +109,8 @@ impl Context {
         }
         let user_id =
             if conversation.deciding.kind == Kind::Empty { effect.target_user.to_string() } else { String::new() };
-        let meta = EntryMeta { user_id, origin: effect.origin.to_bytes(), origin_seq: effect.origin_seq };
+        let (origin, origin_seq) = (effect.origin.to_bytes(), effect.origin_seq);
+        let meta = EntryMeta { user_id, origin, origin_seq, ..EntryMeta::default() };
         let meta = meta.encode_to_vec().into();
         let none = bytes::Bytes::new();
         let row = self.next_row(conversation, EntryKind::Event, None, &none, effect.body, meta);
@@ -158,6 +160,7 @@ impl Context {
         conversation.last_use = self.now();
         match request {
             Request::Send { caller, send, answer } => self.send(conversation, caller, send, answer),
+            Request::Received { caller, seq } => self.received(conversation, &caller, seq),
             Request::Signal { caller, signal } => self.signal(conversation, &caller, signal),
             Request::Effect { effect, reply_to } => self.effect(conversation, effect, reply_to),
             Request::Call { call, reply_to } => self.call(conversation, call, reply_to),

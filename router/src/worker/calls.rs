@@ -56,7 +56,11 @@ impl Context {
             }
             Method::ConversationMarkRead => {
                 let request = decode!(v1::MarkReadRequest);
-                self.call_mark_read(conversation, &call, request.seq, reply_to);
+                self.mark_read(conversation, &call.caller.user, request.seq, reply_to);
+            }
+            Method::ConversationSignal => {
+                let request = decode!(v1::SignalRequest);
+                self.call_signal(conversation, &call.caller, request, reply_to);
             }
             Method::GroupCreate => {
                 let request = decode!(v1::GroupCreateRequest);
@@ -100,28 +104,5 @@ impl Context {
         };
         self.send(conversation, call.caller.clone(), send, SendAnswer::Reply(reply_to));
         Ok(())
-    }
-
-    fn call_mark_read(&mut self, conversation: &mut Conversation, call: &Call, seq: u64, reply_to: ReplyTo) {
-        let user = call.caller.user.clone();
-        if !conversation.settled.members.contains_key(&user) {
-            return self.cluster.answer(reply_to, Err(StatusCode::NotFound.to_status()));
-        }
-        let seq = seq.min(conversation.committed);
-        if seq == conversation.committed || seq == 0 {
-            let counted = if seq == 0 { 0 } else { conversation.committed_counted };
-            return self.mark_read(conversation, &user, seq, counted, reply_to);
-        }
-        let (store, id) = (self.store.clone(), conversation.id);
-        let read = async move { store.read_range(id, seq, seq, 1).await };
-        self.then(read, move |worker, outcome| {
-            let row = outcome.ok().and_then(|rows| rows.into_iter().next());
-            match (row, worker.conversations.get_mut(&id)) {
-                (Some(row), Some(super::waiting::Slot::Open(conversation))) => {
-                    worker.context.mark_read(conversation, &user, seq, row.row.counted, reply_to);
-                }
-                _ => worker.context.refuse(reply_to),
-            }
-        });
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use im_proto::{ConversationId, Timestamp, limits, v1};
+use im_proto::{ConversationId, Timestamp, body, limits, v1};
 use im_storage::{AppendRequest, Batch, BucketId, Row, StateWrite, StoreError, Table};
 
 use super::{
@@ -16,6 +16,7 @@ use crate::{
     conversation::{Assigned, Busy, Completion, Conversation, Cursor, InFlight},
     message::{AnswerValue, unavailable},
     ownership::RaiseRequest,
+    state::{self, Consequences},
 };
 
 /// First pause before a batch is handed to the store again.
@@ -247,15 +248,30 @@ impl Context {
     /// What a committed entry does to the committed state, the tables, other logs and the sender's own cursor.
     pub fn settle(&mut self, conversation: &mut Conversation, row: &Row) {
         if let Some(sender) = &row.sender {
-            conversation.move_cursor(sender, Cursor { seq: row.seq, counted: row.counted });
+            conversation.move_cursor(sender, Cursor::at(row));
         }
-        if row.kind != v1::EntryKind::Event && row.seq != 1 {
+        if row.flags & body::FLAG_COUNTED != 0 {
+            conversation.newest_counted = row.seq;
+        }
+        if row.flags & body::FLAG_MENTIONS_ALL != 0 {
+            conversation.committed_all = state::all_of(row);
+        }
+        let mentioned = state::mentioned(row);
+        if row.kind != v1::EntryKind::Event && row.seq != 1 && mentioned.is_empty() {
             return;
         }
-        let consequences =
-            crate::state::apply(&mut conversation.settled, &conversation.id, row, &self.cluster.config.cluster_secret);
-        conversation.members_version += 1;
-        conversation.last_event = conversation.last_event.max(row.seq);
+        let mut consequences = Consequences::default();
+        if row.kind == v1::EntryKind::Event || row.seq == 1 {
+            let secret = &self.cluster.config.cluster_secret;
+            consequences = state::apply(&mut conversation.settled, &conversation.id, row, secret);
+            conversation.members_version += 1;
+            conversation.last_event = conversation.last_event.max(row.seq);
+        }
+        if !mentioned.is_empty() {
+            conversation.newest_mention = row.seq;
+            consequences.writes.extend(state::mention_writes(&conversation.id, row, &mentioned));
+            conversation.mentions_unwritten.insert(row.seq, mentioned);
+        }
         self.members_changed(conversation, &consequences);
         self.left_elsewhere(conversation, &consequences);
         self.apply_consequences(conversation, row.seq, consequences);

@@ -1,5 +1,9 @@
 //! Heads: where conversations end and how far a user has read. From memory for open conversations, from head rows for quiet ones.
 
+mod details;
+
+pub use details::{Draft, Facts, mentions, shape};
+
 use futures::{StreamExt as _, TryStreamExt as _};
 use im_proto::{ConversationId, InstanceId, StatusCode, UserId, v1};
 use im_storage::{StoreError, Table};
@@ -8,12 +12,12 @@ use tokio::sync::oneshot;
 
 use super::{
     Context, Worker,
-    idle::{CursorValue, HeadValue},
+    idle::HeadValue,
     large::Registration,
     waiting::{Request, Slot},
 };
 use crate::{
-    conversation::{Busy, Conversation, Cursor},
+    conversation::Conversation,
     deadline::StoreCalls,
     fence::FenceService,
     message::{AnswerValue, HeadsQuery, ReplyTo, unavailable},
@@ -26,10 +30,10 @@ const READS_AT_A_TIME: usize = 32;
 
 impl Context {
     /// The head of an open conversation, for a user at a router. What is committed from now on is sent to that router.
-    pub fn head_of(&self, conversation: &mut Conversation, user: &UserId, router: &InstanceId) -> v1::Head {
+    pub fn head_of(&self, conversation: &mut Conversation, user: &UserId, router: &InstanceId) -> Draft {
         let registration = self.register(conversation, user, router);
         let cursor = conversation.cursor(user);
-        v1::Head {
+        let head = v1::Head {
             conversation_id: conversation.id.to_bytes(),
             head: conversation.committed,
             counted: conversation.committed_counted,
@@ -38,7 +42,9 @@ impl Context {
             read_counted: cursor.counted,
             unavailable: registration == Registration::Unreachable,
             registered: registration == Registration::Made,
-        }
+            ..v1::Head::default()
+        };
+        Draft { id: conversation.id, head, read_all: cursor.all, facts: Facts::of(conversation, user) }
     }
 }
 
@@ -55,7 +61,7 @@ impl Worker {
         let (mut ready, mut opening, mut quiet) = (Vec::new(), Vec::new(), Vec::new());
         for id in query.conversations {
             if !self.context.shards.is_active(self.context.cluster.shard_of(&id)) {
-                ready.push(v1::Head { conversation_id: id.to_bytes(), unavailable: true, ..v1::Head::default() });
+                ready.push(Draft::unavailable(id));
                 continue;
             }
             match self.conversations.get_mut(&id) {
@@ -68,11 +74,16 @@ impl Worker {
                 None => quiet.push(id),
             }
         }
-        let (store, fence, past_lease) =
-            (self.context.store.clone(), self.context.fence.clone(), self.context.past_lease());
+        let asked = Asked {
+            store: self.context.store.clone(),
+            fence: self.context.fence.clone(),
+            past_lease: self.context.past_lease(),
+            user: query.user,
+            details: query.details,
+        };
         let cluster = self.context.cluster.clone();
         self.context.cluster.environment.spawn(async move {
-            let answer = gather(&store, &fence, past_lease, &query.user, ready, opening, quiet).await;
+            let answer = gather(asked, ready, opening, quiet).await;
             if let Err(StoreError::Damaged(what)) = &answer {
                 cluster.metrics.alarms.increment(1);
                 tracing::error!(what, "ALARM: heads cannot be read");
@@ -82,21 +93,28 @@ impl Worker {
     }
 }
 
-async fn gather(
-    store: &StoreCalls,
-    fence: &FenceService,
+/// What the reads of a query need.
+struct Asked {
+    store: StoreCalls,
+    fence: FenceService,
     past_lease: bool,
-    user: &UserId,
-    mut heads: Vec<v1::Head>,
-    opening: Vec<oneshot::Receiver<v1::Head>>,
+    user: UserId,
+    details: bool,
+}
+
+async fn gather(
+    asked: Asked,
+    mut drafts: Vec<Draft>,
+    opening: Vec<oneshot::Receiver<Draft>>,
     quiet: Vec<ConversationId>,
 ) -> Result<Vec<v1::Head>, StoreError> {
-    heads.extend(at_a_time(quiet.into_iter().map(|id| quiet_head(store, id))).await?);
+    let Asked { store, fence, past_lease, user, details } = asked;
+    drafts.extend(at_a_time(quiet.into_iter().map(|id| quiet_head(&store, id))).await?);
     for receiver in opening {
         let gone = |_| StoreError::Unconfirmed("the worker has ended".to_owned());
-        heads.push(receiver.await.map_err(gone)?);
+        drafts.push(receiver.await.map_err(gone)?);
     }
-    let mut heads = at_a_time(heads.into_iter().map(|head| merge_cursor(store, user, head))).await?;
+    let mut heads = at_a_time(drafts.into_iter().map(|draft| draft.finish(&store, &user, details))).await?;
     // Which read was answered first is nobody's business.
     heads.sort_unstable_by(|one, other| one.conversation_id.cmp(&other.conversation_id));
     // What was read counts only if nobody else owned the shard meanwhile.
@@ -113,57 +131,17 @@ async fn at_a_time<T>(
     futures::stream::iter(reads).buffer_unordered(READS_AT_A_TIME).try_collect().await
 }
 
-async fn quiet_head(store: &StoreCalls, id: ConversationId) -> Result<v1::Head, StoreError> {
+async fn quiet_head(store: &StoreCalls, id: ConversationId) -> Result<Draft, StoreError> {
     let row = store.read(Table::Heads, id.as_bytes(), b"").await?;
     let value = row.map(|row| HeadValue::decode(row.value)).transpose();
     let value =
         value.map_err(|_| StoreError::Damaged(format!("the head row of {id} cannot be read")))?.unwrap_or_default();
-    Ok(v1::Head {
+    let head = v1::Head {
         conversation_id: id.to_bytes(),
         head: value.head,
         counted: value.counted,
         first_seq: value.first_seq.max(1),
         ..v1::Head::default()
-    })
-}
-
-/// The stored cursor may be ahead of the one in memory, which knows only what moved since the conversation was opened.
-async fn merge_cursor(store: &StoreCalls, user: &UserId, mut head: v1::Head) -> Result<v1::Head, StoreError> {
-    let row = store.read(Table::Cursors, &head.conversation_id, user.as_str().as_bytes()).await?;
-    if let Some(row) = row
-        && row.timestamp > head.read_seq
-        && let Ok(value) = CursorValue::decode(row.value)
-    {
-        head.read_seq = row.timestamp;
-        head.read_counted = value.counted;
-    }
-    Ok(head)
-}
-
-impl Context {
-    /// Moves a user's read cursor and answers once it is stored.
-    pub fn mark_read(
-        &mut self,
-        conversation: &mut Conversation,
-        user: &UserId,
-        seq: u64,
-        counted: u64,
-        reply_to: ReplyTo,
-    ) {
-        conversation.move_cursor(user, Cursor { seq, counted });
-        let cursor = conversation.cursor(user);
-        let unread = conversation.committed_counted.saturating_sub(cursor.counted);
-        let reply = v1::MarkReadReply { read_seq: cursor.seq, unread }.encode_to_vec();
-        let writes: Vec<_> = super::idle::cursor_write(conversation, user).into_iter().collect();
-        if conversation.busy == Busy::Quiet {
-            // No mark is written before the next burst, so none can overtake this write.
-            conversation.cursors_dirty.remove(user);
-        }
-        let mut reply_to = Some(reply_to);
-        self.write_state(writes, move |worker| {
-            if let Some(reply_to) = reply_to.take() {
-                worker.context.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply.into())));
-            }
-        });
-    }
+    };
+    Ok(Draft { id, head, read_all: 0, facts: Facts::stored(&value) })
 }

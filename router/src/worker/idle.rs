@@ -8,7 +8,10 @@ use im_storage::{StateWrite, Table};
 use prost::Message as _;
 
 use super::{Context, TICK, Worker, waiting::Slot};
-use crate::conversation::{Busy, Conversation};
+use crate::{
+    conversation::{Busy, Conversation},
+    state::CursorValue,
+};
 
 /// The applied mark is written at least this often, so that an open applies few entries again.
 const APPLIED_EVERY: u64 = 1024;
@@ -26,13 +29,19 @@ pub struct HeadValue {
     pub counted: u64,
     #[prost(uint64, tag = "3")]
     pub first_seq: u64,
-}
-
-/// The value of `Table::Cursors`.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct CursorValue {
-    #[prost(uint64, tag = "1")]
-    pub counted: u64,
+    /// The running number of mentions of all.
+    #[prost(uint64, tag = "4")]
+    pub all: u64,
+    /// The newest entry that counts as unread: what a list shows.
+    #[prost(uint64, tag = "5")]
+    pub newest_counted: u64,
+    /// The newest entry that mentions anybody by name.
+    #[prost(uint64, tag = "6")]
+    pub newest_mention: u64,
+    #[prost(int32, tag = "7")]
+    pub kind: i32,
+    #[prost(uint64, tag = "8")]
+    pub members: u64,
 }
 
 impl Worker {
@@ -67,6 +76,7 @@ impl Context {
         self.send_effects(conversation);
         self.ask_followers(conversation);
         self.forget_lookups(conversation);
+        self.tell_marks(conversation);
         if self.wants_marks(conversation) {
             self.write_marks(conversation, |_| {});
         }
@@ -103,6 +113,7 @@ impl Context {
             }
             Busy::Writing | Busy::Ending => soon,
         };
+        let at = conversation.marks.due_at(self.now()).map_or(at, |told_at| told_at.min(at));
         self.schedule.look_by(conversation, at.max(soon));
     }
 
@@ -118,6 +129,7 @@ impl Context {
             && conversation.cursors_dirty.is_empty()
             && conversation.outbox.is_empty()
             && conversation.unapplied.is_empty()
+            && conversation.marks.is_settled()
             && conversation.last_use.elapsed() >= self.stays(conversation)
     }
 
@@ -180,7 +192,17 @@ impl Context {
 /// Where the log is committed to, as a row.
 fn head_write(conversation: &Conversation) -> StateWrite {
     let head = conversation.committed;
-    let value = HeadValue { head, counted: conversation.committed_counted, first_seq: conversation.first_seq };
+    let (kind, members) = super::heads::shape(conversation);
+    let value = HeadValue {
+        head,
+        counted: conversation.committed_counted,
+        first_seq: conversation.first_seq,
+        all: conversation.committed_all,
+        newest_counted: conversation.newest_counted,
+        newest_mention: conversation.newest_mention,
+        kind,
+        members,
+    };
     StateWrite {
         table: Table::Heads,
         partition: conversation.id.to_bytes(),
@@ -197,7 +219,7 @@ pub fn cursor_write(conversation: &Conversation, user: &UserId) -> Option<StateW
         table: Table::Cursors,
         partition: conversation.id.to_bytes(),
         key: Bytes::copy_from_slice(user.as_str().as_bytes()),
-        value: Some(CursorValue { counted: cursor.counted }.encode_to_vec().into()),
+        value: Some(CursorValue { counted: cursor.counted, all: cursor.all }.encode_to_vec().into()),
         timestamp: cursor.seq,
     })
 }

@@ -68,6 +68,11 @@ pub enum GatewayInput {
         conversation: ConversationId,
         signal: v1::Signal,
     },
+    Received {
+        caller: Arc<Caller>,
+        conversation: ConversationId,
+        seq: u64,
+    },
 }
 
 impl GatewayInput {
@@ -78,7 +83,9 @@ impl GatewayInput {
             GatewayInput::Announce { caller, .. }
             | GatewayInput::Renew { caller, .. }
             | GatewayInput::Close { caller } => caller.self_id,
-            GatewayInput::Send { conversation, .. } | GatewayInput::Signal { conversation, .. } => *conversation,
+            GatewayInput::Send { conversation, .. }
+            | GatewayInput::Signal { conversation, .. }
+            | GatewayInput::Received { conversation, .. } => *conversation,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use im_proto::{
     ConversationId, StatusCode, UserId,
+    body::{self, FLAG_COUNTED, FLAG_MENTIONS_ALL},
     v1::{self, EntryKind, router_message::Message as ToGateway},
 };
 use im_storage::Row;
@@ -20,9 +21,6 @@ use crate::{
     message::{AnswerValue, overloaded},
     state::{EntryMeta, Kind},
 };
-
-/// Entry flag: it counts as unread.
-pub const FLAG_COUNTED: u32 = 1;
 
 /// Whether somebody may write into a conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +79,10 @@ impl Context {
             let status = overloaded();
             return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
         }
+        let named = names_well(conversation, &caller, &send);
+        if named != Ok(()) {
+            return self.refuse_names(conversation, caller, send, answer, named);
+        }
         self.cluster.metrics.sends_accepted.increment(1);
         self.assign_message(conversation, key, caller, send, answer);
     }
@@ -130,9 +132,11 @@ impl Context {
         body: Bytes,
         meta: Bytes,
     ) -> Row {
-        let counts = kind == EntryKind::Message;
+        let flags = if kind == EntryKind::Message { body::names(&body).flags() } else { 0 };
         conversation.assigned += 1;
-        conversation.assigned_counted += u64::from(counts);
+        conversation.assigned_counted += u64::from(flags & FLAG_COUNTED != 0);
+        conversation.assigned_all += u64::from(flags & FLAG_MENTIONS_ALL != 0);
+        let meta = with_all(meta, conversation.assigned_all);
         conversation.last_sent_at = self.cluster.environment.clock.now().max(conversation.last_sent_at);
         Row {
             seq: conversation.assigned,
@@ -141,7 +145,7 @@ impl Context {
             client_message_id: client_message_id.clone(),
             sent_at: conversation.last_sent_at,
             kind,
-            flags: if counts { FLAG_COUNTED } else { 0 },
+            flags,
             body,
             meta,
         }
@@ -178,6 +182,25 @@ impl Context {
         if is_one_of_two { Permission::Given } else { Permission::Never }
     }
 
+    /// Who is mentioned is not in the conversation, or what is quoted does not exist.
+    fn refuse_names(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: Arc<Caller>,
+        send: SendRequest,
+        answer: SendAnswer,
+        named: Result<(), StatusCode>,
+    ) {
+        let Err(code) = named else { return };
+        // Who is a member may rest on entries that are not committed yet.
+        if code == StatusCode::NotAMember && conversation.last_event > conversation.committed {
+            let again = Completion::Again(Box::new(Request::Send { caller, send, answer }));
+            return conversation.waiters.entry(conversation.last_event).or_default().push(again);
+        }
+        self.cluster.metrics.sends_refused.increment(1);
+        self.answer_send(conversation, &caller, send.client_message_id, answer, code.to_status());
+    }
+
     /// Whether it exists is nothing to who may not write here.
     pub fn refuse_send(
         &mut self,
@@ -195,6 +218,30 @@ impl Context {
         let status = StatusCode::NotFound.to_status();
         self.answer_send(conversation, &caller, send.client_message_id, answer, status);
     }
+}
+
+/// Whether all whom a message mentions are in the conversation, and the entry that it answers exists there.
+fn names_well(conversation: &Conversation, caller: &Caller, send: &SendRequest) -> Result<(), StatusCode> {
+    let names = body::names(&send.body);
+    if names.quoted.is_some_and(|seq| seq < conversation.first_seq || seq > conversation.assigned) {
+        return Err(StatusCode::NotFound);
+    }
+    let is_in = |user: &str| match conversation.deciding.kind {
+        // The first message of the two.
+        Kind::Empty => user == caller.user.as_str() || send.peer.as_ref().is_some_and(|peer| user == peer.as_str()),
+        _ => conversation.deciding.members.contains_key(user),
+    };
+    if names.users.iter().all(|user| is_in(user)) { Ok(()) } else { Err(StatusCode::NotAMember) }
+}
+
+/// The facts of an entry with the running number of mentions of all.
+fn with_all(meta: Bytes, all: u64) -> Bytes {
+    if all == 0 {
+        return meta;
+    }
+    // Fields of one message may stand in two pieces.
+    let all = EntryMeta { all, ..EntryMeta::default() }.encode_to_vec();
+    if meta.is_empty() { all.into() } else { [meta.as_ref(), &all].concat().into() }
 }
 
 impl Context {

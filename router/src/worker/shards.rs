@@ -311,10 +311,9 @@ impl Context {
                 self.cluster.answer(reply_to, Err(unavailable()));
             }
             Request::Head { answer, .. } => {
-                let _ =
-                    answer.send(v1::Head { conversation_id: id.to_bytes(), unavailable: true, ..v1::Head::default() });
+                let _ = answer.send(super::heads::Draft::unavailable(id));
             }
-            Request::Signal { .. } => {}
+            Request::Signal { .. } | Request::Received { .. } => {}
         }
     }
 
@@ -345,7 +344,7 @@ impl Context {
             }
             GatewayInput::Close { caller } => self.shards.forget_early(|early| early.session == caller.session),
             // The gateway renews again at the owner; a signal is worth nothing later.
-            GatewayInput::Renew { .. } | GatewayInput::Signal { .. } => {}
+            GatewayInput::Renew { .. } | GatewayInput::Signal { .. } | GatewayInput::Received { .. } => {}
         }
     }
 

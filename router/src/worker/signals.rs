@@ -1,14 +1,19 @@
-//! Ephemeral signals: to members only, never stored, no ack, no number.
+//! Ephemeral signals: to members only, never stored, no ack, no number; so many a second of each user.
 
 use std::sync::Arc;
 
-use im_proto::{ConversationId, frame, v1};
+use im_proto::{ConversationId, StatusCode, frame, limits, v1};
+use prost::Message as _;
 
 use super::{
     Context, Worker, fan_out,
     waiting::{Request, Slot},
 };
-use crate::{caller::Caller, conversation::Conversation};
+use crate::{
+    caller::Caller,
+    conversation::Conversation,
+    message::{AnswerValue, ReplyTo},
+};
 
 impl Worker {
     /// A signal of a client. One to a conversation that is not open opens it: whoever types is about to send.
@@ -22,14 +27,69 @@ impl Worker {
 }
 
 impl Context {
-    /// Passes a signal on to the other members' sessions.
-    pub fn signal(&mut self, conversation: &mut Conversation, caller: &Caller, mut signal: v1::Signal) {
-        if !conversation.settled.members.contains_key(&caller.user) {
-            return;
+    /// A signal of a client; nobody waits for an answer.
+    pub fn signal(&mut self, conversation: &mut Conversation, caller: &Caller, signal: v1::Signal) {
+        let passed = signal
+            .signal
+            .ok_or(StatusCode::Malformed)
+            .and_then(|signal| self.pass_signal(conversation, caller, signal));
+        if passed.is_err() {
+            self.cluster.metrics.signals_dropped.increment(1);
         }
-        signal.sender = caller.user.to_string();
-        signal.target = Some(v1::signal::Target::ConversationId(conversation.id.to_bytes()));
+    }
+
+    /// A signal by a call.
+    pub fn call_signal(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: &Caller,
+        request: v1::SignalRequest,
+        reply_to: ReplyTo,
+    ) {
+        use v1::{signal::Signal, signal_request::Signal as Asked};
+        let passed = match request.signal {
+            Some(Asked::Typing(typing)) => self.pass_signal(conversation, caller, Signal::Typing(typing)),
+            Some(Asked::Custom(custom)) => self.pass_signal(conversation, caller, Signal::Custom(custom)),
+            None => Err(StatusCode::Malformed),
+        };
+        let answer = match passed {
+            Ok(()) => Ok(AnswerValue::Reply(v1::SignalReply {}.encode_to_vec().into())),
+            Err(StatusCode::RateLimited) => Err(StatusCode::RateLimited.retry_after(std::time::Duration::from_secs(1))),
+            Err(code) => Err(code.to_status()),
+        };
+        self.cluster.answer(reply_to, answer);
+    }
+
+    /// Passes a signal on to the other members' sessions.
+    fn pass_signal(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: &Caller,
+        signal: v1::signal::Signal,
+    ) -> Result<(), StatusCode> {
+        use v1::signal::Signal;
+        if !conversation.settled.members.contains_key(&caller.user) {
+            return Err(StatusCode::NotFound);
+        }
+        match &signal {
+            // The server's own.
+            Signal::Receipt(_) => return Err(StatusCode::Forbidden),
+            Signal::Custom(custom) if custom.r#type.len() + custom.data.len() > limits::SIGNAL_BYTES_MAX => {
+                return Err(StatusCode::TooLarge);
+            }
+            Signal::Typing(_) | Signal::Custom(_) => {}
+        }
+        if !conversation.marks.may_signal(&caller.user, self.now()) {
+            return Err(StatusCode::RateLimited);
+        }
+        let signal = v1::Signal {
+            target: Some(v1::signal::Target::ConversationId(conversation.id.to_bytes())),
+            sender: caller.user.to_string(),
+            signal: Some(signal),
+        };
         let frame = v1::ServerFrame { frame: Some(v1::server_frame::Frame::Signal(signal)) };
         fan_out::deliver_frame(self, conversation, &frame::frame_to_bytes(&frame), caller.session.as_ref());
+        self.cluster.metrics.signals_passed.increment(1);
+        Ok(())
     }
 }

@@ -94,15 +94,20 @@ async fn page(
     let more = rows.len() > limit;
     rows.truncate(limit);
     let next = if more { rows.last().map(|(id, _)| id.to_bytes()).unwrap_or_default() } else { Bytes::new() };
-    let heads = ask_heads(cluster, &user, rows.iter().filter(|(_, row)| !row.left()).map(|(id, _)| *id)).await?;
-    let have: BTreeMap<&[u8], u64> =
-        request.have.iter().map(|have| (have.conversation_id.as_ref(), have.seq)).collect();
+    let live = rows.iter().filter(|(_, row)| !row.left()).map(|(id, _)| *id);
+    let heads = ask_heads(cluster, &user, request.details, live).await?;
+    // A version that this list never had is none.
+    let since = if request.version > version { 0 } else { request.version };
+    let have: BTreeMap<&[u8], &v1::SyncHave> =
+        request.have.iter().map(|have| (have.conversation_id.as_ref(), have)).collect();
     let conversations = rows
         .iter()
         .filter_map(|(id, row)| {
             let head = heads.get(id).cloned().unwrap_or_default();
-            let known = have.get(id.as_bytes().as_slice()).copied().unwrap_or(0);
-            let changed = row.version > request.version || (!row.left() && head.head != known);
+            let known = have.get(id.as_bytes().as_slice());
+            let is_known = known.map_or(0, |known| known.seq) == head.head
+                && (!request.details || known.map_or(0, |known| known.read_seq) == head.read_seq);
+            let changed = row.version > since || (!row.left() && !is_known);
             changed.then(|| list_row(id, row, &head))
         })
         .collect();
@@ -125,6 +130,10 @@ fn list_row(id: &ConversationId, row: &ListRow, head: &v1::Head) -> v1::Conversa
         left: row.left(),
         joined_seq: row.joined_seq,
         left_seq: row.left_seq,
+        preview: head.preview.clone(),
+        mentions: head.mentions,
+        mentioned_seqs: head.mentioned_seqs.clone(),
+        cursors: head.cursors.clone(),
     }
 }
 
@@ -133,6 +142,7 @@ fn list_row(id: &ConversationId, row: &ListRow, head: &v1::Head) -> v1::Conversa
 async fn ask_heads(
     cluster: &Arc<Cluster>,
     user: &UserId,
+    details: bool,
     conversations: impl Iterator<Item = ConversationId>,
 ) -> Result<BTreeMap<ConversationId, v1::Head>, v1::Status> {
     let mut by_shard: BTreeMap<ShardId, Vec<ConversationId>> = BTreeMap::new();
@@ -142,7 +152,7 @@ async fn ask_heads(
     let mut answers = Vec::with_capacity(by_shard.len());
     for (shard, conversations) in by_shard {
         let (sender, receiver) = oneshot::channel();
-        let query = HeadsQuery { user: user.clone(), conversations };
+        let query = HeadsQuery { user: user.clone(), conversations, details };
         cluster.send(shard, ShardMessage::Heads(query), ReplyTo::Task(sender));
         answers.push(receiver);
     }

@@ -10,6 +10,7 @@ use crate::{
     caller::Caller,
     conversation::Conversation,
     message::{Call, Effect, ReplyTo},
+    worker::heads::Draft,
 };
 
 /// Something to do in a conversation. While it is being opened, requests wait in the order in which they came.
@@ -17,9 +18,10 @@ use crate::{
 pub enum Request {
     Send { caller: Arc<Caller>, send: SendRequest, answer: SendAnswer },
     Signal { caller: Arc<Caller>, signal: v1::Signal },
+    Received { caller: Arc<Caller>, seq: u64 },
     Effect { effect: Effect, reply_to: ReplyTo },
     Call { call: Call, reply_to: ReplyTo },
-    Head { user: UserId, router: InstanceId, answer: oneshot::Sender<v1::Head> },
+    Head { user: UserId, router: InstanceId, answer: oneshot::Sender<Draft> },
 }
 
 /// A message to be numbered.

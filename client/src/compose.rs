@@ -23,6 +23,11 @@ impl Text {
         Self(v1::Text { text: text.into(), mentions: Vec::new() })
     }
 
+    /// The text without its mentions.
+    pub fn as_str(&self) -> &str {
+        &self.0.text
+    }
+
     /// Goes on with this.
     #[must_use]
     pub fn text(mut self, text: &str) -> Self {

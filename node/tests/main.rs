@@ -3,6 +3,7 @@
 mod api;
 mod cluster;
 mod edges;
+mod lists;
 mod process;
 mod server;
 mod tidy;

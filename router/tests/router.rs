@@ -5,6 +5,7 @@ mod support;
 mod conversations;
 mod large;
 mod lifecycle;
+mod lists;
 mod moves;
 mod ownership;
 mod patience;

@@ -146,7 +146,7 @@ pub(super) enum Command {
         #[arg(long, value_name = "N")]
         limit: Option<u64>,
     },
-    /// Print your conversations: id, kind, name, head, unread, separated by tabs.
+    /// Print your conversations: id, kind, name, head, unread, unread mentions, separated by tabs.
     #[command(after_help = "Example: im --as alice list --format json")]
     List,
     /// Create groups and change who is in them.

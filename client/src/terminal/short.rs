@@ -66,6 +66,7 @@ struct ConversationJson<'a> {
     name: &'a str,
     head: u64,
     unread: u64,
+    mentions: u64,
 }
 
 async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
@@ -79,13 +80,15 @@ async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
             v1::ConversationKind::Self_ => ("self", "me".to_owned()),
             v1::ConversationKind::Unspecified => ("unknown", row.name.clone()),
         };
-        let (head, unread) = (row.head, row.unread);
+        let v1::ConversationRow { head, unread, mentions, .. } = *row;
         match output.format() {
             Format::Plain => {
                 let name = name.replace(['\t', '\n', '\r'], " ");
-                output.line(&format!("{id}\t{kind}\t{name}\t{head}\t{unread}"))?;
+                output.line(&format!("{id}\t{kind}\t{name}\t{head}\t{unread}\t{mentions}"))?;
             }
-            Format::Json => output.json(&ConversationJson { conversation: &id, kind, name: &name, head, unread })?,
+            Format::Json => {
+                output.json(&ConversationJson { conversation: &id, kind, name: &name, head, unread, mentions })?;
+            }
         }
     }
     Ok(())

@@ -145,6 +145,7 @@ async fn come_back(
             let known = rows.iter().map(|row| v1::SyncHave {
                 conversation_id: row.conversation_id.clone(),
                 seq: row.head.saturating_sub(MISSED),
+                read_seq: 0,
             });
             positions[index] = Some(known.collect());
         }
@@ -156,7 +157,7 @@ async fn come_back(
 }
 
 async fn sync(control: &mut Control, have: Vec<v1::SyncHave>) -> anyhow::Result<Vec<v1::ConversationRow>> {
-    let mut request = v1::SyncRequest { version: 0, have, page: bytes::Bytes::new(), limit: 0 };
+    let mut request = v1::SyncRequest { version: 0, have, page: bytes::Bytes::new(), limit: 0, details: false };
     let mut rows = Vec::new();
     loop {
         let reply: v1::SyncReply = control.call(Method::ConversationSync, &request).await.context("sync")?;

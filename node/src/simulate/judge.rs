@@ -9,6 +9,7 @@ use std::{
 use im_client::{CallError, Entry, Target};
 use im_proto::{
     ConversationId, UserId,
+    body::{FLAG_COUNTED, FLAG_MENTIONS_ALL, names},
     v1::{self, EntryKind, system_event::Event},
 };
 use tokio::time::{Instant, sleep};
@@ -174,13 +175,38 @@ async fn unsettled(people: &Arc<People>, logs: &BTreeMap<ConversationId, Log>) -
             let is_own = people.world.secret.self_id(user) == *id;
             match (log.readers.get(user), row) {
                 _ if is_own => {}
-                (Some(_), Some(row)) if !row.left && row.head == log.head => {}
+                (Some(_), Some(row)) if !row.left && row.head == log.head => {
+                    missing.extend(miscounted(people, user, *id, log, row));
+                }
                 (None, row) if row.is_none_or(|row| row.left) => {}
                 (reader, row) => missing.push(format!("the list of {user} at {id}: {row:?}, in it since {reader:?}")),
             }
         }
     }
     missing
+}
+
+/// What is unread, by the list and by the entries beyond the read cursor; and a cursor that fell back.
+fn miscounted(
+    people: &People,
+    user: &UserId,
+    id: ConversationId,
+    log: &Log,
+    row: &v1::ConversationRow,
+) -> Option<String> {
+    let beyond: Vec<&Entry> = log.entries.iter().filter(|entry| entry.seq > row.read_seq).collect();
+    let counted = |wanted: &dyn Fn(&Entry) -> bool| beyond.iter().filter(|entry| wanted(entry)).count() as u64;
+    let is_named = |entry: &Entry| {
+        entry.flags & FLAG_MENTIONS_ALL != 0 || names(&entry.body).users.iter().any(|named| *named == user.as_str())
+    };
+    let unread = counted(&|entry| entry.flags & FLAG_COUNTED != 0);
+    let mentions = counted(&|entry| entry.kind == EntryKind::Message && is_named(entry));
+    let own = counted(&|entry| entry.sender.as_ref() == Some(user));
+    let read = people.record.lock().read.get(&(user.clone(), id)).copied().unwrap_or(0);
+    let is_right = (row.unread, row.mentions, own) == (unread, mentions, 0) && row.read_seq >= read;
+    (!is_right).then(|| {
+        format!("the list of {user} at {id}: {unread} unread, {mentions} mentions, {own} own beyond, {read} read; it says {row:?}")
+    })
 }
 
 /// Hands everything to the checker.

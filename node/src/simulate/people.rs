@@ -9,11 +9,11 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use im_client::{
-    Backoff, Client, ClientConfig, DialError, Dialer, Endpoint, Event, FollowAll, SendError, Stream, Target,
+    Backoff, Client, ClientConfig, DialError, Dialer, Endpoint, Event, FollowAll, SendError, Stream, Target, compose,
 };
 use im_loadtest::checker::{self, History};
 use im_proto::{
-    ConversationId, StatusCode, UserId, body,
+    ConversationId, StatusCode, UserId,
     environment::Environment,
     frame::{self, Decoded},
     limits,
@@ -59,6 +59,8 @@ pub struct Record {
     acknowledged: BTreeMap<(Bytes, Bytes), u64>,
     /// How far each device was shown each conversation.
     pub shown: BTreeMap<(usize, ConversationId), u64>,
+    /// Read cursors that were acknowledged.
+    pub read: BTreeMap<(UserId, ConversationId), u64>,
     /// Bodies that were refused for good.
     pub refused: BTreeMap<Bytes, String>,
     pub open_sends: u64,
@@ -172,9 +174,9 @@ impl People {
     }
 
     /// Sends a message and records what becomes of it. Returns when it has a place among those that may be unacknowledged.
-    pub async fn send(self: &Arc<Self>, device: &Device, target: Target, text: String) {
+    pub async fn send(self: &Arc<Self>, device: &Device, target: Target, text: compose::Text) {
         let conversation = self.conversation(device, &target);
-        let body = body::text(text.clone());
+        let body = text.clone().body();
         let _in_order = device.order.lock().await;
         {
             let mut record = self.record.lock();
@@ -185,7 +187,7 @@ impl People {
             let view = record.history.view(record.clients[device.number], known);
             record.history.sent(view, &body, &body);
         }
-        self.world.trace.event("send", || format!("{} to {target}: {}", device.name, short(&text)));
+        self.world.trace.event("send", || format!("{} to {target}: {}", device.name, short(text.as_str())));
         let people = self.clone();
         let number = device.number;
         match device.client.enqueue(target, body.clone()).await {
@@ -267,7 +269,19 @@ impl People {
             let target = self.target(&device, &mut dice);
             let long = if dice.percent(3) { dice.between(500, 6_000) } else { dice.between(0, 120) };
             let text = format!("{}/{number} {}", device.name, "x".repeat(usize::try_from(long).unwrap_or(0)));
-            self.send(&device, target, text).await;
+            let text = compose::Text::new(text);
+            let text = match dice.between(0, 9) {
+                0 => text.mention_all(),
+                // Who is not in the conversation is refused, and that is an outcome.
+                1 => text.mention(&device.user),
+                2 => UserId::parse(dice.pick::<String>(&self.users)).map_or(text.clone(), |user| text.mention(&user)),
+                _ => text,
+            };
+            self.send(&device, target.clone(), text).await;
+            if dice.percent(30) {
+                let (people, reader) = (self.clone(), device.clone());
+                device.environment.spawn(async move { people.read(&reader, target).await });
+            }
         }
     }
 
@@ -276,7 +290,20 @@ impl People {
         let mut dice = Dice::new(self.world.plan.seed, "burst");
         let target = self.target(&device, &mut dice);
         for number in 0..count {
-            self.send(&device, target.clone(), format!("{}/burst {number}", device.name)).await;
+            self.send(&device, target.clone(), compose::Text::new(format!("{}/burst {number}", device.name))).await;
+        }
+    }
+
+    /// A device says that its user has read what it was shown. An acknowledged cursor never falls back.
+    async fn read(&self, device: &Device, target: Target) {
+        let conversation = self.conversation(device, &target);
+        let seq = self.shown_through(device, conversation);
+        let marked = device.client.mark_read(Target::Conversation(conversation), seq).await;
+        self.world.trace.event("read", || format!("{} {conversation} {seq} {marked:?}", device.name));
+        if let Ok(marked) = marked {
+            let mut record = self.record.lock();
+            let read = record.read.entry((device.user.clone(), conversation)).or_default();
+            *read = marked.read_seq.max(*read);
         }
     }
 

@@ -30,7 +30,7 @@ const READS_AT_A_TIME: usize = 32;
 
 impl Context {
     /// The head of an open conversation, for a user at a router. What is committed from now on is sent to that router.
-    pub fn head_of(&self, conversation: &mut Conversation, user: &UserId, router: &InstanceId) -> Draft {
+    pub fn head_of(&self, conversation: &mut Conversation, user: &UserId, router: &InstanceId, details: bool) -> Draft {
         let registration = self.register(conversation, user, router);
         let cursor = conversation.cursor(user);
         let head = v1::Head {
@@ -44,7 +44,8 @@ impl Context {
             registered: registration == Registration::Made,
             ..v1::Head::default()
         };
-        Draft { id: conversation.id, head, read_all: cursor.all, facts: Facts::of(conversation, user) }
+        let facts = if details { Facts::of(conversation, user) } else { Facts::default() };
+        Draft { id: conversation.id, head, read_all: cursor.all, facts }
     }
 }
 
@@ -65,10 +66,20 @@ impl Worker {
                 continue;
             }
             match self.conversations.get_mut(&id) {
-                Some(Slot::Open(conversation)) => ready.push(self.context.head_of(conversation, &query.user, &router)),
+                Some(Slot::Open(conversation)) => {
+                    ready.push(self.context.head_of(conversation, &query.user, &router, query.details))
+                }
                 Some(Slot::Opening { .. } | Slot::Raising { .. }) => {
                     let (answer, receiver) = oneshot::channel();
-                    self.request(id, Request::Head { user: query.user.clone(), router: router.clone(), answer });
+                    self.request(
+                        id,
+                        Request::Head {
+                            user: query.user.clone(),
+                            router: router.clone(),
+                            details: query.details,
+                            answer,
+                        },
+                    );
                     opening.push(receiver);
                 }
                 None => quiet.push(id),

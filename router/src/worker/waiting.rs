@@ -21,7 +21,7 @@ pub enum Request {
     Received { caller: Arc<Caller>, seq: u64 },
     Effect { effect: Effect, reply_to: ReplyTo },
     Call { call: Call, reply_to: ReplyTo },
-    Head { user: UserId, router: InstanceId, answer: oneshot::Sender<Draft> },
+    Head { user: UserId, router: InstanceId, details: bool, answer: oneshot::Sender<Draft> },
 }
 
 /// A message to be numbered.

@@ -239,8 +239,7 @@ pub async fn mentions(
     let rows = store.scan(Table::Mentions, &partition, Some(&after), limits::MENTIONS_COUNTED_MAX).await?;
     let mut seqs: BTreeSet<u64> = rows.iter().map(|row| row.timestamp).collect();
     seqs.extend(&facts.unwritten);
-    let unread: Vec<u64> = seqs.range(cursor.seq + 1..=head.max(cursor.seq + 1)).copied().collect();
-    let unread: Vec<u64> = unread.into_iter().filter(|seq| *seq <= head).collect();
+    let unread: Vec<u64> = seqs.into_iter().filter(|seq| (cursor.seq + 1..=head).contains(seq)).collect();
     let count = unread.len().min(limits::MENTIONS_COUNTED_MAX) as u64;
     let newest = unread[unread.len().saturating_sub(limits::MENTIONED_SEQS_MAX)..].to_vec();
     Ok(Mentions { count: count + all, newest })

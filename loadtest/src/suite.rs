@@ -57,7 +57,9 @@ pub fn steps(common: &Common, quick: bool) -> Vec<Step> {
         add(&format!("chat --pairs {pairs}"), Scenario::Chat(chat));
     }
     for transport in [Transport::Tls, Transport::Quic] {
-        let chat = with(&|c| (c.pairs, c.transport) = (Some(sizes.pairs[0]), transport));
+        let chat = with(&|c| {
+            (c.pairs, c.transport, c.peer) = (Some(sizes.pairs[0]), transport, common.peer.or(Some(Peer::RedisStream)));
+        });
         add(&format!("chat over {transport:?}"), Scenario::Chat(chat));
     }
     add("curve", Scenario::Curve(with(&|c| c.pairs = Some(sizes.pairs[0]))));

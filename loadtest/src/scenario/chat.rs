@@ -6,9 +6,12 @@ use crate::{
     crowd::{Flow, LanePlan, Plan, SendPlan, With},
     load::{Load, LoadPlan},
     options::Common,
-    report::{Report, round},
+    report::{Goal, Report, round},
+    stream::Transport,
 };
 
+/// TLS and QUIC: of what TCP has to reach.
+const OTHER_TRANSPORTS: f64 = 0.6;
 /// Pairs if the options do not say.
 pub const PAIRS: usize = 100;
 
@@ -36,6 +39,14 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
         report.detail("share_of_closed_loop", round(report.delivered_per_s / closed.delivered_per_s.max(1.0)));
     }
     ratios(&mut report, &ceilings, peer.as_ref());
+    if options.rate.is_none()
+        && let (Some(ratio), Some(peer)) = (report.ratio, peer.as_ref())
+        && peer.on_disk_before_ack
+    {
+        let what = format!("{pairs} pairs over {:?}, delivered a second against peer {}", report.transport, peer.name);
+        let wanted = if report.transport == Transport::Tcp { 1.0 } else { OTHER_TRANSPORTS };
+        report.goals.push(Goal::at_least("PF1", &what, wanted, ratio));
+    }
     target.close(&mut report).await?;
     Ok(report)
 }

@@ -17,7 +17,7 @@ use crate::{
     load::{Load, LoadPlan, total},
     measure::Reading,
     options::Common,
-    report::{Latencies, Percentiles, Report},
+    report::{Goal, Latencies, Percentiles, Report},
     server::ServerProcess,
     timeline::Timeline,
 };
@@ -32,6 +32,8 @@ const ACKS_BETWEEN_KILLS: u64 = 200;
 const KILL_WITHIN: Duration = Duration::from_millis(60);
 /// Progress that does not come within this is a failure of its own.
 const PROGRESS_WITHIN: Duration = Duration::from_secs(60);
+/// What the goal asks for: seconds until clients are served again.
+const BACK_WITHIN: f64 = 5.0;
 const SETTLE_WITHIN: Duration = Duration::from_secs(60);
 
 /// One run.
@@ -76,6 +78,13 @@ pub async fn run(options: &Common, kills: u32) -> anyhow::Result<Report> {
     }
     judge(&target, options, outcome, &mut report).await?;
     report.reasons.push(POWER_LOSS.to_owned());
+    let longest = outages.max as f64 / 1e6;
+    report.goals.push(Goal::at_most(
+        "PF12",
+        "from SIGKILL to the first ack after it, the longest, s",
+        BACK_WITHIN,
+        longest,
+    ));
     // Killed instead of drained, the server had nothing to say; its end after the run is not judged here.
     target.close(&mut report).await?;
     Ok(report)

@@ -11,8 +11,11 @@ use crate::{
     crowd::{Flow, LanePlan, Plan, SendPlan, With},
     load::{Load, LoadPlan},
     options::Common,
-    report::Report,
+    report::{Goal, Report},
 };
+
+/// What the goal asks for.
+const SHARE_OF_CEILING: f64 = 0.75;
 
 /// One run.
 pub async fn run(options: &Common) -> anyhow::Result<Report> {
@@ -26,6 +29,12 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
     let mut target = Target::open(options).await?;
     let mut report = once(&mut target, options, online).await?;
     ratios(&mut report, &ceilings, peer.as_ref());
+    if let (None, Some(ceiling)) = (options.rate, ceilings.first()) {
+        let what =
+            format!("deliveries to {online} members online, window {}, against the bare fan-out", options.window);
+        let reached = report.delivered_per_s / ceiling.delivered_per_s.max(1.0);
+        report.goals.push(Goal::at_least("PF3", &what, SHARE_OF_CEILING, reached));
+    }
     target.close(&mut report).await?;
     Ok(report)
 }

@@ -32,6 +32,9 @@ const SPARE_DESCRIPTORS: u64 = 500;
 /// What the servers use by themselves is measured for this long before anybody connects.
 const ALONE: Duration = Duration::from_secs(3);
 
+/// The kernel counts CPU in hundredths of a second: below this a ratio says nothing.
+const CPU_SECONDS_MIN: f64 = 0.2;
+
 /// What a process of clients says at its end.
 #[derive(Debug, Default, Deserialize, Serialize)]
 struct Held {
@@ -157,6 +160,13 @@ async fn cost(
     let bare = bare(options, shares).await?;
     let ratio = own / bare.server_cpu_us_per_heartbeat.max(0.001);
     report.detail("bare", &bare);
+    if [usage.server_cores * usage.seconds, bare.server_cores * usage.seconds].iter().any(|&cpu| cpu < CPU_SECONDS_MIN)
+    {
+        let what =
+            format!("servers used less than {CPU_SECONDS_MIN} s of CPU: too little to say what a heartbeat costs");
+        report.reasons.push(what);
+        return Ok(());
+    }
     report.detail("heartbeat_against_bare", round(ratio));
     report.goals.push(Goal::at_most("PF6", "CPU of a heartbeat against the bare server", 1.5, ratio));
     Ok(())

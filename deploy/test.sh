@@ -149,6 +149,7 @@ step "tests on services" service_tests
 step "release build" cargo build --locked --release --workspace
 step "demo" target/release/imd demo
 step "end to end" bash deploy/e2e.sh
+step "examples of the SDK" bash deploy/e2e-examples.sh
 step "a client from SPEC.md alone" bash deploy/e2e-python.sh
 step "end to end on a cluster" env IM_SERVICES_DIR="$services_dir" bash deploy/e2e-cluster.sh
 step "simulation" target/release/imd simulate --seeds "${SIMULATION_SEEDS:-200}"

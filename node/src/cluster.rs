@@ -4,6 +4,7 @@
 //! What it refuses: a store or a registry of another cluster, a configuration that cannot work; all with exit 2 and one line.
 
 pub mod admin;
+mod credentials;
 pub mod files;
 pub mod gateway;
 mod incarnation;

@@ -52,7 +52,7 @@ fn options(config: &Config) -> Result<ScyllaOptions, Failure> {
     if config.cluster.cql_nodes().is_empty() {
         return Err(Failure::usage("--cql HOST:PORT is missing: the embedded store needs no schema"));
     }
-    Ok(scylla_options(&config.cluster))
+    scylla_options(&config.cluster)
 }
 
 fn failed(config: &Config, error: StoreError) -> Failure {

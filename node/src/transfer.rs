@@ -174,7 +174,7 @@ async fn open_cql(config: &Config, environment: &Environment) -> Result<Store, F
             "name a store: --data DIR for an embedded one, --cql HOST:PORT for one of a cluster",
         ));
     }
-    let scylla = Scylla::connect(scylla_options(&config.cluster), environment.clone()).await;
+    let scylla = Scylla::connect(scylla_options(&config.cluster)?, environment.clone()).await;
     Ok(Store::from(scylla.map_err(|error| refused(&config.cluster, &ClusterError::Store(error)))?))
 }
 

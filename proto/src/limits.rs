@@ -60,6 +60,8 @@ limits! {
     DEDUPE_SCAN_ENTRIES_MAX: u64 = 65_536;
     /// Newest entries that an owner remembers for idempotency.
     DEDUPE_ENTRIES: usize = 1_024;
+    /// Users whose presence is read in one call.
+    PRESENCE_USERS_MAX: usize = 32;
     /// Members of a group named in one call.
     MEMBERS_PER_CALL_MAX: usize = 1_000;
     /// The name of a group.

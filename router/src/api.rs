@@ -15,6 +15,7 @@ use crate::{
     cluster::Cluster,
     message::{AnswerValue, Call, ReplyTo, ShardMessage},
     placement,
+    user_limits::Limited,
 };
 
 /// Handles a call of an authenticated client.
@@ -25,8 +26,11 @@ pub fn call(cluster: &Arc<Cluster>, caller: Arc<Caller>, number: u32, request: B
     if !method.audience().contains(&Audience::Client) {
         return cluster.answer(reply_to, Err(StatusCode::Forbidden.to_status()));
     }
+    if let Err(status) = charge(cluster, &caller, method) {
+        return cluster.answer(reply_to, Err(status));
+    }
     if method == Method::PlacementLocate {
-        let reply = placement::locate(cluster, Some(&caller.user)).encode_to_vec();
+        let reply = placement::locate(cluster, Some(&caller)).encode_to_vec();
         return cluster.answer(reply_to, Ok(AnswerValue::Reply(reply.into())));
     }
     match conversation_of(cluster, &caller, method, &request) {
@@ -36,6 +40,15 @@ pub fn call(cluster: &Arc<Cluster>, caller: Arc<Caller>, number: u32, request: B
         }
         Err(status) => cluster.answer(reply_to, Err(status.to_status())),
     }
+}
+
+/// A call costs what its method declares, a send by call is a send.
+fn charge(cluster: &Cluster, caller: &Caller, method: Method) -> Result<(), v1::Status> {
+    let (kind, cost) = match method {
+        Method::MessageSend => (Limited::Sends, 1),
+        method => (Limited::Calls, method.cost()),
+    };
+    cluster.user_limits.take(cluster, &caller.user, kind, cost)
 }
 
 /// The conversation whose owner answers a call.
@@ -55,7 +68,7 @@ pub fn conversation_of(
         Method::MessageHistory => target(cluster, caller, decode!(v1::HistoryRequest).target),
         Method::ConversationMarkRead => target(cluster, caller, decode!(v1::MarkReadRequest).target),
         Method::ConversationSignal => target(cluster, caller, decode!(v1::SignalRequest).target),
-        Method::ConversationSync => Ok(caller.self_id),
+        Method::ConversationSync | Method::PresenceRead => Ok(caller.self_id),
         Method::GroupCreate => {
             let request = decode!(v1::GroupCreateRequest);
             if request.key.is_empty() || request.key.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {

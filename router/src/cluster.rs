@@ -10,6 +10,7 @@ use std::{
 
 use im_proto::{ConversationId, Epoch, InstanceId, ShardId, UserId, environment::Environment, token::Verifier, v1};
 use im_registry::{Role, View};
+use im_storage::{Hot, MemoryHot};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -23,6 +24,8 @@ use crate::{
     message::{Answer, AnswerValue, AudienceDelivery, Delivery, ReplyTo, ShardMessage, unavailable},
     metrics::Metrics,
     peer_link::PeerLink,
+    placement::Load,
+    user_limits::UserLimits,
     worker::{
         Worker,
         input::{GatewayInput, Input},
@@ -78,6 +81,9 @@ pub struct Cluster {
     pub environment: Environment,
     pub verifier: Verifier,
     pub metrics: Metrics,
+    /// Hints that may vanish at any time: presence, counts for limits.
+    pub hot: Hot,
+    pub user_limits: UserLimits,
     owners: RwLock<Arc<Owners>>,
     /// For placement: the newest view.
     view: RwLock<Arc<View>>,
@@ -101,9 +107,12 @@ impl Cluster {
     pub fn new(config: RouterConfig, environment: Environment, workers: Vec<mpsc::UnboundedSender<Input>>) -> Self {
         let verifier =
             Verifier::new(&config.verify_keys, &config.issuer, &config.cluster_id, config.token_lifetime_max);
+        let hot = config.hot.clone().unwrap_or_else(|| MemoryHot::new(&environment).into());
         Self {
             verifier,
             metrics: Metrics::new(),
+            user_limits: UserLimits::new(config.user_sends_max, config.user_call_cost_max),
+            hot,
             owners: RwLock::default(),
             view: RwLock::default(),
             workers,
@@ -153,6 +162,12 @@ impl Cluster {
     /// The newest view of the registry.
     pub fn view(&self) -> Arc<View> {
         self.view.read().clone()
+    }
+
+    /// What gateways said of themselves in the last seconds.
+    pub fn gateway_loads(&self) -> BTreeMap<InstanceId, Load> {
+        let links = self.links.read();
+        links.iter().filter_map(|(gateway, link)| Some((gateway.clone(), link.load()?))).collect()
     }
 
     /// The shard of a conversation.

@@ -8,6 +8,7 @@ use im_proto::{
     limits,
     token::VerifyKey,
 };
+use im_storage::Hot;
 
 /// Configuration of a router.
 #[derive(Clone, Debug)]
@@ -57,6 +58,12 @@ pub struct RouterConfig {
     pub named_sessions_min: usize,
     /// Sessions of one user.
     pub sessions_per_user_max: usize,
+    /// Sends of one user in ten seconds, in the whole cluster; 0 is no limit.
+    pub user_sends_max: u32,
+    /// The cost of one user's calls in ten seconds, in the whole cluster; 0 is no limit.
+    pub user_call_cost_max: u32,
+    /// Where presence and counts for limits are shared; `None`: in this router's memory.
+    pub hot: Option<Hot>,
 }
 
 impl RouterConfig {
@@ -89,6 +96,9 @@ impl RouterConfig {
             large_members: limits::LARGE_MEMBERS,
             named_sessions_min: 16,
             sessions_per_user_max: 64,
+            user_sends_max: 0,
+            user_call_cost_max: 0,
+            hot: None,
         }
     }
 }

@@ -4,42 +4,45 @@
 //! gateway is bounded in bytes: beyond the bound live pushes are dropped and all its sessions are told to resync; acks and replies
 //! are few (bounded by the sends and calls that a gateway may have in flight) and are never dropped.
 
+mod pump;
+
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use im_proto::{
     ConversationId, InstanceId, SessionId, StatusCode,
-    link::{
-        Arrival, Batch, Incoming, Outgoing,
-        channel::{LinkItem, RouterEnd},
-    },
+    link::{Arrival, Batch, Incoming, Outgoing},
     token, v1,
     v1::{gateway_message::Message as FromGateway, router_message::Message as ToGateway},
 };
 use metrics::Counter;
 use parking_lot::{Mutex, RwLock};
-use tokio::{
-    sync::{Notify, mpsc},
-    time::MissedTickBehavior,
-};
+use tokio::{sync::Notify, time::Instant};
 
 use crate::{
     api,
     caller::{Caller, SessionKey},
     cluster::Cluster,
-    link_queue::{ACKNOWLEDGE_EVERY, Acknowledged, LinkQueue, Weighed as _},
+    link_queue::{Acknowledged, LinkQueue, Weighed as _},
     message::{Answer, AnswerValue, ReplyTo},
+    placement::Load,
+    user_limits::Limited,
     worker::input::{GatewayInput, Input},
 };
 
+pub use self::pump::serve;
+
 /// Replay buffer of one link.
 const REPLAY_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// A load counts for so long: gateways report it each second, and three reports may be late.
+const LOAD_HOLDS: Duration = Duration::from_secs(4);
 
 /// A gateway as this router sees it.
 pub struct GatewayLink {
@@ -56,8 +59,8 @@ pub struct GatewayLink {
     numbering: Mutex<Numbering>,
     /// Only the newest connection pumps.
     connection: AtomicU64,
-    pub load: AtomicU64,
-    pub capacity: AtomicU64,
+    /// What the gateway said last of itself, and when.
+    load: Mutex<Option<(Load, Instant)>>,
 }
 
 #[derive(Default)]
@@ -90,8 +93,7 @@ impl GatewayLink {
                 acknowledged: Acknowledged::default(),
             }),
             connection: AtomicU64::new(0),
-            load: AtomicU64::new(0),
-            capacity: AtomicU64::new(0),
+            load: Mutex::new(None),
         }
     }
 
@@ -157,6 +159,23 @@ impl GatewayLink {
         }
     }
 
+    /// Answers a send that goes no further.
+    fn refuse_send(&self, send: &v1::SessionSend, message: &v1::Send, status: v1::Status) {
+        let ack = v1::SendAck {
+            client_message_id: message.client_message_id.clone(),
+            conversation_id: send.conversation_id.clone(),
+            status: Some(status),
+            ..v1::SendAck::default()
+        };
+        let result = v1::SendResult { session_id: send.session_id, ack: Some(ack) };
+        self.send(vec![v1::RouterMessage { message: Some(ToGateway::SendResult(result)) }]);
+    }
+
+    /// What the gateway said of itself, unless that is long ago.
+    pub fn load(&self) -> Option<Load> {
+        (*self.load.lock()).filter(|(_, heard)| heard.elapsed() < LOAD_HOLDS).map(|(load, _)| load)
+    }
+
     /// The session is over, or was refused.
     pub fn forget_session(&self, session: SessionId) -> Option<Arc<Caller>> {
         let mut opening = self.opening.lock();
@@ -188,146 +207,6 @@ impl GatewayLink {
         let resync = Some(v1::Resync { reason: reason.into(), spread_ms: 1000 });
         v1::RouterMessage { message: Some(ToGateway::Resync(v1::SessionsResync { session_ids, resync })) }
     }
-}
-
-/// Serves one connection of a gateway until it breaks.
-pub async fn serve(cluster: Arc<Cluster>, mut end: RouterEnd) {
-    let Some(LinkItem::Hello(hello)) = end.receiver.recv().await else { return };
-    let Some(link) = admit(&cluster, &hello) else { return };
-    let connection = link.connection.fetch_add(1, Ordering::AcqRel) + 1;
-    // Retired between the two steps above: this connection would not be told.
-    if !cluster.links.read().get(&link.instance).is_some_and(|known| Arc::ptr_eq(known, &link)) {
-        return;
-    }
-    let replay = {
-        let mut numbering = link.numbering.lock();
-        let knows_us = hello.peer_boot_id == cluster.config.boot.0;
-        let received = if knows_us { hello.received_through } else { 0 };
-        numbering.incoming.reconnected();
-        numbering.outgoing.replay(received)
-    };
-    let answer = v1::LinkHello {
-        instance_id: cluster.config.instance.to_string(),
-        boot_id: cluster.config.boot.0,
-        peer_boot_id: link.boot,
-        received_through: link.numbering.lock().incoming.received_through(),
-        cluster_id: cluster.config.cluster_id.clone(),
-        shards: cluster.config.shards.get(),
-    };
-    if end.sender.send(LinkItem::Hello(answer)).await.is_err() {
-        return;
-    }
-    let replay = replay.unwrap_or_else(|| {
-        link.send(vec![link.resync_all(v1::ResyncReason::LinkLost)]);
-        Vec::new()
-    });
-    let replay = replay.into_iter().map(|(_, batch)| batch).collect();
-    pump(&cluster, &link, connection, replay, end).await;
-}
-
-fn admit(cluster: &Cluster, hello: &v1::LinkHello) -> Option<Arc<GatewayLink>> {
-    let instance = InstanceId::parse(&hello.instance_id).ok()?;
-    if hello.cluster_id != cluster.config.cluster_id {
-        tracing::error!(gateway = %instance, theirs = %hello.cluster_id, "a gateway of another cluster was refused");
-        return None;
-    }
-    if hello.shards != cluster.config.shards.get() {
-        tracing::error!(gateway = %instance, theirs = hello.shards, "a gateway with another number of shards was refused");
-        return None;
-    }
-    let mut links = cluster.links.write();
-    match links.get(&instance) {
-        Some(link) if link.boot == hello.boot_id => Some(link.clone()),
-        _ => {
-            let (room, dropped) = (cluster.config.link_queue_bytes_max, cluster.metrics.deliveries_dropped.clone());
-            let link = Arc::new(GatewayLink::new(instance.clone(), hello.boot_id, room, dropped));
-            if let Some(former) = links.insert(instance, link.clone()) {
-                former.retire();
-            }
-            Some(link)
-        }
-    }
-}
-
-/// Sending never blocks receiving: two full directions would wait for each other for ever.
-async fn pump(
-    cluster: &Arc<Cluster>,
-    link: &Arc<GatewayLink>,
-    connection: u64,
-    mut replay: VecDeque<Arc<v1::RouterBatch>>,
-    mut end: RouterEnd,
-) {
-    // Messages may have been queued for this gateway before a wake was stored.
-    let mut waits = true;
-    let mut acknowledge = tokio::time::interval(ACKNOWLEDGE_EVERY);
-    acknowledge.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut ended = cluster.ended();
-    loop {
-        tokio::select! {
-            biased;
-            // A router that has ended answers nobody: its links break, so that gateways look for the next owner.
-            () = async { let _ = ended.wait_for(Option::is_some).await; } => return,
-            item = async { cluster.gateway_room().await; end.receiver.recv().await } => match item {
-                Some(LinkItem::Batch(batch)) => {
-                    if link.connection.load(Ordering::Acquire) != connection || !take_batch(cluster, link, &batch) {
-                        return;
-                    }
-                    // Receiving must not starve sending.
-                    waits = match end.sender.try_reserve() {
-                        Ok(permit) => send_next(link, connection, &mut replay, permit),
-                        Err(_) => true,
-                    };
-                }
-                Some(LinkItem::Hello(_)) | None => return,
-            },
-            permit = end.sender.reserve(), if waits => match permit {
-                Ok(permit) => waits = send_next(link, connection, &mut replay, permit),
-                Err(_) => return,
-            },
-            () = link.wake.notified() => {
-                if link.connection.load(Ordering::Acquire) != connection {
-                    // A newer connection pumps; hand the wake on.
-                    link.wake.notify_one();
-                    return;
-                }
-                waits = true;
-            }
-            _ = acknowledge.tick() => {
-                let numbering = &mut *link.numbering.lock();
-                waits |= numbering.acknowledged.tick(&numbering.incoming);
-            }
-        }
-    }
-}
-
-/// Sends one batch, what must be sent again first; `false` if nothing waits any more.
-fn send_next(
-    link: &GatewayLink,
-    connection: u64,
-    replay: &mut VecDeque<Arc<v1::RouterBatch>>,
-    permit: mpsc::Permit<'_, LinkItem<v1::RouterBatch>>,
-) -> bool {
-    if let Some(batch) = replay.pop_front() {
-        permit.send(LinkItem::Batch(batch));
-        return true;
-    }
-    let mut numbering = link.numbering.lock();
-    if link.connection.load(Ordering::Acquire) != connection {
-        // A newer connection has taken the numbers over and sends what waits.
-        link.wake.notify_one();
-        return false;
-    }
-    let messages = link.take_queue();
-    let numbering = &mut *numbering;
-    if messages.is_empty() && !numbering.acknowledged.is_due() {
-        return false;
-    }
-    let acknowledged_through = numbering.acknowledged.told(&numbering.incoming);
-    let first_number = numbering.outgoing.next_number();
-    let batch = Arc::new(v1::RouterBatch { first_number, acknowledged_through, messages });
-    numbering.outgoing.push(batch.clone());
-    permit.send(LinkItem::Batch(batch));
-    true
 }
 
 /// Handles an arrived batch; `false` if the link must be reset.
@@ -410,7 +289,7 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
                 inputs.push(GatewayInput::Renew { link: link.clone(), caller, token: renew.token.clone() });
             }
         }
-        FromGateway::Send(send) => dispatch_send(link, send, inputs),
+        FromGateway::Send(send) => dispatch_send(cluster, link, send, inputs),
         FromGateway::Call(call) => dispatch_call(cluster, link, call),
         FromGateway::Signal(signal) => {
             let caller = link.session(SessionId(signal.session_id));
@@ -433,8 +312,8 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
             }
         }
         FromGateway::Load(load) => {
-            link.load.store(load.connections, Ordering::Relaxed);
-            link.capacity.store(if load.draining { 0 } else { load.capacity }, Ordering::Relaxed);
+            let load = Load { connections: load.connections, capacity: load.capacity, draining: load.draining };
+            *link.load.lock() = Some((load, Instant::now()));
         }
     }
 }
@@ -454,14 +333,14 @@ fn dispatch_open(cluster: &Cluster, link: &Arc<GatewayLink>, open: &v1::SessionO
     }
 }
 
-fn dispatch_send(link: &Arc<GatewayLink>, send: &v1::SessionSend, inputs: &mut Inputs<'_>) {
+fn dispatch_send(cluster: &Cluster, link: &Arc<GatewayLink>, send: &v1::SessionSend, inputs: &mut Inputs<'_>) {
     let Ok(conversation) = ConversationId::from_slice(&send.conversation_id) else { return };
     let Some(message) = &send.send else { return };
     match link.session(SessionId(send.session_id)) {
-        Some(caller) => {
-            let send = message.clone();
-            inputs.push(GatewayInput::Send { caller, conversation, send });
-        }
+        Some(caller) => match cluster.user_limits.take(cluster, &caller.user, Limited::Sends, 1) {
+            Ok(()) => inputs.push(GatewayInput::Send { caller, conversation, send: message.clone() }),
+            Err(status) => link.refuse_send(send, message, status),
+        },
         None => {
             let wanted = v1::CapabilityWanted {
                 session_id: send.session_id,

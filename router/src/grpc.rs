@@ -9,6 +9,7 @@ use im_proto::{
     v1::{
         self, conversation_service_server as conversation, group_service_server as group,
         message_service_server as message, placement_service_server as placement_server,
+        presence_service_server as presence,
     },
 };
 use prost::Message;
@@ -40,10 +41,12 @@ impl Router {
         let conversation =
             conversation::ConversationServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let group = group::GroupServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
+        let presence = presence::PresenceServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let placement = placement_server::PlacementServiceServer::new(api).max_decoding_message_size(REQUEST_BYTES_MAX);
-        let names = [name(&message), name(&conversation), name(&group), name(&placement)];
+        let names = [name(&message), name(&conversation), name(&group), name(&presence), name(&placement)];
         let routes = self.health_and_reflection(&names).await?;
-        Ok(routes.add_service(message).add_service(conversation).add_service(group).add_service(placement))
+        let routes = routes.add_service(message).add_service(conversation).add_service(group);
+        Ok(routes.add_service(presence).add_service(placement))
     }
 
     /// Health and reflection, to which a gRPC server adds the services that it names here. They and the server as a whole (the empty
@@ -181,6 +184,10 @@ service!(group::GroupService {
     members: GroupMembers, GroupMembersRequest => GroupMembersReply;
 });
 
+service!(presence::PresenceService {
+    read: PresenceRead, PresenceReadRequest => PresenceReadReply;
+});
+
 #[tonic::async_trait]
 impl placement_server::PlacementService for Api {
     async fn locate(&self, request: Request<v1::LocateRequest>) -> Result<Response<v1::LocateReply>, Status> {
@@ -189,6 +196,6 @@ impl placement_server::PlacementService for Api {
             true => Some(self.caller(&request)?),
             false => None,
         };
-        Ok(Response::new(placement::locate(&self.cluster, caller.as_ref().map(|caller| &caller.user))))
+        Ok(Response::new(placement::locate(&self.cluster, caller.as_ref())))
     }
 }

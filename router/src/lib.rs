@@ -2,10 +2,12 @@
 //!
 //! The parts: [`Router`] puts them together; `ownership` claims shards and fences predecessors; a `worker` for each core owns the
 //! conversations and users of its shards; `open` reads a conversation at take-over; `fence` checks ownership at commit;
-//! `gateway_link` and `peer_link` are the links; `api` dispatches calls; `placement` answers `Locate`.
+//! `gateway_link` and `peer_link` are the links; `api` dispatches calls; `placement` answers `Locate`, `balance` keeps gateways
+//! within their bounds.
 
 mod api;
 mod audience;
+mod balance;
 mod caller;
 mod cluster;
 pub mod config;
@@ -22,6 +24,7 @@ mod ownership;
 mod peer_link;
 pub mod placement;
 mod state;
+mod user_limits;
 mod worker;
 
 pub use cluster::Ended;
@@ -88,6 +91,8 @@ impl Router {
             stopping.clone(),
             released,
         );
+        environment.spawn(user_limits::account(cluster.clone()));
+        environment.spawn(balance::run(cluster.clone(), stopping.clone()));
         environment.spawn(ownership::follow_view(cluster.clone(), registry.clone(), lease, stopping));
         environment.spawn(ownership.run());
         environment.spawn(peer_link::maintain(cluster.clone(), peers, registry.view()));

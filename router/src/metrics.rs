@@ -26,6 +26,10 @@ pub struct Metrics {
     pub fence_reads: Counter,
     pub signals_passed: Counter,
     pub signals_dropped: Counter,
+    pub sessions_moved: Counter,
+    pub rate_limited: Counter,
+    pub presence_words: Counter,
+    pub gateways_shedding: Gauge,
 }
 
 impl Metrics {
@@ -53,6 +57,10 @@ impl Metrics {
             fence_reads: counter!("im_router_fence_reads_total"),
             signals_passed: counter!("im_router_signals_passed_total"),
             signals_dropped: counter!("im_router_signals_dropped_total"),
+            rate_limited: counter!("im_router_rate_limited_total"),
+            presence_words: counter!("im_router_presence_words_total"),
+            sessions_moved: counter!("im_router_sessions_moved_total"),
+            gateways_shedding: gauge!("im_router_gateways_shedding"),
         }
     }
 }

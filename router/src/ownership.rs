@@ -9,7 +9,7 @@ use std::{
 
 use im_proto::{ConversationId, InstanceId, ShardId, shard::rendezvous_owner};
 use im_registry::{
-    AnyRegistry, CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Lease, Registry as _, RegistryError, Role, View,
+    AnyRegistry, CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Instance, Lease, Registry as _, RegistryError, Role, View,
 };
 use im_storage::{StoreError, Table};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -22,6 +22,8 @@ use crate::{
 
 /// How often claims are tried again without a change of the view.
 const RETRY: Duration = Duration::from_millis(250);
+/// How long a router that stops waits for the registry to take note.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// Rows of one scan for busy conversations.
 const BUSY_ROWS: usize = 512;
 
@@ -378,7 +380,21 @@ impl Ownership {
         }
     }
 
+    /// Others stop choosing this router before it gives anything up; what it gives up then has a next owner at once. Without an answer
+    /// they learn it from the end of its registration.
+    async fn mark_draining(&self) {
+        let me = &self.cluster.config.instance;
+        let Some(instance) = self.registry.view().borrow().instances.get(me).cloned() else { return };
+        let update = self.registry.update(&self.lease, Instance { draining: true, ..instance });
+        match tokio::time::timeout(FAREWELL, update).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "the registry does not know that this router drains"),
+            Err(_) => tracing::debug!("the registry was not told in time that this router drains"),
+        }
+    }
+
     async fn release_all(&mut self) {
+        self.mark_draining().await;
         let shards: Vec<ShardId> = self.held.keys().copied().collect();
         for shards in shards.chunks(CLAIMS_PER_CALL_MAX) {
             self.release(shards).await;

@@ -20,11 +20,13 @@ pub mod heads;
 mod history;
 pub mod idle;
 mod opening;
+mod presence;
 pub mod receipts;
 pub mod repeats;
 mod sends;
 mod sessions;
 mod shards;
+pub mod shedding;
 mod signals;
 mod sync;
 

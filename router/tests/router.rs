@@ -2,7 +2,9 @@
 
 mod support;
 
+mod balance;
 mod conversations;
+mod hot;
 mod large;
 mod lifecycle;
 mod lists;

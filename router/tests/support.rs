@@ -247,10 +247,14 @@ impl World {
             draining: false,
         };
         let lease = registry.register(instance, Duration::from_secs(10)).await.unwrap();
+        TestGateway { _registered: Some((registry, lease)), ..self.link(name, router).await }
+    }
+
+    /// Another link of a registered gateway.
+    pub async fn link(&self, name: &str, router: &Router) -> TestGateway {
         let (near, far) = pair(64);
         router.accept_gateway(far);
-        let mut gateway =
-            TestGateway { end: near, next: 1, inbox: VecDeque::new(), _registry: registry, _lease: lease };
+        let mut gateway = TestGateway { end: near, next: 1, inbox: VecDeque::new(), _registered: None };
         let hello = v1::LinkHello {
             instance_id: name.to_owned(),
             boot_id: 5,
@@ -283,8 +287,7 @@ pub struct TestGateway {
     end: GatewayEnd,
     next: u64,
     pub inbox: VecDeque<Down>,
-    _registry: AnyRegistry,
-    _lease: im_registry::Lease,
+    _registered: Option<(AnyRegistry, im_registry::Lease)>,
 }
 
 impl TestGateway {

@@ -72,16 +72,19 @@ etcd_save() {
     fail "no etcd member is healthy, so there is nothing to save: first  services up"
 }
 
-# etcd_load FILE: every member is killed, and starts again from the snapshot, as after a disaster.
+# etcd_load FILE: every member is killed, and starts again from the snapshot, as after a disaster. Under a new token, as anybody should
+# restore: then etcd says in each answer that it is another one, and no router claims in it before `imd cluster recover`, whether it saw
+# what is lost or not.
 etcd_load() {
-    local i parts
+    local i parts token
+    token="im-local-$base-$(date +%s)-$$"
     mapfile -t parts < <(etcd_parts)
     ETCDCTL_API=3 timeout 60 etcdctl snapshot status "$1" >&2 || fail "$1 is no snapshot of etcd: make one with  services snapshot FILE"
     parts_kill "${parts[@]}"
     for ((i = 1; i <= members; i++)); do
         rm -rf "$dir/etcd-$i/data"
         ETCDCTL_API=3 timeout 60 etcdctl snapshot restore "$1" --name "etcd-$i" --data-dir "$dir/etcd-$i/data" \
-            --initial-cluster "$(etcd_cluster)" --initial-cluster-token "im-local-$base" \
+            --initial-cluster "$(etcd_cluster)" --initial-cluster-token "$token" \
             --initial-advertise-peer-urls "http://$(etcd_peer "$i")" >>"$dir/etcd-$i/log" 2>&1 ||
             fail "etcd-$i could not be restored; see $dir/etcd-$i/log"
     done

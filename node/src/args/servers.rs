@@ -55,6 +55,30 @@ pub struct ClusterArguments {
     /// Hot state, for routers [default: in memory]
     #[arg(long, value_name = "URL")]
     pub redis: Option<String>,
+    /// The CA of etcd's certificates, for https URLs
+    #[arg(long, value_name = "FILE")]
+    pub etcd_ca: Option<String>,
+    /// This process's certificate towards etcd
+    #[arg(long, value_name = "FILE")]
+    pub etcd_cert: Option<String>,
+    /// Its private key
+    #[arg(long, value_name = "FILE")]
+    pub etcd_key: Option<String>,
+    /// The user at etcd
+    #[arg(long, value_name = "NAME")]
+    pub etcd_user: Option<String>,
+    /// A file with that user's password
+    #[arg(long, value_name = "FILE")]
+    pub etcd_password_file: Option<String>,
+    /// The user at the CQL store, for routers
+    #[arg(long, value_name = "NAME")]
+    pub cql_user: Option<String>,
+    /// A file with that user's password, for routers
+    #[arg(long, value_name = "FILE")]
+    pub cql_password_file: Option<String>,
+    /// A file with the password of Redis, for routers
+    #[arg(long, value_name = "FILE")]
+    pub redis_password_file: Option<String>,
     /// Where this process stands
     #[arg(long, value_name = "ZONE")]
     pub zone: Option<String>,
@@ -185,6 +209,14 @@ impl ClusterArguments {
             ("cql", &self.cql),
             ("keyspace", &self.keyspace),
             ("redis", &self.redis),
+            ("etcd_ca", &self.etcd_ca),
+            ("etcd_cert", &self.etcd_cert),
+            ("etcd_key", &self.etcd_key),
+            ("etcd_user", &self.etcd_user),
+            ("etcd_password_file", &self.etcd_password_file),
+            ("cql_user", &self.cql_user),
+            ("cql_password_file", &self.cql_password_file),
+            ("redis_password_file", &self.redis_password_file),
             ("zone", &self.zone),
             ("advertise", &self.advertise),
             ("secrets", &self.secrets),

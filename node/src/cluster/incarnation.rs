@@ -8,6 +8,7 @@ use std::{net::TcpListener as StdListener, sync::Arc, time::Duration};
 use im_proto::{InstanceId, environment::Environment, shard::rendezvous_owner};
 use im_registry::{AnyRegistry, Endpoint, EtcdRegistry, Instance, Registry as _, RegistryError, Role, View};
 use im_router::{Ended, Router, RouterConfig};
+use im_storage::Hot;
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -39,6 +40,8 @@ pub struct Grounds {
     pub keys: RouterKeys,
     pub service_tls: Option<ServiceTls>,
     pub store: OpenStore,
+    /// Hot state that several routers share; without one each keeps its own.
+    pub hot: Option<Hot>,
     pub link: StdListener,
     pub api: Option<StdListener>,
     pub addresses: Addresses,
@@ -248,6 +251,7 @@ fn router_config(grounds: &Grounds, instance: &Instance, generation: u64) -> Rou
         generation,
         verify_keys: keys.verify.clone(),
         lease_ttl: config.cluster.lease_ttl,
+        hot: grounds.hot.clone(),
         ..config
             .router
             .tune(config.token.lifetime_max, RouterConfig::new(id, instance.boot, secret, keys.secret.clone()))

@@ -20,7 +20,7 @@ use super::{
     files::{Files, Identity, RouterKeys},
     incarnation::{Grounds, Incarnation},
     run_directory,
-    store::Place,
+    store::{self, Place},
 };
 use crate::{
     config::{Config, Loaded},
@@ -89,13 +89,15 @@ async fn serve(config: Config, prepared: Prepared, metrics: PrometheusHandle) ->
     let api = listen::plain("api", config.api, &mut addresses.api).await?;
     let http = listen::plain("http", config.http, &mut addresses.http).await?;
     check_advertise(&config, &addresses)?;
-    if !config.cluster.redis.is_empty() {
-        tracing::warn!("--redis is not used by this version: routers keep hot state in memory");
-    }
+    let redis = store::redis_options(&config.cluster, &prepared.identity)?;
     let mut process = Process::start(signals, http, metrics);
     let environment = process.environment();
-    let store = match prepared.place.open(&config.cluster, &prepared.identity.row(), &environment).await {
-        Ok(store) => store,
+    let opened = async {
+        let hot = redis.map(|options| store::start_redis(&config.cluster, options, &environment)).transpose()?;
+        Ok((prepared.place.open(&config.cluster, &prepared.identity.row(), &environment).await?, hot))
+    };
+    let (store, hot) = match opened.await {
+        Ok(opened) => opened,
         Err(failure) => {
             process.end().await;
             return Err(failure);
@@ -103,7 +105,7 @@ async fn serve(config: Config, prepared: Prepared, metrics: PrometheusHandle) ->
     };
     let Prepared { directory, identity, keys, service_tls, .. } = prepared;
     let (link, api) = (into_std(link)?, api.map(into_std).transpose()?);
-    let grounds = Grounds { config, identity, keys, service_tls, store, link, api, addresses };
+    let grounds = Grounds { config, identity, keys, service_tls, store, hot, link, api, addresses };
     let outcome = live(&grounds, directory.as_ref(), &mut process).await;
     process.end().await;
     let closed = tokio::task::spawn_blocking(move || grounds.store.close()).await;

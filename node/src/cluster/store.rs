@@ -7,9 +7,11 @@ use std::path::PathBuf;
 
 use im_proto::{InstanceId, environment::Environment};
 use im_storage::{
-    ClusterError, ClusterRow, Embedded, EmbeddedOptions, MessageLog as _, Scylla, ScyllaOptions, Store, StoreError,
+    ClusterError, ClusterRow, Embedded, EmbeddedOptions, Hot, MessageLog as _, RedisHot, RedisOptions, Scylla,
+    ScyllaCredentials, ScyllaOptions, Store, StoreError,
 };
 
+use super::{credentials::password, files::Identity};
 use crate::{config::ClusterConfig, failure::Failure};
 
 /// Which store a router uses.
@@ -34,8 +36,35 @@ pub struct Generation {
 }
 
 /// How the CQL store of a configuration is reached.
-pub fn scylla_options(config: &ClusterConfig) -> ScyllaOptions {
-    ScyllaOptions { nodes: config.cql_nodes(), keyspace: config.keyspace.clone(), ..ScyllaOptions::default() }
+pub fn scylla_options(config: &ClusterConfig) -> Result<ScyllaOptions, Failure> {
+    let credentials = match &config.cql_password_file {
+        None => None,
+        Some(path) => {
+            let password = password("cql-password-file", path)?;
+            Some(ScyllaCredentials { user: config.cql_user.clone(), password })
+        }
+    };
+    let (nodes, keyspace) = (config.cql_nodes(), config.keyspace.clone());
+    Ok(ScyllaOptions { nodes, keyspace, credentials, ..ScyllaOptions::default() })
+}
+
+/// How Redis is reached, if it is. Clusters that share one have keys of their own.
+pub fn redis_options(config: &ClusterConfig, identity: &Identity) -> Result<Option<RedisOptions>, Failure> {
+    if config.redis.is_empty() {
+        return Ok(None);
+    }
+    let read = |path| password("redis-password-file", path);
+    let password = config.redis_password_file.as_deref().map(read).transpose()?;
+    let prefix = format!("im:{}", identity.cluster.cluster_id);
+    Ok(Some(RedisOptions { url: config.redis.clone(), password, prefix, ..RedisOptions::default() }))
+}
+
+/// Needs no Redis that runs: without one nothing is known, and it is tried again for ever.
+pub fn start_redis(config: &ClusterConfig, options: RedisOptions, environment: &Environment) -> Result<Hot, Failure> {
+    // The URL may hold a password.
+    let shown = config.redis.rsplit_once('@').map_or(config.redis.as_str(), |(_, host)| host);
+    let redis = RedisHot::start(options, environment);
+    Ok(redis.map_err(|error| Failure::Usage(format!("--redis {shown}: {error}")))?.into())
 }
 
 impl Place {
@@ -48,7 +77,7 @@ impl Place {
     ) -> Result<OpenStore, Failure> {
         match self {
             Self::Cql => {
-                let scylla = Scylla::connect(scylla_options(config), environment.clone()).await;
+                let scylla = Scylla::connect(scylla_options(config)?, environment.clone()).await;
                 let store =
                     Store::from(scylla.map_err(|error| Failure::Usage(format!("--cql {}: {error}", config.cql)))?);
                 row.check(&store).await.map_err(|error| refused(config, &error))?;

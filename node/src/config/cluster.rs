@@ -11,9 +11,17 @@ use super::{
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
     pub etcd: String,
+    pub etcd_ca: Option<PathBuf>,
+    pub etcd_cert: Option<PathBuf>,
+    pub etcd_key: Option<PathBuf>,
+    pub etcd_user: String,
+    pub etcd_password_file: Option<PathBuf>,
     pub cql: String,
+    pub cql_user: String,
+    pub cql_password_file: Option<PathBuf>,
     pub keyspace: String,
     pub redis: String,
+    pub redis_password_file: Option<PathBuf>,
     pub zone: String,
     pub secrets: Option<PathBuf>,
     pub cluster: Option<PathBuf>,
@@ -33,9 +41,17 @@ impl Default for ClusterConfig {
     fn default() -> Self {
         Self {
             etcd: String::new(),
+            etcd_ca: None,
+            etcd_cert: None,
+            etcd_key: None,
+            etcd_user: String::new(),
+            etcd_password_file: None,
             cql: String::new(),
+            cql_user: String::new(),
+            cql_password_file: None,
             keyspace: "im".to_owned(),
             redis: String::new(),
+            redis_password_file: None,
             zone: String::new(),
             secrets: None,
             cluster: None,
@@ -80,7 +96,43 @@ impl ClusterConfig {
             }
             Process::Router | Process::Gateway | Process::Tool => {}
         }
+        self.credentials(found);
     }
+
+    /// What only makes sense together.
+    fn credentials(&self, found: &mut Vec<(&'static str, String)>) {
+        let mut wrong = |key, text: &str| found.push((key, text.to_owned()));
+        let secure = self.etcd_urls().iter().filter(|url| url.starts_with("https://")).count();
+        if secure > 0 && secure < self.etcd_urls().len() {
+            wrong("etcd", "etcd has https and http URLs: all members are reached in one way");
+        }
+        match (secure > 0, self.etcd_ca.is_some()) {
+            (true, false) => {
+                wrong("etcd_ca", "etcd_ca is not set: for https URLs it names the CA of etcd's certificates")
+            }
+            (false, true) => wrong("etcd_ca", "etcd_ca is set, and the URLs of etcd are not https"),
+            _ => {}
+        }
+        if self.etcd_cert.is_some() != self.etcd_key.is_some() {
+            wrong("etcd_cert", "etcd_cert and etcd_key are only of use together");
+        }
+        if self.etcd_cert.is_some() && self.etcd_ca.is_none() {
+            wrong("etcd_cert", "etcd_cert is for https URLs of etcd, with etcd_ca");
+        }
+        if self.etcd_user.is_empty() != self.etcd_password_file.is_none() {
+            wrong("etcd_user", "etcd_user and etcd_password_file are only of use together");
+        }
+        if self.cql_user.is_empty() != self.cql_password_file.is_none() {
+            wrong("cql_user", "cql_user and cql_password_file are only of use together");
+        }
+        if self.redis_password_file.is_some() && self.redis.is_empty() {
+            wrong("redis_password_file", "redis_password_file is set and redis is not");
+        }
+    }
+}
+
+fn is_user(text: &str) -> bool {
+    text.len() <= 128 && !text.chars().any(|c| c.is_control() || c == ':')
 }
 
 fn list(text: &str) -> impl Iterator<Item = &str> {
@@ -102,7 +154,7 @@ fn is_host_and_port(text: &str) -> bool {
 
 /// All settings of a cluster, without a table.
 #[expect(clippy::too_many_lines, reason = "a list, not a procedure")]
-pub fn settings(config: &mut ClusterConfig) -> [Setting<'_>; 17] {
+pub fn settings(config: &mut ClusterConfig) -> [Setting<'_>; 25] {
     [
         setting(
             "etcd",
@@ -113,12 +165,43 @@ pub fn settings(config: &mut ClusterConfig) -> [Setting<'_>; 17] {
             }),
         ),
         setting(
+            "etcd_ca",
+            "For https URLs of etcd: the CA that signed etcd's certificates (PEM). No other is trusted.",
+            Slot::File(&mut config.etcd_ca),
+        ),
+        setting(
+            "etcd_cert",
+            "This process's certificate towards etcd (PEM), where etcd asks for one (--client-cert-auth).",
+            Slot::File(&mut config.etcd_cert),
+        ),
+        setting("etcd_key", "The private key of etcd_cert (PEM).", Slot::File(&mut config.etcd_key)),
+        setting(
+            "etcd_user",
+            "Where etcd has authentication switched on. The user needs to read and write the keys under /im/CLUSTER/.",
+            Slot::Text(&mut config.etcd_user, "a user name of at most 128 bytes, without a colon", is_user),
+        ),
+        setting(
+            "etcd_password_file",
+            "A file with the password of etcd_user and nothing else, so that no process list and no configuration shows it.",
+            Slot::File(&mut config.etcd_password_file),
+        ),
+        setting(
             "cql",
             "The store of a cluster: nodes of ScyllaDB or Apache Cassandra, divided by commas.\n\
              Empty: the embedded store in the data directory, which admits one router.",
             Slot::Text(&mut config.cql, "addresses HOST:PORT, divided by commas", |text| {
                 is_list_of(text, is_host_and_port)
             }),
+        ),
+        setting(
+            "cql_user",
+            "Where the CQL store asks who one is (PasswordAuthenticator).",
+            Slot::Text(&mut config.cql_user, "a user name of at most 128 bytes, without a colon", is_user),
+        ),
+        setting(
+            "cql_password_file",
+            "A file with the password of cql_user and nothing else.",
+            Slot::File(&mut config.cql_password_file),
         ),
         setting(
             "keyspace",
@@ -134,6 +217,11 @@ pub fn settings(config: &mut ClusterConfig) -> [Setting<'_>; 17] {
             Slot::Text(&mut config.redis, "a URL such as redis://127.0.0.1:6379", |text| {
                 text.is_empty() || text.starts_with("redis://") || text.starts_with("rediss://")
             }),
+        ),
+        setting(
+            "redis_password_file",
+            "A file with the password of Redis and nothing else, in place of one in the URL. The user of the URL, if any, stays.",
+            Slot::File(&mut config.redis_password_file),
         ),
         setting(
             "zone",

@@ -29,6 +29,8 @@ pub struct RouterTuning {
     pub resync_spread: Duration,
     pub link_queue_bytes_max: usize,
     pub sessions_per_user_max: usize,
+    pub user_sends_max: u32,
+    pub user_call_cost_max: u32,
 }
 
 impl Default for RouterTuning {
@@ -45,6 +47,8 @@ impl Default for RouterTuning {
             resync_spread: Duration::from_millis(500),
             link_queue_bytes_max: 64 * 1024 * 1024,
             sessions_per_user_max: 64,
+            user_sends_max: 0,
+            user_call_cost_max: 0,
         }
     }
 }
@@ -66,6 +70,8 @@ impl RouterTuning {
             resync_spread: self.resync_spread,
             link_queue_bytes_max: self.link_queue_bytes_max,
             sessions_per_user_max: self.sessions_per_user_max,
+            user_sends_max: self.user_sends_max,
+            user_call_cost_max: self.user_call_cost_max,
             ..config
         }
     }
@@ -240,7 +246,8 @@ pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 29] {
 }
 
 /// What can be told a router.
-pub fn router(tuning: &mut RouterTuning) -> [Setting<'_>; 11] {
+#[expect(clippy::too_many_lines, reason = "a list, not a procedure")]
+pub fn router(tuning: &mut RouterTuning) -> [Setting<'_>; 13] {
     [
         setting(
             "router.workers",
@@ -306,6 +313,18 @@ pub fn router(tuning: &mut RouterTuning) -> [Setting<'_>; 11] {
             "Sessions of one user at a time; the oldest has to go.\n\
              64: a person has a handful, a bot one a process; every message to the user costs one copy each.",
             Slot::Count(&mut tuning.sessions_per_user_max, 1..=4096),
+        ),
+        setting(
+            "router.user_sends_max",
+            "Messages of one user in ten seconds, in the whole cluster (counted in Redis); more are answered rate limited.\n\
+             0: no limit, so that a bot works out of the box. 200 suits people: nobody types faster.",
+            Slot::Rate(&mut tuning.user_sends_max, 0..=1_000_000),
+        ),
+        setting(
+            "router.user_call_cost_max",
+            "The cost of one user's calls in ten seconds, in the whole cluster; what a call costs is in the method table.\n\
+             0: no limit. 2000 suits people: a first sync of 5,000 conversations with their history takes 500 within seconds.",
+            Slot::Rate(&mut tuning.user_call_cost_max, 0..=1_000_000),
         ),
     ]
 }

@@ -1,5 +1,7 @@
 //! Links over real connections on loopback.
 
+mod balance;
+
 use std::{path::Path, sync::Arc, time::Duration};
 
 use im_client::{Client, ClientConfig, Endpoint as ClientEndpoint, Event, FollowAll, Target, Transport, Trust};
@@ -336,6 +338,10 @@ impl World {
     }
 
     async fn gateway(&self, id: &str) -> (Gateway, Lease, String) {
+        self.gateway_with(id, GatewayConfig::new(CLUSTER)).await
+    }
+
+    async fn gateway_with(&self, id: &str, config: GatewayConfig) -> (Gateway, Lease, String) {
         let listener = tcp::bind(([127, 0, 0, 1], 0).into()).unwrap();
         let address = listener.address().to_string();
         let instance = self.instance(id, Role::Gateway, "tcp", address.clone());
@@ -343,7 +349,7 @@ impl World {
         let lease = registry.register(instance.clone(), Duration::from_secs(10)).await.unwrap();
         let tls = self.tls.as_ref().map(|(_, gateway)| gateway.clone());
         let gateway = Gateway::start(
-            GatewayConfig::new(CLUSTER),
+            config,
             self.environment(),
             instance.id,
             instance.boot,

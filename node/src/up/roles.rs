@@ -115,6 +115,7 @@ impl Roles {
     /// Clients are told and get what was committed for them; then the shards are given up. Cuts what is not done in time.
     pub async fn stop(&self, config: &Config) {
         let deadline = Instant::now() + config.drain_window + config.drain_timeout;
+        self.mark_gateway_draining().await;
         if timeout_at(deadline, self.gateway.drain(config.drain_window)).await.is_err() {
             tracing::warn!("connections were cut: the drain took too long");
         }
@@ -126,6 +127,17 @@ impl Roles {
         self.gateway.stop();
         if let Err(error) = self.registry.revoke(&self.gateway_lease).await {
             tracing::debug!(%error, "the gateway's registration ends with the process");
+        }
+    }
+}
+
+impl Roles {
+    /// Nobody is sent here any more, before anybody is sent away.
+    async fn mark_gateway_draining(&self) {
+        let instance = self.registry.view().borrow().instances.get(self.gateway_lease.instance()).cloned();
+        let Some(instance) = instance.map(|instance| Instance { draining: true, ..instance }) else { return };
+        if let Err(error) = self.registry.update(&self.gateway_lease, instance).await {
+            tracing::debug!(%error, "the registry does not know that this gateway drains");
         }
     }
 }

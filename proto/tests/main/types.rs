@@ -29,6 +29,7 @@ types! {
     Target SendRequest SendReply HistoryRequest HistoryReply HistoryEntry SyncRequest SyncHave SyncReply ConversationRow
     MemberCursor MarkReadRequest MarkReadReply SignalRequest SignalReply GroupCreateRequest GroupCreateReply GroupInviteRequest GroupInviteReply GroupLeaveRequest
     GroupLeaveReply GroupMembersRequest GroupMembersReply GroupMember LocateRequest LocateReply Endpoint
+    PresenceReadRequest PresenceReadReply UserPresence
     LinkHello Identity Capability GatewayBatch GatewayMessage SessionOpen SessionAnnounce SessionPresent SessionClose SessionRenew
     SessionSend SessionCall SessionReceived SessionSignal GatewayLoad AudienceWanted RouterBatch RouterMessage SessionOpened SessionRefused
     SessionRenewed SendResult Deliver AudienceSet AudienceDeliver SessionsMove LoadBound CallReply SessionsResync SessionKick SendReturned CapabilityWanted PeerBatch PeerMessage

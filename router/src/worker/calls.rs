@@ -62,6 +62,10 @@ impl Context {
                 let request = decode!(v1::SignalRequest);
                 self.call_signal(conversation, &call.caller, request, reply_to);
             }
+            Method::PresenceRead => {
+                let request = decode!(v1::PresenceReadRequest);
+                return self.presence(conversation, &call.caller, &request, reply_to);
+            }
             Method::GroupCreate => {
                 let request = decode!(v1::GroupCreateRequest);
                 self.group_create(conversation, &call.caller, request, reply_to);

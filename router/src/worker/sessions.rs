@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Bound,
     sync::Arc,
 };
 
@@ -12,7 +13,7 @@ use im_proto::{
 };
 use tokio::sync::oneshot;
 
-use super::{Context, Worker, following::Following};
+use super::{Context, Worker, following::Following, presence::Mirror, shedding::Shedding};
 use crate::{
     caller::{Caller, SessionKey},
     cluster::Cluster,
@@ -58,6 +59,10 @@ pub struct Users {
     by_shard: BTreeMap<ShardId, BTreeSet<UserId>>,
     /// Shards whose sessions must sync.
     to_resync: BTreeSet<ShardId>,
+    /// Sessions by gateway.
+    on_gateways: BTreeMap<InstanceId, u64>,
+    pub shedding: Shedding,
+    pub presence: Mirror,
 }
 
 struct UserSessions {
@@ -88,6 +93,8 @@ impl Users {
         entry.sessions.retain(|live| {
             let stays = !gone(live);
             if !stays {
+                one_less(&mut self.on_gateways, &live.key.gateway);
+                self.shedding.forget(&live.key);
                 entry.following.keys().for_each(|id| cluster.audiences.remove(cluster, id, user, &live.key));
             }
             stays
@@ -106,8 +113,40 @@ impl Users {
         removed
     }
 
+    /// Users with a session.
+    pub fn count(&self) -> usize {
+        self.users.len()
+    }
+
+    /// Whether a user has a session.
+    pub fn is_online(&self, user: &UserId) -> bool {
+        self.users.contains_key(user)
+    }
+
+    /// Sessions at a gateway.
+    pub fn on_gateway(&self, gateway: &InstanceId) -> u64 {
+        self.on_gateways.get(gateway).copied().unwrap_or(0)
+    }
+
+    /// Users with their sessions, in order, behind one of them.
+    pub fn after(&self, after: Option<&UserId>) -> impl Iterator<Item = (&UserId, impl Iterator<Item = &SessionKey>)> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        self.users
+            .range::<UserId, _>((from, Bound::Unbounded))
+            .map(|(user, entry)| (user, entry.sessions.iter().map(|live| &live.key)))
+    }
+
     fn of_shard(&self, shard: ShardId) -> impl Iterator<Item = &UserSessions> {
         self.by_shard.get(&shard).into_iter().flatten().filter_map(|user| self.users.get(user))
+    }
+}
+
+fn one_less(on_gateways: &mut BTreeMap<InstanceId, u64>, gateway: &InstanceId) {
+    if let Some(count) = on_gateways.get_mut(gateway) {
+        *count -= 1;
+        if *count == 0 {
+            on_gateways.remove(gateway);
+        }
     }
 }
 
@@ -173,6 +212,7 @@ impl Context {
     /// long come back elsewhere.
     fn record(&mut self, caller: &Caller, arrival: Arrival) -> Recorded {
         let Some(key) = caller.session.clone() else { return Recorded::Refused };
+        let gateway = key.gateway.clone();
         let shard = self.cluster.shard_of(&caller.self_id);
         let user = self.users.entry(&caller.user, shard);
         let exclusive = EXCLUSIVE_PLATFORMS.contains(&caller.platform.as_str());
@@ -182,12 +222,16 @@ impl Context {
             return Recorded::Outdated;
         }
         let (mut kicked, before) = (Vec::new(), user.sessions.len());
+        let mut gone = Vec::new();
         user.sessions.retain(|live| {
             let replaced = live.device == caller.device || (exclusive && live.platform == caller.platform);
             if replaced {
                 user.following
                     .keys()
                     .for_each(|id| self.cluster.audiences.remove(&self.cluster, id, &caller.user, &live.key));
+            }
+            if replaced {
+                gone.push(live.key.clone());
             }
             if replaced && live.key != key {
                 kicked.push((live.key.clone(), live.device == caller.device));
@@ -206,6 +250,14 @@ impl Context {
             self.cluster.metrics.sessions.increment(1.0);
         }
         self.cluster.metrics.sessions.decrement(replaced as f64);
+        for key in &gone {
+            one_less(&mut self.users.on_gateways, &key.gateway);
+            self.users.shedding.forget(key);
+        }
+        if room {
+            self.users.presence.changed(&caller.user);
+            *self.users.on_gateways.entry(gateway).or_insert(0) += 1;
+        }
         for (key, same_device) in kicked {
             // Which of two announced sessions of one device its client has left only clocks tell: whoever is wronged may come back.
             let may_come_back = same_device && arrival == Arrival::Announced;
@@ -237,6 +289,7 @@ impl Context {
     pub fn close_session(&mut self, caller: &Caller) {
         let Some(key) = &caller.session else { return };
         let removed = self.users.remove(&self.cluster, &caller.user, |live| live.key == *key);
+        self.users.presence.changed(&caller.user);
         self.cluster.metrics.sessions.decrement(removed as f64);
     }
 
@@ -350,6 +403,7 @@ impl Context {
         let is_there = |live: &Live| live.key.gateway == *gateway;
         let users = self.users.users.iter().filter(|(_, user)| user.sessions.iter().any(is_there));
         let users: Vec<UserId> = users.map(|(user, _)| user.clone()).collect();
+        users.iter().for_each(|user| self.users.presence.changed(user));
         self.remove_sessions(users, is_there);
     }
 

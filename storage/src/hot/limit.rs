@@ -33,7 +33,7 @@ impl Limit {
     }
 
     /// The fixed window of a moment.
-    pub(super) fn window_of(&self, now: Timestamp) -> u64 {
+    pub fn window_of(&self, now: Timestamp) -> u64 {
         u64::try_from(now.as_millis()).unwrap_or(0) / self.millis()
     }
 
@@ -43,7 +43,7 @@ impl Limit {
     }
 
     /// From what was used in the present fixed window, this charge included, and in the one before.
-    pub(super) fn judge(&self, now: Timestamp, current: u64, previous: u64) -> Charge {
+    pub fn judge(&self, now: Timestamp, current: u64, previous: u64) -> Charge {
         let window = self.millis();
         let elapsed = u64::try_from(now.as_millis()).unwrap_or(0) % window;
         let amount = u128::from(self.amount);

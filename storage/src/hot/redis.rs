@@ -30,8 +30,10 @@ const KEYS_MAX: usize = 256;
 /// How to reach Redis.
 #[derive(Clone)]
 pub struct RedisOptions {
-    /// `redis://[user:password@]host:port[/database]`
+    /// `redis://[user:password@]host:port[/database]`, `rediss://` for TLS by a certificate that this machine trusts.
     pub url: String,
+    /// In place of one in the URL.
+    pub password: Option<String>,
     /// What all keys begin with: one for each cluster that shares the Redis.
     pub prefix: String,
     /// The most that anybody waits for an answer.
@@ -47,6 +49,7 @@ impl Default for RedisOptions {
     fn default() -> Self {
         Self {
             url: "redis://127.0.0.1:6379".into(),
+            password: None,
             prefix: "im".into(),
             patience: Duration::from_millis(100),
             response_timeout: Duration::from_millis(500),

@@ -45,7 +45,11 @@ impl Task {
         let no_address = |_: RedisError| StoreError::Open("the address of Redis is none: redis://host:port".into());
         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
         let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
-        let address = options.url.as_str().into_connection_info().map_err(no_address)?.set_tcp_settings(tcp);
+        let mut address = options.url.as_str().into_connection_info().map_err(no_address)?.set_tcp_settings(tcp);
+        if let Some(password) = &options.password {
+            let settings = address.redis_settings().clone().set_password(password);
+            address = address.set_redis_settings(settings);
+        }
         let client = Client::open(address).map_err(no_address)?;
         Ok(Self { client, options, requests, metrics, environment })
     }

@@ -167,7 +167,7 @@ async fn a_hello_in_the_first_flight_opens_a_session_and_its_replay_does_nothing
     let endpoint = endpoint(&sockets, true);
     ticket(&bench, &mut router, &endpoint, &wire).await;
     let connecting = endpoint.connect(wire.address, "localhost").expect("valid");
-    let (connection, accepted) = connecting.into_0rtt().ok().expect("a ticket for early data");
+    let Ok((connection, accepted)) = connecting.into_0rtt() else { panic!("no ticket for early data") };
     let mut client = open(&connection).await;
     bench.login_over(&mut router, &mut client, "ann").await;
     assert!(accepted.await, "the hello came with the first flight");
@@ -189,7 +189,7 @@ async fn a_first_flight_that_was_held_back_and_is_sent_by_another_does_nothing()
     bench.login_over(&mut router, &mut live, "ann").await;
     wire.holds_back.store(true, Ordering::Relaxed);
     let connecting = endpoint.connect(wire.address, "localhost").expect("valid");
-    let (connection, _) = connecting.into_0rtt().ok().expect("a ticket for early data");
+    let Ok((connection, _)) = connecting.into_0rtt() else { panic!("no ticket for early data") };
     let mut client = open(&connection).await;
     client.send(bench.hello("ann")).await;
     let asked = std::time::Instant::now();

@@ -157,7 +157,7 @@ impl FromStr for Transport {
         [Transport::Tcp, Transport::Tls, Transport::Quic]
             .into_iter()
             .find(|transport| transport.as_str() == text)
-            .ok_or_else(|| ConfigError::Endpoint(text.to_owned()))
+            .ok_or_else(|| ConfigError::Transport(text.to_owned()))
     }
 }
 

@@ -142,6 +142,8 @@ pub enum ConnectError {
 pub enum ConfigError {
     #[error("{0:?} is no server address; write tcp://host:port, tls://host:port or quic://host:port")]
     Endpoint(String),
+    #[error("{0:?} is no transport; write tcp, tls or quic")]
+    Transport(String),
     #[error("the certificates to trust cannot be used: {0}")]
     Trust(String),
 }

@@ -4,6 +4,7 @@
 //! environment. It keeps nothing on disk.
 
 mod args;
+mod chat;
 mod connect;
 mod data_directory;
 mod failure;
@@ -11,10 +12,11 @@ mod history;
 mod interrupt;
 mod output;
 mod pipe;
+mod shell;
 mod short;
 mod tail;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser as _;
 
@@ -26,7 +28,12 @@ use output::Output;
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
+    main_with(std::env::args_os())
+}
+
+/// Runs a command, the name of the program first.
+pub fn main_with(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(error) => {
             // Help that nobody reads to its end is no failure.
@@ -50,10 +57,26 @@ pub fn main() -> ExitCode {
 
 async fn run(arguments: Arguments) -> Result<(), Failure> {
     let Arguments { connection, format, command } = arguments;
+    let mut output = Output::new(format);
+    match &command {
+        // They ask no server.
+        Command::Completions { shell } => {
+            output.line(shell::completions(*shell).trim_end())?;
+            return output.flush();
+        }
+        Command::Man { out } => return shell::man(out),
+        Command::History { from: Some(from), to: Some(to), .. } if from > to => {
+            return Err(Failure::Usage(format!("--from {from} is after --to {to}; write the smaller seq first")));
+        }
+        _ => {}
+    }
     let config = connect::config(&connection)?;
+    if let Command::Chat { target } = command {
+        // It has the terminal, and signals, to itself.
+        return chat::run(config, target).await;
+    }
     let interrupt = Interrupt::listen(&config.environment);
     let timeout = connection.timeout();
-    let mut output = Output::new(format);
     let client = tokio::select! {
         biased;
         client = Client::connect(config) => client?,

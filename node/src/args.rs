@@ -93,6 +93,16 @@ pub enum Command {
     /// Check, explain and show the configuration.
     #[command(subcommand, after_help = "Example:\n  imd config defaults > im.toml")]
     Config(ConfigCommand),
+    /// Print what makes a shell complete the commands and options of imd.
+    #[command(after_help = "Example:\n  imd completions bash > /etc/bash_completion.d/imd")]
+    Completions { shell: clap_complete::Shell },
+    /// Write a manual page for each command.
+    #[command(after_help = "Example:\n  imd man --out /usr/local/share/man/man1")]
+    Man {
+        /// The directory, which is created if it does not exist.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Print the version.
     #[command(after_help = "Example:\n  imd version --json")]
     Version {
@@ -108,7 +118,7 @@ pub struct SimulateArguments {
     #[arg(long, value_name = "N", conflicts_with_all = ["seeds", "from"])]
     pub seed: Option<u64>,
     /// Run so many seeds.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_many)]
     pub seeds: u64,
     /// The first of them.
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -207,6 +217,19 @@ pub enum ConfigCommand {
     /// Print what would be in force, and where each value comes from.
     #[command(after_help = "Example:\n  IM_DATA=/srv/im imd config show --config im.toml")]
     Show(UpArguments),
+}
+
+fn parse_many(text: &str) -> Result<u64, String> {
+    text.parse().ok().filter(|many| *many > 0).ok_or_else(|| "expected a whole number from 1 on".to_owned())
+}
+
+fn parse_setting(text: &str) -> Result<String, String> {
+    let is_one = text.split_once('=').is_some_and(|(key, _)| !key.is_empty());
+    if is_one {
+        Ok(text.to_owned())
+    } else {
+        Err("expected KEY=VALUE; `imd config defaults` lists the keys".to_owned())
+    }
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {

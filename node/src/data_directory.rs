@@ -38,7 +38,7 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 pub enum DataError {
     #[error("the data directory {} is in use by another server{}; stop that one or choose another with --data", .root.display(), holder(.pid))]
     InUse { root: PathBuf, pid: Option<u32> },
-    #[error("cannot {action} {}: {source}; choose another data directory with --data or change its permissions", .path.display())]
+    #[error("cannot {action} {}: {source}; choose another directory or change its permissions", .path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{} is damaged: {reason}; restore it from a copy", .path.display())]
     Damaged { path: PathBuf, reason: String },

@@ -16,12 +16,14 @@ mod listen;
 mod process;
 mod schema;
 mod secrets;
+mod shell;
 mod signals;
 mod simulate;
 mod telemetry;
 mod token;
 mod transfer;
 mod up;
+mod watch;
 
 use std::{io::Write as _, process::ExitCode};
 
@@ -49,7 +51,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command.unwrap_or(Command::Up(arguments.up)) {
-        Command::Up(options) => up::run(load(&options.overrides(), Process::Up)?),
+        Command::Up(options) => up::run(load(&options.overrides(), Process::Up)?, options.watch),
         Command::Router(options) => cluster::router::run(load(&options.overrides(), Process::Router)?),
         Command::Gateway(options) => cluster::gateway::run(load(&options.overrides(), Process::Gateway)?),
         Command::Cluster(ClusterCommand::Status { tool, json }) => {
@@ -80,6 +82,8 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Config(ConfigCommand::Show(options)) => {
             print(&config::show(&mut load(&options.overrides(), Process::Up)?))
         }
+        Command::Completions { shell } => print(&shell::completions(shell)),
+        Command::Man { out } => shell::man(&out),
         Command::Version { json } => print(&version(json)),
     }
 }

@@ -58,7 +58,8 @@ pub fn export(arguments: &TransferArguments, config: &Config, file: &Path) -> Re
 
 /// Writes everything of a file into a store that was never used.
 pub fn import(arguments: &TransferArguments, config: &Config, file: &Path) -> Result<(), Failure> {
-    let facts = transfer::read_header(file).map_err(failed)?;
+    let facts = transfer::read_header(file)
+        .map_err(|error| Failure::Usage(format!("--from {error}; expected a file that `imd export` wrote")))?;
     let (totals, then) = match &arguments.data {
         Some(data) => {
             let place = EmbeddedPlace::create(data, &facts)?;
@@ -130,7 +131,10 @@ struct EmbeddedPlace {
 impl EmbeddedPlace {
     fn existing(data: &Path) -> Result<Self, Failure> {
         if !data.join("cluster.json").exists() {
-            return Err(Failure::Usage(format!("--data {}: there is no data directory", data.display())));
+            return Err(Failure::Usage(format!(
+                "--data {}: there is no data directory; name one that `imd up` has used",
+                data.display()
+            )));
         }
         let lock = DataLock::take(data).map_err(Failure::usage)?;
         let cluster = Cluster::read(&data.join("cluster.json")).map_err(Failure::usage)?;

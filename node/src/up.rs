@@ -20,11 +20,12 @@ use crate::{
     listen::{self, Addresses, ClientTls, Clients},
     process::{self, Process},
     signals::Signals,
+    watch,
 };
 use roles::Roles;
 
-/// Runs until a signal, or until the server cannot go on.
-pub fn run(loaded: Loaded) -> Result<(), Failure> {
+/// Runs until a signal, or until the server cannot go on. With `watch` it says each second what it does.
+pub fn run(loaded: Loaded, watch: bool) -> Result<(), Failure> {
     let prepare = |config: &Config| {
         // A taken port leaves no new directory behind. Where there is one, that it is in use says more.
         if !config.data.exists() {
@@ -34,16 +35,22 @@ pub fn run(loaded: Loaded) -> Result<(), Failure> {
         let shards = u32::try_from(config.shards).map_err(Failure::usage)?;
         lock.open(shards).map_err(Failure::usage)
     };
-    process::run(loaded, prepare, |config, data, metrics| async move { up(&config, &data, metrics).await })
+    process::run(loaded, prepare, |config, data, metrics| async move { up(&config, &data, metrics, watch).await })
 }
 
-async fn up(config: &Config, data: &DataDirectory, metrics: PrometheusHandle) -> Result<(), Failure> {
+async fn up(config: &Config, data: &DataDirectory, metrics: PrometheusHandle, watch: bool) -> Result<(), Failure> {
     let signals = Signals::listen().map_err(Failure::usage)?;
     let (listeners, http) = bind(config, data).await?;
     let store = Embedded::open(&data.store(), EmbeddedOptions::default()).map_err(Failure::usage)?;
-    let mut process = Process::start(signals, http, metrics);
+    let mut process = Process::start(signals, http, metrics.clone());
+    if watch {
+        process.environment().spawn(watch::run(metrics));
+    }
     let outcome = Server { config, data, store: store.clone() }.run(listeners, &mut process).await;
     process.end().await;
+    if watch {
+        watch::end();
+    }
     let closed = tokio::task::spawn_blocking(move || store.close()).await;
     closed.context("close the store").map_err(Failure::operation)?;
     outcome

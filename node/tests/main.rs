@@ -1,9 +1,11 @@
 //! What holds for the workspace as a whole, and what `imd` does as a process.
 
 mod api;
+mod chat;
 mod cluster;
 mod edges;
 mod lists;
+mod metrics;
 mod process;
 mod server;
 mod tidy;

@@ -53,6 +53,13 @@ fn without_tests(text: &str) -> impl Iterator<Item = &str> {
     text.split("\n#[cfg(test)]\nmod tests").next().unwrap_or_default().lines()
 }
 
+/// Name and text of every source of the programs, without tests.
+pub fn programs() -> Vec<(String, String)> {
+    let programs =
+        sources("rs").into_iter().filter(|source| source.name.contains("/src/") && !holds_tests_alone(&source.name));
+    programs.map(|source| (source.name, without_tests(&source.text).collect::<Vec<_>>().join("\n"))).collect()
+}
+
 fn holds_tests_alone(name: &str) -> bool {
     name.contains("/tests/") || name.ends_with("/tests.rs")
 }

@@ -11,6 +11,7 @@ const EXAMPLES: &str = "\
 Examples, with a server started by `imd up`:
   im --as alice send @bob Hello, Bob
   im --as bob tail @alice --from 1
+  im --as alice chat @bob
   im --as alice pipe @bob < book.txt
   im --as alice group create friends @bob @carol
 
@@ -108,6 +109,7 @@ pub(super) enum Command {
     #[command(after_help = "Example: im --as alice send @bob Hello, Bob")]
     Send {
         /// @user, me, or a conversation id.
+        #[arg(value_parser = parse_target)]
         target: Target,
         /// Words, joined by spaces.
         #[arg(required = true)]
@@ -117,33 +119,36 @@ pub(super) enum Command {
     #[command(after_help = "Example: im --as alice pipe @bob < book.txt")]
     Pipe {
         /// @user, me, or a conversation id.
+        #[arg(value_parser = parse_target)]
         target: Target,
     },
     /// Print messages as they come, each once and in order; survives restarts of the server.
     #[command(after_help = "Example: im --as bob tail @alice --from 1 --count 10")]
     Tail {
         /// @user, me, or a conversation id.
+        #[arg(value_parser = parse_target)]
         target: Target,
         /// Begin with this seq instead of what comes from now on.
-        #[arg(long, value_name = "SEQ", value_parser = clap::value_parser!(u64).range(1..))]
+        #[arg(long, value_name = "SEQ", value_parser = parse_seq)]
         from: Option<u64>,
         /// End after so many messages.
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", value_parser = parse_count)]
         count: Option<u64>,
     },
     /// Print stored messages. Without --from, --limit N prints the newest N.
     #[command(after_help = "Example: im --as bob history @alice --from 1 --to 100")]
     History {
         /// @user, me, or a conversation id.
+        #[arg(value_parser = parse_target)]
         target: Target,
         /// The first seq wanted.
-        #[arg(long, value_name = "SEQ", value_parser = clap::value_parser!(u64).range(1..))]
+        #[arg(long, value_name = "SEQ", value_parser = parse_seq)]
         from: Option<u64>,
         /// The last seq wanted.
-        #[arg(long, value_name = "SEQ", value_parser = clap::value_parser!(u64).range(1..))]
+        #[arg(long, value_name = "SEQ", value_parser = parse_seq)]
         to: Option<u64>,
         /// At most so many.
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", value_parser = parse_count)]
         limit: Option<u64>,
     },
     /// Print your conversations: id, kind, name, head, unread, unread mentions, separated by tabs.
@@ -152,9 +157,26 @@ pub(super) enum Command {
     /// Create groups and change who is in them.
     #[command(subcommand, after_help = "Example: im --as alice group create friends @bob @carol")]
     Group(Group),
+    /// Chat on the full screen: your conversations, history, who is typing, what was delivered and read.
+    #[command(after_help = "Example: im --as alice chat @bob\n\nF1 in it names the keys; Ctrl-C leaves it.")]
+    Chat {
+        /// @user, me, or a conversation id to begin with.
+        #[arg(value_parser = parse_target)]
+        target: Option<Target>,
+    },
     /// Print the endpoints that the cluster offers to you.
     #[command(after_help = "Example: im --as alice locate")]
     Locate,
+    /// Print what makes a shell complete the commands and options of im.
+    #[command(after_help = "Example: im completions fish > ~/.config/fish/completions/im.fish")]
+    Completions { shell: clap_complete::Shell },
+    /// Write a manual page for each command.
+    #[command(after_help = "Example: im man --out /usr/local/share/man/man1")]
+    Man {
+        /// The directory, which is created if it does not exist.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -172,6 +194,7 @@ pub(super) enum Group {
     #[command(after_help = "Example: im --as alice group invite 00112233445566778899aabbccddeeff @dave")]
     Invite {
         /// The conversation id of the group.
+        #[arg(value_parser = parse_group)]
         id: ConversationId,
         /// @user …
         #[arg(required = true, value_parser = parse_user)]
@@ -181,14 +204,32 @@ pub(super) enum Group {
     #[command(after_help = "Example: im --as bob group leave 00112233445566778899aabbccddeeff")]
     Leave {
         /// The conversation id of the group.
+        #[arg(value_parser = parse_group)]
         id: ConversationId,
     },
     /// Print who is in a group: user and role, separated by a tab.
     #[command(after_help = "Example: im --as alice group members 00112233445566778899aabbccddeeff")]
     Members {
         /// The conversation id of the group.
+        #[arg(value_parser = parse_group)]
         id: ConversationId,
     },
+}
+
+fn parse_target(text: &str) -> Result<Target, String> {
+    text.parse::<Target>().map_err(|error| match text.strip_prefix('@') {
+        Some(_) => format!("{error}; expected @ and a user id of 1 to 64 bytes"),
+        None => {
+            let hint = if UserId::parse(text).is_ok() { format!("; the user is @{text}") } else { String::new() };
+            format!("expected @user, me, or a conversation id of 32 hexadecimal digits{hint}")
+        }
+    })
+}
+
+fn parse_group(text: &str) -> Result<ConversationId, String> {
+    text.parse().map_err(|_| {
+        "expected a conversation id of 32 hexadecimal digits, as `im list` and `im group create` print it".to_owned()
+    })
 }
 
 /// `@user`, the @ optional.
@@ -196,11 +237,20 @@ fn parse_user(text: &str) -> Result<UserId, IdError> {
     UserId::parse(text.strip_prefix('@').unwrap_or(text))
 }
 
+fn parse_seq(text: &str) -> Result<u64, String> {
+    text.parse().ok().filter(|seq| *seq > 0).ok_or_else(|| "expected a seq: a whole number from 1 on".to_owned())
+}
+
+fn parse_count(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| "expected a whole number from 0 on".to_owned())
+}
+
 fn parse_seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.trim_end_matches('s').parse().map_err(|_| "not a number of seconds".to_owned())?;
-    let duration = Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?;
     let range = Duration::from_millis(1)..=Duration::from_secs(24 * 3600);
-    if range.contains(&duration) { Ok(duration) } else { Err("not between 0.001 and 86400 seconds".to_owned()) }
+    let seconds = text.trim_end_matches('s').parse().ok();
+    let duration = seconds.and_then(|seconds: f64| Duration::try_from_secs_f64(seconds).ok());
+    let expected = || "expected seconds from 0.001 to 86400, such as 10 or 0.5".to_owned();
+    duration.filter(|duration| range.contains(duration)).ok_or_else(expected)
 }
 
 #[cfg(test)]
@@ -257,6 +307,40 @@ mod tests {
         let mut found = Vec::new();
         without_example(&<Arguments as clap::CommandFactory>::command(), &mut found);
         assert!(found.is_empty(), "{found:?}");
+    }
+
+    #[test]
+    fn what_is_wrong_names_the_place_the_value_and_what_is_allowed() {
+        for (line, words) in [
+            (
+                "im send bob hi",
+                "'bob' for '<TARGET>': expected @user, me, or a conversation id of 32 hexadecimal digits; the user is @bob",
+            ),
+            ("im send @ hi", "'@' for '<TARGET>': an id must not be empty; expected @ and a user id"),
+            ("im chat x/y", "'x/y' for '[TARGET]': expected @user, me"),
+            ("im tail @bob --from 0", "'0' for '--from <SEQ>': expected a seq: a whole number from 1 on"),
+            ("im tail @bob --count many", "'many' for '--count <N>': expected a whole number"),
+            ("im history me --limit -", "'-' for '--limit <N>': expected a whole number"),
+            ("im list --timeout soon", "'soon' for '--timeout <SECONDS>': expected seconds from 0.001 to 86400"),
+            ("im list --timeout 90000", "'90000' for '--timeout <SECONDS>': expected seconds from 0.001 to 86400"),
+            (
+                "im list --transport pigeon",
+                "'pigeon' for '--transport <TRANSPORT>': \"pigeon\" is no transport; write tcp, tls or quic",
+            ),
+            (
+                "im list --server nowhere",
+                "'nowhere' for '--server <URL>': \"nowhere\" is no server address; write tcp://host:port",
+            ),
+            ("im list --as a/", "'a/' for '--as <USER[/DEVICE]>': an id must not be empty"),
+            ("im list --format xml", "'xml' for '--format <FORMAT>'\n  [possible values: plain, json]"),
+            ("im group leave 12", "'12' for '<ID>': expected a conversation id of 32 hexadecimal digits, as `im list`"),
+            ("im completions dos", "'dos' for '<SHELL>'\n  [possible values: bash"),
+            ("im man", "--out <DIR>"),
+            ("im send @bob", "<TEXT>..."),
+        ] {
+            let said = Arguments::try_parse_from(line.split(' ')).unwrap_err().to_string();
+            assert!(said.contains(words), "{line}: {said}");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::{
     config::{ClientConfig, Endpoint, EndpointSource, TokenSource, Transport},
     dial::{NetDialer, Trust},
     environment,
+    error::ConfigError,
 };
 
 use super::{
@@ -25,6 +26,8 @@ const NO_SERVER: &str = "no server is named; use --server URL (or IM_SERVER), or
                          server";
 const NO_TOKEN: &str = "no token; use --token T, --token-file F (or IM_TOKEN), or --as USER with the data directory of a local \
                         server";
+
+const BEGIN: &[u8] = b"-----BEGIN CERTIFICATE-----";
 
 /// Everything the client needs.
 pub(super) fn config(arguments: &Connection) -> Result<ClientConfig, Failure> {
@@ -64,7 +67,8 @@ fn servers(arguments: &Connection) -> Result<Vec<Endpoint>, Failure> {
     }
     let text = env::var("IM_SERVER").map_err(|_| Failure::Usage(NO_SERVER.to_owned()))?;
     let servers = text.split(',').map(str::trim).filter(|text| !text.is_empty()).map(str::parse);
-    let servers: Vec<Endpoint> = servers.collect::<Result<_, _>>()?;
+    let named = |error: ConfigError| Failure::Usage(format!("IM_SERVER: {error}"));
+    let servers: Vec<Endpoint> = servers.collect::<Result<_, _>>().map_err(named)?;
     if servers.is_empty() { Err(Failure::Usage(NO_SERVER.to_owned())) } else { Ok(servers) }
 }
 
@@ -85,14 +89,22 @@ fn trust(transports: &[Transport], ca: Option<PathBuf>) -> Result<Trust, Failure
         return Ok(Trust::Nobody);
     }
     let Some(ca) = ca else { return Ok(Trust::SystemRoots) };
-    let pem = std::fs::read(&ca).map_err(|error| Failure::Usage(format!("cannot read {}: {error}", ca.display())))?;
+    let place = ca.display();
+    let pem = std::fs::read(&ca).map_err(|error| {
+        Failure::Usage(format!("--ca {place}: cannot be read: {error}; expected a PEM file of certificates"))
+    })?;
+    // Said here, where the file is known by its name.
+    if !pem.windows(BEGIN.len()).any(|part| part == BEGIN) {
+        return Err(Failure::Usage(format!("--ca {place}: there is no certificate in it; expected a PEM file")));
+    }
     Ok(Trust::Pinned(pem))
 }
 
 fn read_token(path: &Path) -> Result<String, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| format!("--token-file {}: cannot be read: {error}", path.display()))?;
     match text.trim() {
-        "" => Err(format!("{} holds no token", path.display())),
+        "" => Err(format!("--token-file {}: holds no token; `imd token --user U` makes one", path.display())),
         token => Ok(token.to_owned()),
     }
 }

@@ -19,11 +19,6 @@ pub(super) async fn run(
     limit: Option<u64>,
     output: &mut Output,
 ) -> Result<(), Failure> {
-    if let (Some(from), Some(to)) = (from, to)
-        && from > to
-    {
-        return Err(Failure::Usage(format!("--from {from} is after --to {to}")));
-    }
     let newest = client.history(target.clone(), 1, 0, 1, true).await?;
     let Some((mut next, last)) = range(from, to, limit, newest.head, newest.first_seq) else { return Ok(()) };
     let target = Target::Conversation(newest.conversation);

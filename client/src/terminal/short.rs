@@ -14,7 +14,7 @@ use super::{
     output::{Output, rfc3339},
 };
 
-/// Runs any command but `pipe` and `tail`.
+/// Runs any command but `pipe`, `tail` and `chat`.
 pub(super) async fn run(
     client: &Client,
     command: Command,
@@ -27,7 +27,11 @@ pub(super) async fn run(
         Command::List => list(client, output).await,
         Command::Group(group) => run_group(client, group, output).await,
         Command::Locate => locate(client, output).await,
-        Command::Pipe { .. } | Command::Tail { .. } => Err(Failure::Usage("no short command".to_owned())),
+        Command::Pipe { .. }
+        | Command::Tail { .. }
+        | Command::Chat { .. }
+        | Command::Completions { .. }
+        | Command::Man { .. } => Err(Failure::Usage("no short command".to_owned())),
     }
 }
 

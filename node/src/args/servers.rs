@@ -21,7 +21,7 @@ pub struct ServerArguments {
     #[arg(long, value_name = "HOST:PORT")]
     pub http: Option<String>,
     /// Any other setting; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = super::parse_setting)]
     pub set: Vec<String>,
 }
 
@@ -123,6 +123,9 @@ pub struct UpArguments {
     /// gRPC for other services [default: 127.0.0.1:7102]
     #[arg(long, value_name = "HOST:PORT")]
     pub api: Option<String>,
+    /// A line a second on standard error: connections, sends, deliveries, commits, sync time, memory.
+    #[arg(long)]
+    pub watch: bool,
 }
 
 #[derive(Args, Clone, Debug, Default)]
@@ -162,7 +165,7 @@ pub struct ToolArguments {
     #[arg(long, value_name = "FILE", env = "IM_CONFIG")]
     pub config: Option<PathBuf>,
     /// Any other setting; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = super::parse_setting)]
     pub set: Vec<String>,
     #[command(flatten)]
     pub cluster: ClusterArguments,
@@ -182,7 +185,6 @@ pub struct TransferArguments {
 type Named<'a> = Vec<(&'static str, &'a Option<String>)>;
 
 impl ServerArguments {
-    /// An entry of `--set` without `=` becomes a setting that does not exist.
     fn overrides(&self, named: Named<'_>) -> Overrides {
         let own = [("data", &self.data), ("http", &self.http)];
         let named = own.into_iter().chain(named).filter_map(|(key, value)| {

@@ -1,0 +1,150 @@
+//! The terminal: taken over for the chat, and given back however the chat ends.
+
+use std::{
+    io::{self, Stdout, Write as _},
+    panic,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use ratatui::{
+    Terminal,
+    backend::CrosstermBackend,
+    crossterm::{
+        cursor,
+        event::{self, DisableBracketedPaste, DisableFocusChange, EnableBracketedPaste, EnableFocusChange},
+        execute, terminal,
+    },
+};
+use tokio::sync::mpsc;
+
+use super::{render, state::View};
+
+/// How soon the reading thread notices that it is not wanted any more.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+/// Keys that wait while the screen is drawn. Beyond it the terminal keeps them.
+const KEYS_MAX: usize = 256;
+
+type Hook = Box<dyn Fn(&panic::PanicHookInfo<'_>) + Send + Sync>;
+
+/// Dropping it gives the terminal back.
+pub(super) struct Screen {
+    terminal: Terminal<CrosstermBackend<Stdout>>,
+    painted: Option<View>,
+    panicked: Arc<AtomicBool>,
+    previous_hook: Arc<Hook>,
+}
+
+impl Screen {
+    /// Takes the terminal over.
+    pub(super) fn enter() -> io::Result<Self> {
+        let panicked = Arc::new(AtomicBool::new(false));
+        let previous_hook: Arc<Hook> = Arc::new(panic::take_hook());
+        let (mark, previous) = (panicked.clone(), previous_hook.clone());
+        // Whatever part of the program it is, its words must be readable.
+        panic::set_hook(Box::new(move |info| {
+            mark.store(true, Ordering::SeqCst);
+            restore();
+            previous(info);
+        }));
+        take_over()?;
+        let terminal = Terminal::new(CrosstermBackend::new(io::stdout()))?;
+        Ok(Self { terminal, painted: None, panicked, previous_hook })
+    }
+
+    /// Columns and lines.
+    pub(super) fn size(&self) -> io::Result<(u16, u16)> {
+        let size = self.terminal.size()?;
+        Ok((size.width, size.height))
+    }
+
+    /// Draws what has changed.
+    pub(super) fn draw(&mut self, view: View) -> io::Result<()> {
+        if self.painted.as_ref() == Some(&view) {
+            return Ok(());
+        }
+        self.terminal.draw(|frame| render::paint(&view, frame))?;
+        self.painted = Some(view);
+        Ok(())
+    }
+
+    /// Draws everything with the next view.
+    pub(super) fn redraw(&mut self) -> io::Result<()> {
+        self.painted = None;
+        self.terminal.clear()
+    }
+
+    /// Gives the terminal to the shell until the user brings the chat back.
+    pub(super) fn suspend(&mut self) -> io::Result<()> {
+        restore();
+        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TSTP)?;
+        take_over()?;
+        self.redraw()
+    }
+
+    /// Whether some part of the program has panicked: the terminal is not ours any more.
+    pub(super) fn has_panicked(&self) -> bool {
+        self.panicked.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        restore();
+        if !thread::panicking() {
+            let previous = self.previous_hook.clone();
+            panic::set_hook(Box::new(move |info| previous(info)));
+        }
+    }
+}
+
+fn take_over() -> io::Result<()> {
+    terminal::enable_raw_mode()?;
+    execute!(io::stdout(), terminal::EnterAlternateScreen, EnableBracketedPaste, EnableFocusChange)
+}
+
+/// Twice does no harm. A terminal that is gone cannot be restored.
+fn restore() {
+    let _ =
+        execute!(io::stdout(), DisableFocusChange, DisableBracketedPaste, terminal::LeaveAlternateScreen, cursor::Show);
+    let _ = terminal::disable_raw_mode();
+    let _ = io::stdout().flush();
+}
+
+/// What the terminal says, read by a thread of its own until this is dropped.
+pub(super) struct Keyboard {
+    pub(super) events: mpsc::Receiver<io::Result<event::Event>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Keyboard {
+    pub(super) fn listen() -> io::Result<Self> {
+        let (sender, events) = mpsc::channel(KEYS_MAX);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        thread::Builder::new().name("keyboard".to_owned()).spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let read = match event::poll(LOOK_INTERVAL) {
+                    Ok(false) => continue,
+                    Ok(true) => event::read(),
+                    Err(error) => Err(error),
+                };
+                let failed = read.is_err();
+                if sender.blocking_send(read).is_err() || failed {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { events, stop })
+    }
+}
+
+impl Drop for Keyboard {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}

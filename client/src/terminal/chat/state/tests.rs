@@ -1,0 +1,502 @@
+use im_proto::body;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    error::ClosedReason,
+    event::Entry,
+    terminal::chat::{editor::Move, render},
+};
+
+fn user(name: &str) -> UserId {
+    UserId::parse(name).unwrap()
+}
+
+fn id(number: u8) -> ConversationId {
+    ConversationId::from_slice(&[number; 16]).unwrap()
+}
+
+const OWN_LOG: u8 = 9;
+const WITH_BOB: u8 = 1;
+const GROUP: u8 = 2;
+
+fn at(millis: i64) -> Timestamp {
+    Timestamp::from_millis(1_764_000_000_000 + millis)
+}
+
+fn entry(conversation: u8, seq: u64, sender: &str, text: &str) -> Entry {
+    let message = v1::Message {
+        conversation_id: id(conversation).to_bytes(),
+        seq,
+        sender: sender.to_owned(),
+        sent_at_ms: at(i64::try_from(seq).unwrap()).as_millis(),
+        body: body::text(text),
+        kind: v1::EntryKind::Message.into(),
+        flags: 1,
+        ..v1::Message::default()
+    };
+    Entry::from_wire(message, 0, Some(&user("alice"))).unwrap()
+}
+
+fn page(conversation: u8, entries: Vec<Entry>, head: u64) -> Page {
+    Page { conversation: id(conversation), entries, head, first_seq: 1 }
+}
+
+fn row(conversation: u8, peer: &str, name: &str, head: u64, unread: u64) -> v1::ConversationRow {
+    let kind = if peer.is_empty() { v1::ConversationKind::Group } else { v1::ConversationKind::Direct };
+    v1::ConversationRow {
+        conversation_id: id(conversation).to_bytes(),
+        kind: kind.into(),
+        name: name.to_owned(),
+        peer_user_id: peer.to_owned(),
+        head,
+        unread,
+        read_seq: head - unread,
+        ..v1::ConversationRow::default()
+    }
+}
+
+fn online(chat: &mut Chat) -> Vec<Effect> {
+    let mut effects = chat.on(Input::Event(Event::Connected { endpoint: "tcp://127.0.0.1:7100".to_owned() }));
+    effects.extend(chat.on(Input::Identified(user("alice"), id(OWN_LOG))));
+    effects.extend(chat.on(Input::Event(Event::Resynced)));
+    effects.extend(chat.on(Input::Tick(at(0))));
+    effects
+}
+
+/// Alice, with Bob's conversation (10 entries, 2 unread) open and a group with 3 unread.
+fn chat() -> Chat {
+    let mut chat = Chat::new(Some(Target::Peer(user("bob"))), at(0), 0, (80, 24));
+    assert!(online(&mut chat).contains(&Effect::List));
+    chat.on(Input::Listed(Ok(vec![row(WITH_BOB, "bob", "", 10, 2), row(GROUP, "", "trip", 5, 3)])));
+    chat
+}
+
+/// The same with Bob's page loaded.
+fn loaded() -> Chat {
+    let mut chat = chat();
+    let entries = (1..=10).map(|seq| entry(WITH_BOB, seq, "bob", &format!("line {seq}"))).collect();
+    let here = index(&chat, WITH_BOB);
+    chat.on(Input::Paged(here, Ok(page(WITH_BOB, entries, 10))));
+    chat
+}
+
+fn index(chat: &Chat, conversation: u8) -> usize {
+    chat.by_id[&id(conversation)]
+}
+
+fn press(chat: &mut Chat, command: Command) -> Vec<Effect> {
+    chat.on(Input::Command(command))
+}
+
+fn write(chat: &mut Chat, text: &str) -> Vec<Effect> {
+    text.chars().flat_map(|c| press(chat, Command::Insert(c))).collect()
+}
+
+/// What is on the screen, a line each, without styles.
+fn screen(chat: &Chat) -> Vec<String> {
+    let view = chat.view();
+    let backend = ratatui::backend::TestBackend::new(view.size.0, view.size.1);
+    let mut terminal = ratatui::Terminal::new(backend).unwrap();
+    terminal.draw(|frame| render::paint(&view, frame)).unwrap();
+    let buffer = terminal.backend().buffer().clone();
+    let width = usize::from(buffer.area.width);
+    let lines = buffer.content.chunks(width);
+    lines.map(|line| line.iter().map(ratatui::buffer::Cell::symbol).collect::<String>().trim_end().to_owned()).collect()
+}
+
+fn shows(chat: &Chat, text: &str) -> bool {
+    screen(chat).iter().any(|line| line.contains(text))
+}
+
+#[test]
+fn the_conversation_that_was_named_is_opened_and_its_newest_page_loaded_once() {
+    let mut chat = Chat::new(Some(Target::Peer(user("bob"))), at(0), 0, (80, 24));
+    assert!(chat.on(Input::Tick(at(0))).is_empty(), "nothing is asked for without a session");
+    let effects = online(&mut chat);
+    let pages: Vec<_> = effects.iter().filter(|effect| matches!(effect, Effect::Page { .. })).collect();
+    let expected = Effect::Page { index: 1, target: Target::Peer(user("bob")), to: 0, limit: PAGE_ENTRIES };
+    assert_eq!(pages, [&expected]);
+    assert!(shows(&chat, "loading …"));
+}
+
+#[test]
+fn the_list_shows_names_unread_and_mentions_and_reading_clears_them() {
+    let mut chat = chat();
+    assert!(shows(&chat, "@bob") && shows(&chat, "#trip") && shows(&chat, "(3)"), "{:#?}", screen(&chat));
+    assert!(shows(&chat, "5 unread"));
+    let entries = (1..=10).map(|seq| entry(WITH_BOB, seq, "bob", &format!("line {seq}"))).collect();
+    let effects = chat.on(Input::Paged(index(&chat, WITH_BOB), Ok(page(WITH_BOB, entries, 10))));
+    let marks = |effect: &&Effect| matches!(effect, Effect::MarkRead { seq: 10, .. });
+    assert_eq!(effects.iter().filter(marks).count(), 1, "{effects:?}");
+    assert!(shows(&chat, "3 unread") && shows(&chat, "── new ──") && shows(&chat, "line 10"));
+}
+
+#[test]
+fn a_message_elsewhere_counts_and_one_here_is_read_at_once() {
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    chat.on(Input::Marked(here, Ok(v1::MarkReadReply { read_seq: 10, ..v1::MarkReadReply::default() })));
+    chat.on(Input::Event(Event::Message(entry(GROUP, 6, "carol", "elsewhere"))));
+    assert!(shows(&chat, "(4)") && shows(&chat, "carol: elsewhere"), "{:#?}", screen(&chat));
+    let effects = chat.on(Input::Event(Event::Message(entry(WITH_BOB, 11, "bob", "here"))));
+    assert!(matches!(effects[..], [Effect::MarkRead { seq: 11, .. }]), "{effects:?}");
+    assert!(shows(&chat, "here") && shows(&chat, "4 unread"));
+}
+
+#[test]
+fn what_nobody_looks_at_is_not_read() {
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    chat.on(Input::Marked(here, Ok(v1::MarkReadReply { read_seq: 10, ..v1::MarkReadReply::default() })));
+    chat.on(Input::Focus(false));
+    assert!(chat.on(Input::Event(Event::Message(entry(WITH_BOB, 11, "bob", "unseen")))).is_empty());
+    assert!(shows(&chat, "(1)"));
+    let effects = chat.on(Input::Focus(true));
+    assert!(matches!(effects[..], [Effect::MarkRead { seq: 11, .. }]), "{effects:?}");
+    // Neither is what lies below the view.
+    chat.on(Input::Marked(here, Ok(v1::MarkReadReply { read_seq: 11, ..v1::MarkReadReply::default() })));
+    for seq in 12..40 {
+        chat.on(Input::Event(Event::Message(entry(WITH_BOB, seq, "bob", "more"))));
+    }
+    chat.on(Input::Marked(here, Ok(v1::MarkReadReply { read_seq: 39, ..v1::MarkReadReply::default() })));
+    press(&mut chat, Command::PageUp);
+    assert!(chat.on(Input::Event(Event::Message(entry(WITH_BOB, 40, "bob", "below")))).is_empty());
+    assert!(!shows(&chat, "below;  ") && shows(&chat, "1 new below"), "{:#?}", screen(&chat));
+    let effects = press(&mut chat, Command::Cancel);
+    assert!(matches!(effects[..], [Effect::MarkRead { seq: 40, .. }]), "{effects:?}");
+}
+
+#[test]
+fn a_sent_message_shows_at_once_and_gets_its_marks() {
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    write(&mut chat, "hi Bob");
+    let effects = press(&mut chat, Command::Submit);
+    let Some(Effect::Send { local, target, body, .. }) = effects.first() else { panic!("{effects:?}") };
+    assert_eq!((target, body), (&Target::Conversation(id(WITH_BOB)), &body::text("hi Bob")));
+    let local = *local;
+    let mark = |chat: &Chat| {
+        let line = screen(chat).into_iter().find(|line| line.contains("hi Bob") && !line.contains("you: ")).unwrap();
+        line.split_whitespace().skip_while(|word| *word != "Bob").skip(1).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(mark(&chat), "…");
+    let sent = Sent { conversation: id(WITH_BOB), seq: 11, sent_at: at(11) };
+    chat.on(Input::Sent(here, local, Ok(sent)));
+    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 11, "alice", "hi Bob"))));
+    assert_eq!(mark(&chat), "✓");
+    let bob = |delivered, read| crate::terminal::chat::conversation::Cursor { delivered, read };
+    chat.conversations[here].cursor(user("bob"), bob(11, 10));
+    assert_eq!(mark(&chat), "✓✓");
+    chat.conversations[here].cursor(user("bob"), bob(11, 11));
+    assert_eq!(mark(&chat), "✓✓ read");
+}
+
+#[test]
+fn an_entry_that_comes_before_its_acknowledgement_is_not_shown_twice() {
+    for acknowledged_first in [false, true] {
+        let mut chat = loaded();
+        let here = index(&chat, WITH_BOB);
+        write(&mut chat, "once");
+        let effects = press(&mut chat, Command::Submit);
+        let Some(Effect::Send { local, .. }) = effects.first() else { panic!("{effects:?}") };
+        let sent = Input::Sent(here, *local, Ok(Sent { conversation: id(WITH_BOB), seq: 11, sent_at: at(11) }));
+        let message = Input::Event(Event::Message(entry(WITH_BOB, 11, "alice", "once")));
+        let (first, second) = if acknowledged_first { (sent, message) } else { (message, sent) };
+        for input in [first, second] {
+            chat.on(input);
+            let shown = screen(&chat).iter().filter(|line| line.contains("  once")).count();
+            assert_eq!(shown, 1, "{:#?}", screen(&chat));
+        }
+        assert!(chat.conversations[here].log.pending.is_empty());
+    }
+}
+
+#[test]
+fn a_refused_message_comes_back_to_be_written_anew() {
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    write(&mut chat, "no");
+    let effects = press(&mut chat, Command::Submit);
+    let Some(Effect::Send { local, .. }) = effects.first() else { panic!("{effects:?}") };
+    chat.on(Input::Sent(here, *local, Err(SendError::BodySize { found: 0 })));
+    assert_eq!(chat.conversations[here].draft.text(), "no");
+    assert!(shows(&chat, "not sent: a body has"), "{:#?}", screen(&chat));
+}
+
+#[test]
+fn history_is_loaded_as_one_scrolls_up_and_the_view_stays_where_it_is() {
+    let mut chat = chat();
+    let here = index(&chat, WITH_BOB);
+    chat.conversations[here].head = 300;
+    let entries =
+        |from: u64, to: u64| (from..=to).map(|seq| entry(WITH_BOB, seq, "bob", &format!("line {seq}"))).collect();
+    chat.on(Input::Paged(here, Ok(page(WITH_BOB, entries(201, 300), 300))));
+    let mut asked = Vec::new();
+    for _ in 0..8 {
+        asked.extend(
+            press(&mut chat, Command::PageUp).into_iter().filter(|effect| matches!(effect, Effect::Page { .. })),
+        );
+    }
+    assert!(matches!(asked[..], [Effect::Page { to: 200, .. }]), "{asked:?}");
+    let before = screen(&chat);
+    chat.on(Input::Paged(here, Ok(page(WITH_BOB, entries(101, 200), 300))));
+    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 301, "bob", "newer"))));
+    let text = |lines: &[String]| lines.iter().filter(|line| line.contains("line ")).cloned().collect::<Vec<_>>();
+    let (before, after) = (text(&before), text(&screen(&chat)));
+    assert_eq!(before.last(), after.last(), "the lowest line stays");
+    press(&mut chat, Command::Bottom);
+    assert!(shows(&chat, "newer"));
+}
+
+#[test]
+fn who_types_is_shown_and_own_typing_is_told_now_and_then() {
+    let mut chat = loaded();
+    let signal = |active| {
+        Input::Event(Event::Signal(v1::Signal {
+            target: Some(v1::signal::Target::ConversationId(id(WITH_BOB).to_bytes())),
+            sender: "bob".to_owned(),
+            signal: Some(v1::signal::Signal::Typing(v1::Typing { active })),
+        }))
+    };
+    chat.on(signal(true));
+    assert!(shows(&chat, "bob is typing …"));
+    chat.on(Input::Tick(at(10_000)));
+    assert!(!shows(&chat, "is typing"));
+    chat.on(signal(true));
+    chat.on(signal(false));
+    assert!(!shows(&chat, "is typing"));
+    let told =
+        |effects: Vec<Effect>| effects.into_iter().filter(|effect| matches!(effect, Effect::Typing { .. })).count();
+    assert_eq!(told(write(&mut chat, "hello")), 1);
+    chat.on(Input::Tick(at(14_000)));
+    assert_eq!(told(write(&mut chat, "x")), 1);
+    let effects = press(&mut chat, Command::NextConversation);
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Typing { active: false, .. })), "{effects:?}");
+}
+
+#[test]
+fn a_reply_quotes_the_chosen_message() {
+    let mut chat = loaded();
+    press(&mut chat, Command::Reply);
+    press(&mut chat, Command::Up);
+    press(&mut chat, Command::Up);
+    press(&mut chat, Command::Submit);
+    write(&mut chat, "indeed");
+    let effects = press(&mut chat, Command::Submit);
+    let Some(Effect::Send { body, .. }) = effects.first() else { panic!("{effects:?}") };
+    let quote = v1::Quote { seq: 8, text: Some(v1::Text { text: "indeed".to_owned(), mentions: Vec::new() }) };
+    assert_eq!(*body, body::encode(v1::body::Content::Quote(quote)));
+    assert!(shows(&chat, "↳ bob: line 8"), "{:#?}", screen(&chat));
+}
+
+#[test]
+fn the_state_of_the_session_shows_with_its_reconnects() {
+    let mut chat = Chat::new(None, at(0), 0, (80, 24));
+    chat.on(Input::Tick(at(3_000)));
+    assert!(shows(&chat, "◌ connecting 3 s"));
+    online(&mut chat);
+    assert!(shows(&chat, "● online tcp://127.0.0.1:7100"));
+    chat.on(Input::Event(Event::Disconnected { reason: "connection reset".to_owned() }));
+    chat.on(Input::Tick(at(4_000)));
+    assert!(shows(&chat, "◌ reconnecting 4 s: connection reset"), "{:#?}", screen(&chat));
+    assert!(press(&mut chat, Command::Redraw) == [Effect::Redraw], "keys work meanwhile");
+    online(&mut chat);
+    assert!(shows(&chat, "1× again") && shows(&chat, "connected again after"), "{:#?}", screen(&chat));
+}
+
+#[test]
+fn a_direct_conversation_that_begins_is_one_row_whoever_knew_it_first() {
+    // It is opened before it exists, then Bob writes, and only then the list says whose it is.
+    let mut chat = Chat::new(Some(Target::Peer(user("bob"))), at(0), 0, (80, 24));
+    online(&mut chat);
+    let status = crate::error::Status::from_code(im_proto::StatusCode::NotFound);
+    chat.on(Input::Paged(1, Err(CallError::Refused(status))));
+    assert!(shows(&chat, "write the first message"), "{:#?}", screen(&chat));
+    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 1, "bob", "hello"))));
+    let effects = chat.on(Input::Listed(Ok(vec![row(WITH_BOB, "bob", "", 1, 1)])));
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Page { to: 0, .. })), "{effects:?}");
+    chat.on(Input::Paged(1, Ok(page(WITH_BOB, vec![entry(WITH_BOB, 1, "bob", "hello")], 1))));
+    assert_eq!(chat.order().len(), 1, "{:#?}", screen(&chat));
+    assert!(shows(&chat, "  hello"));
+}
+
+#[test]
+fn the_end_said_by_the_server_is_shown() {
+    let mut chat = loaded();
+    chat.on(Input::Event(Event::Closed(ClosedReason::ByCaller)));
+    assert!(shows(&chat, "✗ the client was closed"));
+}
+
+#[test]
+fn paste_keeps_its_lines_and_is_not_sent_by_them() {
+    let mut chat = loaded();
+    let effects = chat.on(Input::Paste("first\r\nsecond\x1b[31m".to_owned()));
+    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Send { .. })));
+    assert_eq!(chat.conversations[index(&chat, WITH_BOB)].draft.text(), "first\nsecond[31m");
+    assert!(shows(&chat, "> first") && shows(&chat, "  second[31m"), "{:#?}", screen(&chat));
+}
+
+#[test]
+fn wide_characters_stand_where_they_are_counted() {
+    let mut chat = loaded();
+    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 11, "bob", &"你好".repeat(20)))));
+    // A cell after each wide character belongs to it; ratatui fills it with a space.
+    let wide: usize = screen(&chat).iter().map(|line| line.matches('你').count()).sum();
+    assert_eq!(wide, 20 + 6, "all in the messages, some in the list: {:#?}", screen(&chat));
+    assert!(screen(&chat).iter().all(|line| text_width(line) <= 80 * 2));
+}
+
+fn text_width(line: &str) -> usize {
+    crate::terminal::chat::text::width(line)
+}
+
+#[test]
+fn receipts_move_marks_and_those_of_another_own_device_what_is_unread() {
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    let receipt = |to: u8, sender: &str, received_seq, read_seq| {
+        let receipt = v1::Receipt { received_seq, read_seq, ..v1::Receipt::default() };
+        Input::Event(Event::Signal(v1::Signal {
+            target: Some(v1::signal::Target::ConversationId(id(to).to_bytes())),
+            sender: sender.to_owned(),
+            signal: Some(v1::signal::Signal::Receipt(receipt)),
+        }))
+    };
+    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 11, "alice", "mine"))));
+    let mark = |chat: &Chat| screen(chat).into_iter().find(|line| line.contains("  mine")).unwrap();
+    assert!(mark(&chat).ends_with(" ✓"));
+    chat.on(receipt(WITH_BOB, "bob", 11, 9));
+    assert!(mark(&chat).ends_with("✓✓"));
+    chat.on(receipt(WITH_BOB, "bob", 11, 11));
+    assert!(mark(&chat).ends_with("✓✓ read"));
+    assert_eq!(chat.conversations[here].reached(11), (1, 1));
+    assert!(shows(&chat, "#trip                (3)"), "{:#?}", screen(&chat));
+    chat.on(receipt(GROUP, "alice", 5, 5));
+    assert!(!shows(&chat, "(3)"));
+}
+
+#[test]
+fn the_list_brings_previews_mentions_and_cursors() {
+    let mut chat = chat();
+    let newest = entry(GROUP, 7, "carol", "@alice look");
+    let preview = v1::Message {
+        conversation_id: id(GROUP).to_bytes(),
+        seq: 7,
+        sender: "carol".to_owned(),
+        sent_at_ms: newest.sent_at.as_millis(),
+        body: newest.body,
+        kind: v1::EntryKind::Message.into(),
+        ..v1::Message::default()
+    };
+    let cursors = vec![v1::MemberCursor { user_id: "carol".to_owned(), read_seq: 3, received_seq: 4 }];
+    let row = v1::ConversationRow { preview: Some(preview), mentions: 1, cursors, ..row(GROUP, "", "trip", 7, 5) };
+    chat.on(Input::Listed(Ok(vec![row])));
+    assert!(shows(&chat, "@1 (5)") && shows(&chat, "carol: @alice look"), "{:#?}", screen(&chat));
+    assert_eq!(chat.conversations[index(&chat, GROUP)].reached(4), (1, 0));
+}
+
+fn any_command() -> impl Strategy<Value = Command> {
+    prop_oneof![
+        any::<char>().prop_map(Command::Insert),
+        Just(Command::Newline),
+        Just(Command::Submit),
+        Just(Command::Cancel),
+        Just(Command::Go(Move::WordLeft)),
+        Just(Command::Delete(Move::Left)),
+        Just(Command::Up),
+        Just(Command::Down),
+        Just(Command::PageUp),
+        Just(Command::PageDown),
+        Just(Command::Top),
+        Just(Command::Bottom),
+        Just(Command::NextConversation),
+        Just(Command::PreviousConversation),
+        Just(Command::NextUnread),
+        Just(Command::Reply),
+        Just(Command::Open),
+        Just(Command::Help),
+    ]
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Command(Command),
+    Size(u16, u16),
+    Message(u8, bool, String),
+    Paste(String),
+    Lost,
+    Back,
+    Time(i64),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => any_command().prop_map(Step::Command),
+        1 => (0_u16..140, 0_u16..50).prop_map(|(columns, lines)| Step::Size(columns, lines)),
+        4 => (1_u8..5, any::<bool>(), "(\\PC|\n|你|👩‍👩‍👧|\u{301}){0,60}").prop_map(|(to, own, text)| Step::Message(to, own, text)),
+        1 => "(\\PC|\n){0,200}".prop_map(Step::Paste),
+        1 => Just(Step::Lost),
+        1 => Just(Step::Back),
+        1 => (0_i64..5_000).prop_map(Step::Time),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+
+    /// Whatever happens, in whatever order and at whatever size: nothing panics, every answer fits, what is drawn is within the
+    /// screen, and unread never counts what was read.
+    #[test]
+    fn any_order_of_inputs_leaves_a_chat_that_can_be_drawn(steps in proptest::collection::vec(any_step(), 1..40)) {
+        let mut chat = loaded();
+        let mut heads = [0, 10, 5, 0, 0_u64];
+        let mut now = 0;
+        for step in steps {
+            let input = match step {
+                Step::Command(command) => Input::Command(command),
+                Step::Size(columns, lines) => Input::Size(columns, lines),
+                Step::Message(to, own, text) => {
+                    let head = &mut heads[usize::from(to)];
+                    *head += 1;
+                    Input::Event(Event::Message(entry(to, *head, if own { "alice" } else { "bob" }, &text)))
+                }
+                Step::Paste(text) => Input::Paste(text),
+                Step::Lost => Input::Event(Event::Disconnected { reason: "lost".to_owned() }),
+                Step::Back => Input::Event(Event::Connected { endpoint: "tcp://x:1".to_owned() }),
+                Step::Time(millis) => {
+                    now += millis;
+                    Input::Tick(at(now))
+                }
+            };
+            let mut effects = chat.on(input);
+            while let Some(effect) = effects.pop() {
+                let answer = match effect {
+                    Effect::Page { index, to, .. } => {
+                        let Some(place) = chat.conversations[index].id else { continue };
+                        let number = place.to_bytes()[0];
+                        let Some(head) = heads.get(usize::from(number)).copied() else { continue };
+                        let last = if to == 0 { head } else { to };
+                        let entries = (last.saturating_sub(3).max(1)..=last).map(|seq| entry(number, seq, "bob", "old"));
+                        Input::Paged(index, Ok(page(number, entries.collect(), head)))
+                    }
+                    Effect::MarkRead { index, seq, .. } => {
+                        prop_assert!(seq <= chat.conversations[index].head);
+                        Input::Marked(index, Ok(v1::MarkReadReply { read_seq: seq, ..v1::MarkReadReply::default() }))
+                    }
+                    _ => continue,
+                };
+                effects.extend(chat.on(answer));
+            }
+            for conversation in &chat.conversations {
+                prop_assert!(conversation.unread <= conversation.head);
+                prop_assert!(conversation.head > conversation.read_seq || conversation.unread == 0);
+            }
+            let view = chat.view();
+            prop_assert!(view.lines.len() <= usize::from(view.size.1));
+            if view.size.0 > 0 && view.size.1 > 0 {
+                screen(&chat);
+            }
+        }
+    }
+}

@@ -299,11 +299,8 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
             }
         }
         FromGateway::Received(received) => {
-            let caller = link.session(SessionId(received.session_id));
-            if let (Some(caller), Some(received)) = (caller, &received.received)
-                && let Ok(conversation) = ConversationId::from_slice(&received.conversation_id)
-            {
-                inputs.push(GatewayInput::Received { caller, conversation, seq: received.seq });
+            if let Some(input) = GatewayInput::received(link.session(SessionId(received.session_id)), received) {
+                inputs.push(input);
             }
         }
         FromGateway::AudienceWanted(wanted) => {

@@ -3,6 +3,7 @@
 mod support;
 
 mod balance;
+mod bodies;
 mod conversations;
 mod hot;
 mod large;

@@ -76,6 +76,13 @@ pub enum GatewayInput {
 }
 
 impl GatewayInput {
+    /// A receipt of a session that the link knows.
+    pub fn received(caller: Option<Arc<Caller>>, received: &v1::SessionReceived) -> Option<Self> {
+        let received = received.received.as_ref()?;
+        let conversation = ConversationId::from_slice(&received.conversation_id).ok()?;
+        Some(GatewayInput::Received { caller: caller?, conversation, seq: received.seq })
+    }
+
     /// The conversation whose owner acts on it.
     pub fn conversation(&self) -> ConversationId {
         match self {

@@ -417,6 +417,7 @@ impl Router {
             received_through,
             cluster_id: cluster.to_owned(),
             shards: hello.shards,
+            to_instance_id: String::new(),
         };
         self.received_through = received_through;
         self.peer = Some(hello);

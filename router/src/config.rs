@@ -7,6 +7,7 @@ use im_proto::{
     key::{ClusterSecret, RouterSecret},
     limits,
     token::VerifyKey,
+    v1,
 };
 use im_storage::Hot;
 
@@ -100,6 +101,25 @@ impl RouterConfig {
             user_call_cost_max: 0,
             hot: None,
         }
+    }
+}
+
+impl RouterConfig {
+    /// How this router greets on a link: nothing is known of the other side yet.
+    pub(crate) fn hello(&self) -> v1::LinkHello {
+        v1::LinkHello {
+            instance_id: self.instance.to_string(),
+            boot_id: self.boot.0,
+            cluster_id: self.cluster_id.clone(),
+            shards: self.shards.get(),
+            ..v1::LinkHello::default()
+        }
+    }
+
+    /// A link was meant for an instance that had this address before. It must not take the place of the one that its side has with
+    /// this router.
+    pub(crate) fn is_somebody_else(&self, hello: &v1::LinkHello) -> bool {
+        !hello.to_instance_id.is_empty() && hello.to_instance_id != self.instance.as_str()
     }
 }
 

@@ -190,6 +190,9 @@ async fn run_dialled(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, mut end: Peer
         return;
     }
     let Some(theirs) = their_hello(cluster, &mut end).await else { return };
+    if theirs.instance_id != peer.instance.as_str() {
+        return tracing::debug!(router = %peer.instance, found = theirs.instance_id, "another router has its address now");
+    }
     let connection = peer.connection.fetch_add(1, Ordering::AcqRel) + 1;
     run(cluster, peer, connection, &theirs, &mut end).await;
 }
@@ -198,6 +201,9 @@ async fn run_dialled(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, mut end: Peer
 pub async fn serve(cluster: Arc<Cluster>, mut end: PeerEnd) {
     let Some(theirs) = their_hello(&cluster, &mut end).await else { return };
     let Ok(other) = InstanceId::parse(&theirs.instance_id) else { return };
+    if cluster.config.is_somebody_else(&theirs) {
+        return drop(end.sender.send(LinkItem::Hello(cluster.config.hello())).await);
+    }
     let peer = incoming_peer(&cluster, &other, theirs.boot_id);
     if end.sender.send(LinkItem::Hello(own_hello(&cluster, &peer))).await.is_err() {
         return;
@@ -213,12 +219,10 @@ pub async fn serve(cluster: Arc<Cluster>, mut end: PeerEnd) {
 fn own_hello(cluster: &Cluster, peer: &PeerLink) -> v1::LinkHello {
     let numbering = peer.numbering.lock();
     v1::LinkHello {
-        instance_id: cluster.config.instance.to_string(),
-        boot_id: cluster.config.boot.0,
         peer_boot_id: numbering.boot,
         received_through: numbering.incoming.received_through(),
-        cluster_id: cluster.config.cluster_id.clone(),
-        shards: cluster.config.shards.get(),
+        to_instance_id: peer.instance.to_string(),
+        ..cluster.config.hello()
     }
 }
 

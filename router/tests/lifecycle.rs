@@ -11,7 +11,8 @@ use im_proto::{
 };
 use im_router::RouterConfig;
 use im_storage::{
-    AppendRequest, Batch, Directory as _, FaultPlan, Faulty, Memory, MessageLog as _, Row, StateWrite, Store, Table,
+    AppendRequest, Batch, Directory as _, FaultPlan, Faulty, Memory, MessageLog as _, Row, SimFaults, SimStore,
+    StateWrite, Store, Table,
 };
 
 use crate::support::{CLUSTER, SHARDS, World, message, to, user};
@@ -41,6 +42,25 @@ async fn a_quiet_conversation_has_a_head_row_instead_of_a_busy_row_and_opens_aga
     assert_eq!(gateway.ack("n2").await.seq, 2);
     assert_eq!(store.read(Table::Busy, &partition, id.as_bytes()).await.unwrap().unwrap().timestamp, 2);
     gateway.send(1, id, message("alice", "n1", "one", "", 0)).await;
+    assert_eq!(gateway.ack("n1").await.seq, 1);
+}
+
+/// Else an owner that dies after its first commit leaves a conversation that no successor opens, and an old head that nobody doubts.
+#[tokio::test(start_paused = true)]
+async fn the_first_entry_of_a_burst_is_acknowledged_after_its_busy_row_is_confirmed() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = SimStore::new(1, SimFaults::none(), world.environment.tasks.clone());
+    world.store = Store::from(store.handle("r1"));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.self_id(&user("alice"));
+    store.cut_state("r1", true);
+    gateway.send(1, id, message("alice", "n1", "one", "", 0)).await;
+    let early = tokio::time::timeout(Duration::from_secs(20), gateway.ack("n1")).await;
+    assert!(early.is_err(), "acknowledged without a busy row: {early:?}");
+    assert_eq!(store.committed_view(id).len(), 1, "the log has it");
+    store.cut_state("r1", false);
     assert_eq!(gateway.ack("n1").await.seq, 1);
 }
 
@@ -362,4 +382,28 @@ async fn a_link_whose_gateway_no_view_shows_breaks_instead_of_falling_silent() {
     let mut early = world.gateway("early", &router).await;
     early.open(&world, 1, "alice", "a1").await;
     other.open(&world, 1, "bob", "b1").await;
+}
+
+/// A process keeps its address and changes its instance id: who still dials the former one must not end the link that serves.
+#[tokio::test(start_paused = true)]
+async fn a_link_meant_for_a_former_instance_leaves_the_one_that_serves() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let (mut stale, far) = pair(64);
+    router.accept_gateway(far);
+    let hello = v1::LinkHello {
+        instance_id: "g1".to_owned(),
+        boot_id: 5,
+        cluster_id: "im".to_owned(),
+        shards: SHARDS,
+        to_instance_id: "r0".to_owned(),
+        ..v1::LinkHello::default()
+    };
+    stale.sender.send(LinkItem::Hello(hello)).await.unwrap();
+    let Some(LinkItem::Hello(answer)) = stale.receiver.recv().await else { panic!("no hello") };
+    assert_eq!(answer.instance_id, "r1");
+    assert!(stale.receiver.recv().await.is_none(), "it is not served");
+    gateway.open(&world, 2, "bob", "b1").await;
 }

@@ -203,3 +203,39 @@ async fn a_shard_that_could_not_be_given_up_is_given_up_later() {
         assert_eq!(view.owner(shard), im_proto::shard::rendezvous_owner(shard, routers.iter()), "{shard:?}");
     }
 }
+
+/// The same between routers, on either side.
+#[tokio::test(start_paused = true)]
+async fn a_peer_link_meant_for_a_former_instance_leaves_the_one_that_serves() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    // A new view would end the link of a router that is in none.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let (mut good, far) = pair::<v1::PeerBatch, v1::PeerBatch>(64);
+    router.accept_peer(far);
+    good.sender.send(peer_hello("r9")).await.unwrap();
+    assert!(matches!(good.receiver.recv().await, Some(LinkItem::Hello(_))));
+    let (mut stale, far) = pair::<v1::PeerBatch, v1::PeerBatch>(64);
+    router.accept_peer(far);
+    let LinkItem::Hello(hello) = peer_hello("r9") else { panic!("a hello") };
+    let hello = v1::LinkHello { to_instance_id: "r0".to_owned(), ..hello };
+    stale.sender.send(LinkItem::Hello(hello)).await.unwrap();
+    assert!(matches!(stale.receiver.recv().await, Some(LinkItem::Hello(_))));
+    assert!(stale.receiver.recv().await.is_none(), "it is not served");
+    let ends = async { while good.receiver.recv().await.is_some() {} };
+    assert!(tokio::time::timeout(Duration::from_secs(5), ends).await.is_err(), "the good link was ended");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_router_does_not_talk_to_another_one_at_the_address_of_a_peer() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let _second = world.router(world.config("r2")).await;
+    let (dialled, mut links) = mpsc::channel(1);
+    world.peers = Arc::new(Dialled(dialled));
+    let _first = world.router(world.config("r1")).await;
+    let mut link = links.recv().await.unwrap();
+    let Some(LinkItem::Hello(hello)) = link.receiver.recv().await else { panic!("no hello") };
+    assert_eq!(hello.to_instance_id, "r2");
+    link.sender.send(peer_hello("r3")).await.unwrap();
+    assert!(link.receiver.recv().await.is_none(), "it talks to r3 as if it were r2");
+}

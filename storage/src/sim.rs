@@ -98,6 +98,8 @@ struct State {
     dice: Dice,
     faults: SimFaults,
     links: BTreeMap<String, Link>,
+    /// See [`SimStore::stale_deliveries`].
+    stale_deliveries: u64,
 }
 
 /// The way between a client and the store.
@@ -106,12 +108,20 @@ struct Link {
     requests_cut: bool,
     answers_cut: bool,
     slower_by: Duration,
+    /// Requests to write rows of state tables vanish; the log's and the fences' arrive.
+    state_cut: bool,
 }
 
 impl SimStore {
     /// An empty store, whose deliveries run as `tasks` that no crash of a client ends.
     pub fn new(seed: u64, faults: SimFaults, tasks: Arc<dyn Spawn>) -> Self {
-        let state = State { replicas: Default::default(), dice: Dice::new(seed), faults, links: BTreeMap::new() };
+        let state = State {
+            replicas: Default::default(),
+            dice: Dice::new(seed),
+            faults,
+            links: BTreeMap::new(),
+            stale_deliveries: 0,
+        };
         Self { shared: Arc::new(Shared { state: Mutex::new(state), tasks }) }
     }
 
@@ -125,6 +135,16 @@ impl SimStore {
         let mut state = self.shared.state.lock();
         let link = state.links.entry(client.to_owned()).or_default();
         (link.requests_cut, link.answers_cut) = (requests, answers);
+    }
+
+    /// A client's writes to state tables vanish while those to logs arrive: other partitions have other replicas.
+    pub fn cut_state(&self, client: &str, cut: bool) {
+        self.shared.state.lock().links.entry(client.to_owned()).or_default().state_cut = cut;
+    }
+
+    /// How many times a batch reached a replica that had a row of a greater epoch at one of its seqs.
+    pub fn stale_deliveries(&self) -> u64 {
+        self.shared.state.lock().stale_deliveries
     }
 
     /// Makes every request of a client, and every answer to it, take that much longer.
@@ -186,6 +206,14 @@ enum Mutation {
 }
 
 impl Mutation {
+    /// A batch that comes after rows of a greater epoch at its seqs.
+    fn is_stale(&self, cells: &Cells) -> bool {
+        let Self::Batch(batch) = self else { return false };
+        let (Some(first), Some(last)) = (batch.rows.first(), batch.rows.last()) else { return false };
+        let there = cells.range(batch.conversation, first.seq, last.seq, batch.rows.len());
+        there.iter().any(|stored| stored.epoch > batch.epoch)
+    }
+
     fn apply(&self, cells: &mut Cells) {
         match self {
             Self::Batch(batch) => cells.apply_batch(batch),

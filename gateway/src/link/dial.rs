@@ -88,6 +88,7 @@ async fn dial(shared: &Shared, link: &Link, numbers: &Numbers) -> Result<(Gatewa
         received_through: numbers.incoming.received_through(),
         cluster_id: shared.config.cluster_id.clone(),
         shards: shared.shards.get(),
+        to_instance_id: link.router.as_str().to_owned(),
     };
     end.sender.send(LinkItem::Hello(hello)).await.map_err(|_| "closed before the hello".to_owned())?;
     let Some(LinkItem::Hello(hello)) = end.receiver.recv().await else {

@@ -18,6 +18,9 @@ use crate::{cluster::Cluster, link_queue::ACKNOWLEDGE_EVERY};
 /// Serves one connection of a gateway until it breaks.
 pub async fn serve(cluster: Arc<Cluster>, mut end: RouterEnd) {
     let Some(LinkItem::Hello(hello)) = end.receiver.recv().await else { return };
+    if cluster.config.is_somebody_else(&hello) {
+        return drop(end.sender.send(LinkItem::Hello(cluster.config.hello())).await);
+    }
     let Some(link) = admit(&cluster, &hello) else { return };
     let connection = link.connection.fetch_add(1, Ordering::AcqRel) + 1;
     // Retired between the two steps above: this connection would not be told.
@@ -31,14 +34,8 @@ pub async fn serve(cluster: Arc<Cluster>, mut end: RouterEnd) {
         numbering.incoming.reconnected();
         numbering.outgoing.replay(received)
     };
-    let answer = v1::LinkHello {
-        instance_id: cluster.config.instance.to_string(),
-        boot_id: cluster.config.boot.0,
-        peer_boot_id: link.boot,
-        received_through: link.numbering.lock().incoming.received_through(),
-        cluster_id: cluster.config.cluster_id.clone(),
-        shards: cluster.config.shards.get(),
-    };
+    let received_through = link.numbering.lock().incoming.received_through();
+    let answer = v1::LinkHello { peer_boot_id: link.boot, received_through, ..cluster.config.hello() };
     if end.sender.send(LinkItem::Hello(answer)).await.is_err() {
         return;
     }

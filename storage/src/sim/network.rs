@@ -91,7 +91,8 @@ impl Shared {
     /// Starts a write. It goes on whatever becomes of the client.
     pub(super) fn write(self: &Arc<Self>, client: &str, mutation: Mutation, answer: Answer) {
         let mut state = self.state.lock();
-        let link = state.link(client);
+        let mut link = state.link(client);
+        link.requests_cut |= link.state_cut && matches!(mutation, Mutation::Cells(_));
         let events = state.write_events(link);
         drop(state);
         let (shared, client) = (self.clone(), client.to_owned());
@@ -104,7 +105,11 @@ impl Shared {
         for ((at, _), event) in events {
             sleep_until(begun + at).await;
             match event {
-                Event::Deliver { replica } => mutation.apply(&mut self.state.lock().replicas[replica]),
+                Event::Deliver { replica } => {
+                    let mut state = self.state.lock();
+                    state.stale_deliveries += u64::from(mutation.is_stale(&state.replicas[replica]));
+                    mutation.apply(&mut state.replicas[replica]);
+                }
                 Event::Answer(outcome) => {
                     if !self.state.lock().link(client).answers_cut
                         && let Some(answer) = answer.take()

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Every fault of deploy/local/faults once, on a cluster of its own (three routers, three gateways, three members of etcd, three CQL
+# nodes, Redis) under continuous load, judged by the history checker. As root with network cuts, otherwise without.
+#
+#   bash deploy/e2e-faults.sh          needs target/release/{imd,im,loadtest}; leaves no process and no data behind
+#   bash deploy/e2e-faults.sh NAME…    these faults only
+#
+# FAULTS_SECONDS (780) bounds it: what has not begun by then is named and left out. The lease is 4 s (FAULTS_LEASE) instead of 10, so
+# that what must outlive it is over sooner.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+seconds=${FAULTS_SECONDS:-780}
+lease=${FAULTS_LEASE:-4}
+export IM_BIN=${IM_BIN:-$PWD/target/release}
+work=$(mktemp -d)
+export IM_SERVICES_DIR=$work/services IM_CLUSTER_DIR=$work/cluster
+
+end() {
+    local code=$?
+    trap - EXIT INT TERM
+    if [ "$code" -ne 0 ]; then
+        echo "faults: FAILED, the last lines of what was said:" >&2
+        tail -n 5 "$IM_CLUSTER_DIR"/*/log "$work"/faults/*.log >&2 || true
+    fi
+    deploy/local/cluster down --purge >/dev/null 2>&1 || code=1
+    deploy/local/services down --purge >/dev/null 2>&1 || code=1
+    rm -rf "$work"
+    exit "$code"
+}
+trap end EXIT
+trap 'exit 130' INT TERM
+
+network=loopback
+[ "$(id -u)" -ne 0 ] || network=bridge
+deploy/local/services up --members 3 --cql-nodes 3 --network "$network" >/dev/null
+# Also for what is started again.
+export IM_CLUSTER_SET=lease_ttl=${lease}s
+deploy/local/cluster up --routers 3 --gateways 3 >/dev/null
+
+names=("$@")
+[ "${#names[@]}" -gt 0 ] || mapfile -t names < <(deploy/local/faults --list | grep -vx rolling && echo rolling)
+left=() lines=3
+for name in "${names[@]}"; do
+    if [[ $name = cut-* && $network != bridge ]] || [ "$SECONDS" -gt "$seconds" ]; then
+        left+=("$name")
+        continue
+    fi
+    deploy/local/faults --quick --times 1 --lease "$lease" --rate 200 --pairs 6 --out "$work/faults" "$name" | tail -n "$lines"
+    lines=1
+done
+[ "${#left[@]}" -eq 0 ] || echo "left out: ${left[*]}"
+echo "faults: every promise held, in $SECONDS s"

@@ -12,6 +12,8 @@ mod network;
 mod people;
 mod plan;
 mod report;
+#[cfg(test)]
+mod scenarios;
 mod trace;
 mod world;
 
@@ -170,6 +172,7 @@ async fn whole(world: Arc<World>, people: Arc<People>) -> Vec<String> {
     if open > 0 {
         broken.push(format!("does not come back: {open} sends have no outcome"));
     }
+    broken.extend(judge::shown_unasked(&people, SETTLE_MAX).await);
     broken.extend(judge::settle(&people, SETTLE_MAX).await);
     broken
 }

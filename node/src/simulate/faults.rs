@@ -45,6 +45,18 @@ const KINDS: [(&str, u64); 18] = [
     ("lose registry", 1),
 ];
 
+/// Where bursts begin and end all the time: what is written beside the log gets lost, and then its writer.
+const QUIET_KINDS: [(&str, u64); 8] = [
+    ("cut state and crash", 10),
+    ("crash router", 4),
+    ("pause router", 4),
+    ("cut store", 3),
+    ("rough store", 4),
+    ("cut registry", 2),
+    ("leave and join", 2),
+    ("reset links", 2),
+];
+
 impl Faults {
     /// Faults for that run.
     pub fn new(world: Arc<World>, people: Arc<People>) -> Self {
@@ -65,14 +77,15 @@ impl Faults {
                 _ = stop.wait_for(|stop| *stop) => return,
                 () = sleep(pause) => {}
             }
-            let all: u64 = KINDS.iter().map(|(_, weight)| weight).sum();
+            let kinds: &[(&'static str, u64)] = if self.world.plan.quiet { &QUIET_KINDS } else { &KINDS };
+            let all: u64 = kinds.iter().map(|(_, weight)| weight).sum();
             let mut at = self.dice.between(0, all - 1);
-            for (kind, weight) in KINDS {
-                if at < weight {
+            for (kind, weight) in kinds {
+                if at < *weight {
                     self.happen(kind);
                     break;
                 }
-                at -= weight;
+                at -= *weight;
             }
         }
     }
@@ -90,6 +103,7 @@ impl Faults {
             "pause router" => self.pause(kind, Role::Router, lasts),
             "pause gateway" => self.pause(kind, Role::Gateway, lasts),
             "cut store" => self.cut_store(kind, lasts),
+            "cut state and crash" => self.cut_state(kind, lasts),
             "slow store" => self.slow_store(kind, lasts),
             "cut registry" => self.cut_registry(kind, lasts),
             "cut gateway-router" => self.cut_way(kind, Role::Gateway, Role::Router, lasts),
@@ -162,6 +176,24 @@ impl Faults {
         let world = self.world.clone();
         world.store.cut(&name, requests, answers);
         self.later(lasts, async move { world.store.cut(&name, false, false) });
+        Some(())
+    }
+
+    /// What a router writes beside the logs vanishes; then the router is gone, so that it does not write it again.
+    fn cut_state(&mut self, kind: &str, lasts: Duration) -> Option<()> {
+        let name = self.one(Role::Router)?;
+        let down = self.dice.millis(100, 2_000);
+        self.note(kind, format!("{name} after {lasts:?} for {down:?}"));
+        let world = self.world.clone();
+        world.store.cut_state(&name, true);
+        self.later(lasts, async move {
+            world.crash(&name);
+            world.store.cut_state(&name, false);
+            sleep(down).await;
+            if !world.is_up(&name) {
+                world.start(&name, Role::Router);
+            }
+        });
         Some(())
     }
 
@@ -275,7 +307,8 @@ impl Faults {
     fn wrong_clock(&mut self, kind: &str) -> Option<()> {
         let role = if self.dice.percent(75) { Role::Router } else { Role::Gateway };
         let name = self.one(role)?;
-        let skew_ms = i64::try_from(self.dice.between(0, 40_000)).unwrap_or(0) - 20_000;
+        // Up to five minutes.
+        let skew_ms = (i64::try_from(self.dice.between(0, 40_000)).unwrap_or(0) - 20_000) * 15;
         self.note(kind, format!("{name} by {skew_ms} ms"));
         self.world.skew(&name, skew_ms);
         Some(())

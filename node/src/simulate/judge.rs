@@ -12,6 +12,7 @@ use im_proto::{
     body::{FLAG_COUNTED, FLAG_MENTIONS_ALL, names},
     v1::{self, EntryKind, system_event::Event},
 };
+use prost::Message as _;
 use tokio::time::{Instant, sleep};
 
 use super::people::{Device, People, checked, entry_hash};
@@ -37,6 +38,43 @@ pub async fn wait_for_outcomes(people: &People, patience: Duration) -> u64 {
         }
         sleep(Duration::from_millis(500)).await;
     }
+}
+
+/// Waits until every device was shown what was acknowledged, without anybody asking for a history: a question opens its conversation,
+/// and so would bring to light what heads and pushes have kept from everybody. Gives what was not shown.
+pub async fn shown_unasked(people: &People, patience: Duration) -> Vec<String> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let missing = not_shown(people);
+        if missing.is_empty() {
+            return missing;
+        }
+        if Instant::now() >= deadline {
+            return missing.into_iter().map(|text| format!("does not come back unasked: {text}")).collect();
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+}
+
+fn not_shown(people: &People) -> Vec<String> {
+    let mut missing = Vec::new();
+    for (id, acknowledged) in people.acknowledged_heads() {
+        let rows = people.world.store.committed_view(id);
+        let events = |through: u64| {
+            let rows = rows.iter().filter(move |stored| stored.row.seq <= through);
+            rows.map(|stored| (stored.row.seq, event(stored.row.kind, &stored.row.body)))
+        };
+        // Who has left meanwhile need not be told what was said before.
+        let (then, now) = (readers(people, id, events(acknowledged)), readers(people, id, events(u64::MAX)));
+        for device in people.all() {
+            let reads = then.contains_key(&device.user) && now.contains_key(&device.user);
+            let shown = people.shown_through(&device, id);
+            if reads && shown < acknowledged {
+                missing.push(format!("{} was shown {shown} of {acknowledged} acknowledged in {id}", device.name));
+            }
+        }
+    }
+    missing
 }
 
 /// Waits until all devices have seen everything and lists agree with logs; gives what does not.
@@ -102,7 +140,8 @@ async fn read_all(people: &Arc<People>) -> Result<BTreeMap<ConversationId, Log>,
         }
     }
     for (id, log) in &mut logs {
-        log.readers = readers(people, *id, &log.entries);
+        let events = log.entries.iter().map(|entry| (entry.seq, event(entry.kind, &entry.body)));
+        log.readers = readers(people, *id, events);
     }
     Ok(logs)
 }
@@ -121,7 +160,11 @@ async fn read(device: &Device, id: ConversationId) -> Result<(Vec<Entry>, u64), 
 }
 
 /// Who is in it at the end, by its entries.
-fn readers(people: &People, id: ConversationId, entries: &[Entry]) -> BTreeMap<UserId, u64> {
+fn readers(
+    people: &People,
+    id: ConversationId,
+    events: impl Iterator<Item = (u64, Option<Event>)>,
+) -> BTreeMap<UserId, u64> {
     let users: Vec<UserId> = people.users.iter().filter_map(|user| UserId::parse(user).ok()).collect();
     let secret = &people.world.secret;
     for user in &users {
@@ -132,13 +175,13 @@ fn readers(people: &People, id: ConversationId, entries: &[Entry]) -> BTreeMap<U
         }
     }
     let mut members = BTreeMap::new();
-    for entry in entries {
-        match event(entry) {
+    for (seq, event) in events {
+        match event {
             Some(Event::GroupCreated(created)) => {
-                members.extend(created.members.iter().filter_map(|user| Some((UserId::parse(user).ok()?, entry.seq))));
+                members.extend(created.members.iter().filter_map(|user| Some((UserId::parse(user).ok()?, seq))));
             }
             Some(Event::MembersJoined(joined)) => {
-                members.extend(joined.members.iter().filter_map(|user| Some((UserId::parse(user).ok()?, entry.seq))));
+                members.extend(joined.members.iter().filter_map(|user| Some((UserId::parse(user).ok()?, seq))));
             }
             Some(Event::MemberLeft(left)) => {
                 members.retain(|user: &UserId, _| user.as_str() != left.user_id);
@@ -149,9 +192,9 @@ fn readers(people: &People, id: ConversationId, entries: &[Entry]) -> BTreeMap<U
     members
 }
 
-fn event(entry: &Entry) -> Option<Event> {
-    match entry.decode_body()?.content? {
-        v1::body::Content::Event(event) if entry.kind == EntryKind::Event => event.event,
+fn event(kind: EntryKind, body: &[u8]) -> Option<Event> {
+    match v1::Body::decode(body).ok()?.content? {
+        v1::body::Content::Event(event) if kind == EntryKind::Event => event.event,
         _ => None,
     }
 }
@@ -274,7 +317,7 @@ fn repeated_effects(id: ConversationId, entries: &[Entry]) -> Vec<String> {
     let mut seen = BTreeSet::new();
     let mut broken = Vec::new();
     for entry in entries {
-        let key = match event(entry) {
+        let key = match event(entry.kind, &entry.body) {
             Some(Event::ConversationJoined(joined)) => (joined.conversation_id, joined.joined_seq),
             Some(Event::ConversationLeft(left)) => (left.conversation_id, left.left_seq),
             _ => continue,

@@ -255,6 +255,18 @@ impl People {
         self.record.lock().clients[device.number]
     }
 
+    /// Of each conversation the greatest seq that was acknowledged.
+    pub fn acknowledged_heads(&self) -> BTreeMap<ConversationId, u64> {
+        let mut heads = BTreeMap::<ConversationId, u64>::new();
+        for ((conversation, _), seq) in &self.record.lock().acknowledged {
+            if let Ok(id) = ConversationId::from_slice(conversation) {
+                let head = heads.entry(id).or_default();
+                *head = (*head).max(*seq);
+            }
+        }
+        heads
+    }
+
     /// How far a device was shown a conversation.
     pub fn shown_through(&self, device: &Device, conversation: ConversationId) -> u64 {
         self.record.lock().shown.get(&(device.number, conversation)).copied().unwrap_or(0)

@@ -29,6 +29,8 @@ pub struct Plan {
     pub event_queue: usize,
     /// Tight bounds on outboxes, link queues and replay buffers: pushes get lost.
     pub tight: bool,
+    /// Bursts begin and end all the time, and what is written beside the log gets lost: few sends, long pauses.
+    pub quiet: bool,
     /// The longest pause between two faults; none: nothing goes wrong.
     pub fault_pause_ms: Option<u64>,
     pub rough_store: bool,
@@ -42,7 +44,8 @@ impl Plan {
         let mut dice = Dice::new(seed, "plan");
         let calm = seed.is_multiple_of(16);
         let burst = if seed % 16 == 5 { dice.between(1_050, 1_400) } else { 0 };
-        Self {
+        let quiet = matches!(seed % 16, 7 | 10 | 13);
+        let plan = Self {
             seed,
             routers: dice.between(2, 3),
             spare_router: dice.percent(60),
@@ -60,9 +63,14 @@ impl Plan {
             client_window: *dice.pick(&[4, 32, 256]),
             event_queue: *dice.pick(&[8, 64, 1_024]),
             tight: dice.percent(40),
+            quiet,
             fault_pause_ms: (!calm).then(|| *dice.pick(&[1_000, 2_500, 5_000])),
             rough_store: dice.percent(60),
             storm: if dice.percent(50) { dice.millis(0, 12_000) } else { Duration::ZERO },
+        };
+        if !quiet {
+            return plan;
         }
+        Self { sends: dice.between(4, 12), send_pause_ms: 8_000, fault_pause_ms: Some(2_500), ..plan }
     }
 }

@@ -302,7 +302,14 @@ impl World {
         drop(machines);
     }
 
-    fn shards(&self) -> ShardCount {
+    /// What the machines know of the registry.
+    #[cfg(test)]
+    pub fn views(&self) -> Vec<Arc<im_registry::View>> {
+        let machines = self.machines.lock();
+        machines.values().filter_map(|machine| Some(machine.registry.as_ref()?.view().borrow().clone())).collect()
+    }
+
+    pub fn shards(&self) -> ShardCount {
         ShardCount::new(self.plan.shards).unwrap_or_default()
     }
 }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use im_client::Target;
+use im_client::{Target, compose};
 use im_proto::{ConversationId, Epoch, InstanceId, ShardId};
 use im_registry::Role;
 use tokio::time::{Instant, sleep};
@@ -104,7 +104,8 @@ impl Stage {
     async fn talk(&self, what: &str, count: usize) {
         for number in 0..count {
             for (from, to) in [(&self.alice, &self.bob), (&self.bob, &self.alice)] {
-                self.people.send(from, Target::Peer(to.user.clone()), format!("{}: {what} {number}", from.name)).await;
+                let text = compose::Text::new(format!("{}: {what} {number}", from.name));
+                self.people.send(from, Target::Peer(to.user.clone()), text).await;
             }
         }
     }

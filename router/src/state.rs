@@ -157,6 +157,8 @@ pub struct Consequences {
     pub gone: Vec<UserId>,
     /// Of a self log: which conversation the user left.
     pub left: Option<ConversationId>,
+    /// Of a self log: which group the user came into.
+    pub entered: Option<ConversationId>,
 }
 
 /// Applies an entry to a state and tells what follows from it.
@@ -359,6 +361,7 @@ fn list_joined(
         left_seq,
         version: row.seq,
     };
+    out.entered = (entry.kind == v1::ConversationKind::Group && !entry.left()).then_some(conversation);
     put_list_row(state, id, conversation, entry, out);
 }
 

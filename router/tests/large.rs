@@ -11,7 +11,7 @@ use im_proto::{
 };
 use im_registry::{AnyRegistry, InProcessHandle, Reach, Registry as _};
 use im_router::Router;
-use im_storage::{FaultPlan, Faulty, Memory, Store};
+use im_storage::{FaultPlan, Faulty, Memory, Store, Table};
 
 use crate::{
     lifecycle::faulty,
@@ -532,4 +532,48 @@ async fn who_may_have_missed_entries_of_a_dead_owner_is_told_to_sync() {
     for name in there.iter().filter(|name| cluster.sessions[&user(name)].0 == deaf) {
         assert!(resynced.contains(&cluster.session(name)), "{name}");
     }
+}
+
+/// The owner of a large group asks who follows it before the member's session begins, and the member's own log learns of the group
+/// only after the session has synced.
+#[tokio::test(start_paused = true)]
+async fn who_syncs_before_the_list_knows_a_large_group_misses_nothing_of_it() {
+    let mut cluster = Cluster::new(2).await;
+    let late: Vec<String> = (0..20).map(|n| format!("late{n}")).collect();
+    let mut members = late.clone();
+    members.extend((0..280).map(|n| format!("away{n}")));
+    cluster.come("creator").await;
+    let id = cluster.group("creator", "k", &["early".to_owned()]).await;
+    // No log can begin a burst: the group's is in one, the members' are not, so that the effects on them wait.
+    cluster.store.set_plan(FaultPlan { refused_table: Some(Table::Busy), ..FaultPlan::none() });
+    let invite =
+        v1::GroupInviteRequest { conversation_id: id.to_bytes(), members, ..v1::GroupInviteRequest::default() };
+    cluster.call::<v1::GroupInviteReply>("creator", Method::GroupInvite, &invite).await.unwrap();
+    for name in &late {
+        cluster.come(name).await;
+        let list = cluster.sync(name).await;
+        assert!(list.conversations.iter().all(|row| row.conversation_id != id.to_bytes()), "{name} came too late");
+    }
+    cluster.pushed(id).await;
+    let unheard = send_all(&mut cluster, "creator", id, "unheard", 3).await;
+    cluster.store.set_plan(FaultPlan::none());
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let mut resynced: BTreeSet<u64> = BTreeSet::new();
+    for gateway in &mut cluster.gateways {
+        gateway.gather().await;
+        for message in &gateway.inbox {
+            if let Down::Resync(resync) = message {
+                resynced.extend(&resync.session_ids);
+            }
+        }
+    }
+    let (got, _) = cluster.pushed(id).await;
+    for name in &late {
+        let session = cluster.session(name);
+        let has_all = got.get(&session).is_some_and(|seqs| unheard.iter().all(|seq| seqs.contains(seq)));
+        assert!(has_all || resynced.contains(&session), "{name} is not told");
+    }
+    let heard = send_all(&mut cluster, "creator", id, "heard", 3).await;
+    let (got, _) = cluster.pushed(id).await;
+    assert_got(&cluster, &got, &late, &heard);
 }

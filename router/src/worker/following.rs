@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use im_proto::{ConversationId, UserId};
 
-use super::Context;
+use super::{Context, sync::ask_heads};
 use crate::{
     conversation::Conversation,
     message::{AnswerValue, Follow, ReplyTo},
@@ -54,6 +54,33 @@ impl Context {
         if let (Some(left), Kind::SelfLog(user)) = (consequences.left, &conversation.settled.kind) {
             self.change_following(user, &left, |reasons| reasons.confirmed = false);
         }
+    }
+
+    /// A user's own log says that the user came into a group. Whoever was there when the owner asked for followers follows it already.
+    /// Who came after that, and synced before this entry, would get nothing of a large one: it is registered now, and syncs, because
+    /// entries may have been pushed meanwhile.
+    pub fn entered_elsewhere(&mut self, conversation: &Conversation, consequences: &Consequences) {
+        let (Some(entered), Kind::SelfLog(user)) = (consequences.entered, &conversation.settled.kind) else { return };
+        match self.users.following(user) {
+            Some((following, _)) if following.get(&entered).is_none_or(|reasons| !reasons.confirmed) => {}
+            _ => return,
+        }
+        let (cluster, user) = (self.cluster.clone(), user.clone());
+        let sync = self.follow_while_asking(&user, &[entered]);
+        let asking = user.clone();
+        self.then(
+            async move { ask_heads(&cluster, &asking, false, std::iter::once(entered)).await },
+            move |worker, heads| {
+                // Where the head could not be had the sync asks again, until it is answered.
+                let missed = heads.as_ref().map_or(true, |heads| heads.values().any(|head| head.registered));
+                let registered = heads.unwrap_or_default().into_iter().filter(|(_, head)| head.registered);
+                let registered = registered.map(|(id, _)| id).collect();
+                worker.context.asked_heads(&user, sync, &[entered], &registered);
+                if missed {
+                    worker.context.resync_user(&user);
+                }
+            },
+        );
     }
 
     /// A user's sync is about to ask for these heads.

@@ -383,6 +383,15 @@ impl Context {
         }
     }
 
+    /// Tells a user's sessions to sync.
+    pub fn resync_user(&mut self, user: &UserId) {
+        let Some((_, sessions)) = self.users.following(user) else { return };
+        let keys: Vec<SessionKey> = sessions.cloned().collect();
+        for key in keys {
+            self.resync(&key.gateway, vec![key.session.0]);
+        }
+    }
+
     fn resync(&mut self, gateway: &InstanceId, session_ids: Vec<u64>) {
         let spread_ms = u32::try_from(self.cluster.config.resync_spread.as_millis()).unwrap_or(u32::MAX);
         let resync = Some(v1::Resync { reason: v1::ResyncReason::OwnerMoved.into(), spread_ms });

@@ -139,7 +139,7 @@ fn list_row(id: &ConversationId, row: &ListRow, head: &v1::Head) -> v1::Conversa
 
 /// Asks the owners, one request a shard, all at once. A page without one of its heads would look complete, so one that cannot be
 /// had fails the page.
-async fn ask_heads(
+pub async fn ask_heads(
     cluster: &Arc<Cluster>,
     user: &UserId,
     details: bool,

@@ -51,7 +51,7 @@ impl Chat {
             (_, Command::PageUp) => self.scroll(self.page_lines()),
             (_, Command::PageDown) => self.scroll(-self.page_lines()),
             (_, Command::Top) => self.scroll(isize::MAX),
-            (_, Command::Bottom) => self.to_end(),
+            (_, Command::Bottom) => self.go_to_end(),
             (_, Command::Insert(c)) => self.insert(c.encode_utf8(&mut [0; 4])),
             (_, Command::Newline) => self.insert("\n"),
             (_, Command::Go(to)) => self.edit(|editor| editor.go(to)),
@@ -123,7 +123,7 @@ impl Chat {
     fn cancel(&mut self) {
         let Some(index) = self.open else { return };
         if self.conversations[index].replying.take().is_none() {
-            self.to_end();
+            self.go_to_end();
         }
     }
 

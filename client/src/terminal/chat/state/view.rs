@@ -277,7 +277,7 @@ impl Chat {
         blocks::pending(&self.context(index, columns), last).iter().map(Vec::len).sum()
     }
 
-    pub(super) fn to_end(&mut self) {
+    pub(super) fn go_to_end(&mut self) {
         if let Some(index) = self.open {
             self.conversations[index].log.anchor = None;
         }

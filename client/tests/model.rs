@@ -36,7 +36,7 @@ struct Model {
 
 /// What a session may do next in the model.
 enum Step {
-    Answer(server_frame::Frame),
+    Answer(Box<server_frame::Frame>),
     Break,
 }
 
@@ -207,7 +207,7 @@ async fn serve(connection: &mut Connection, model: &mut Model, calm: &mut mpsc::
                 let Some(frame) = frame else { return };
                 for step in answer(frame, model) {
                     match step {
-                        Step::Answer(frame) => connection.send(frame).await,
+                        Step::Answer(frame) => connection.send(*frame).await,
                         Step::Break => return,
                     }
                 }
@@ -244,13 +244,13 @@ fn answer(frame: client_frame::Frame, model: &mut Model) -> Vec<Step> {
         0 if model.chance(2) => vec![Step::Break],
         1 if model.chance(2) => {
             let resync = v1::Resync { reason: 2, spread_ms: 100 };
-            vec![Step::Answer(server_frame::Frame::Resync(resync)), Step::Answer(answer)]
+            vec![Step::Answer(Box::new(server_frame::Frame::Resync(resync))), Step::Answer(Box::new(answer))]
         }
         2 if model.chance(2) => {
             let go_away = v1::GoAway { reason: None, reconnect_after_ms: 20, endpoints: vec![] };
-            vec![Step::Answer(answer), Step::Answer(server_frame::Frame::GoAway(go_away))]
+            vec![Step::Answer(Box::new(answer)), Step::Answer(Box::new(server_frame::Frame::GoAway(go_away)))]
         }
-        _ => vec![Step::Answer(answer)],
+        _ => vec![Step::Answer(Box::new(answer))],
     }
 }
 

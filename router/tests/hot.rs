@@ -1,13 +1,14 @@
 //! What routers keep in hot state: presence, and limits that several routers share. And that nothing depends on it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use im_proto::{
     InstanceId, ShardCount, StatusCode,
     method::Method,
     v1::{self, gateway_message::Message as Up, router_message::Message as Down},
 };
-use im_registry::{AnyRegistry, Registry as _};
+use im_registry::{AnyRegistry, Registry as _, View};
+use im_router::Router;
 use im_storage::{Hot, Memory, MemoryHot, RedisHot, RedisOptions, Store};
 
 use crate::support::{CLUSTER, Mesh, TestGateway, World, message, user};
@@ -132,11 +133,8 @@ async fn without_hot_state_messages_flow_limits_hold_here_and_presence_is_unknow
     assert_eq!(read(&mut gateway, 1, &["alice", "bob"]).await, BTreeMap::new(), "unknown, not offline");
 }
 
-/// Two routers with one hot state: what a user sends through both counts together.
-#[tokio::test(start_paused = true)]
-async fn a_limit_holds_in_the_whole_cluster() {
-    let mesh = Mesh::default();
-    let mut world = World { shards: 64, peers: mesh.of("r1"), ..World::new(Store::from(Memory::new())) };
+/// Two routers with one hot state and a limit of ten sends, once both own shards, and who owns which.
+async fn two_routers(world: &mut World, mesh: &Mesh) -> (Vec<Router>, Arc<View>) {
     let hot = Hot::from(MemoryHot::new(&world.environment));
     let mut routers = Vec::new();
     for name in ["r1", "r2"] {
@@ -158,6 +156,16 @@ async fn a_limit_holds_in_the_whole_cluster() {
     .unwrap();
     tokio::time::sleep(Duration::from_secs(3)).await;
     let view = view.borrow().clone();
+    (routers, view)
+}
+
+/// Two routers with one hot state: what a user sends through both counts together.
+#[tokio::test(start_paused = true)]
+async fn a_limit_holds_in_the_whole_cluster() {
+    let mesh = Mesh::default();
+    let mut world = World { shards: 64, peers: mesh.of("r1"), ..World::new(Store::from(Memory::new())) };
+    let (routers, view) = two_routers(&mut world, &mesh).await;
+    let names = ["r1", "r2"].map(|name| InstanceId::parse(name).unwrap());
     let owner = |id: &im_proto::ConversationId| {
         let owner = view.owner(ShardCount::new(64).unwrap().shard_of(id)).unwrap();
         usize::from(*owner == names[1])

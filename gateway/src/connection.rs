@@ -86,6 +86,8 @@ pub(crate) struct Connection<S> {
     stage: Stage,
     /// Bytes thrown away after the last frame.
     discarded: usize,
+    /// Frames before the `Hello`.
+    early_frames: u8,
     peer_transport: Transport,
     remote_address: SocketAddr,
     /// Of a connection, or of a farewell.
@@ -151,6 +153,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             rates: Rates::default(),
             stage,
             discarded: 0,
+            early_frames: 0,
             peer_transport: peer.transport,
             remote_address: peer.remote_address,
             _place: place,
@@ -355,7 +358,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if self.stage == Stage::Live {
+        if !matches!(self.stage, Stage::Hello | Stage::Opening) {
             return self.run(cx);
         }
         let shared = self.shared.clone();

@@ -22,6 +22,11 @@ const GRACE: Duration = Duration::from_millis(20);
 const ACCEPT: Duration = Duration::from_micros(20);
 /// What a step of a handshake is taken to cost until it is measured: a signature and a key exchange.
 const STEP: Duration = Duration::from_micros(200);
+/// A piece of work counts as at most this much: what took longer was not running all the time (another process had the core, or the
+/// whole process was stopped).
+const WORK_MAX: Duration = Duration::from_millis(5);
+/// What measured work may put the payment off to, so that no flood keeps everybody else waiting longer than this.
+const DEBT_MAX: Duration = Duration::from_secs(1);
 
 /// The share of all handshakes.
 #[derive(Clone)]
@@ -47,7 +52,9 @@ impl Effort {
         let result = work();
         let now = Instant::now();
         let mut paid_at = paid_at.lock();
-        *paid_at = (*paid_at).max(began) + self.price(now - began);
+        // Turns that were given out stay beyond the bound.
+        let latest = (*paid_at).max(now + DEBT_MAX);
+        *paid_at = ((*paid_at).max(began) + self.price((now - began).min(WORK_MAX))).min(latest);
         result
     }
 
@@ -67,8 +74,8 @@ impl Effort {
     pub async fn step(&self) {
         if let Some(turn) = self.reserve(STEP) {
             sleep_until(turn).await;
-            self.settle(STEP, Duration::ZERO);
         }
+        self.settle(STEP, Duration::ZERO);
     }
 
     /// Runs a handshake step by step, each at its turn.
@@ -125,7 +132,7 @@ impl<F: Future> Future for Paced<F> {
         }
         let began = Instant::now();
         let polled = this.handshake.as_mut().poll(cx);
-        this.effort.settle(STEP, began.elapsed());
+        this.effort.settle(STEP, began.elapsed().min(WORK_MAX));
         polled
     }
 }
@@ -173,6 +180,30 @@ mod tests {
         let began = Instant::now();
         effort.accept().await;
         assert!(began.elapsed() >= Duration::from_millis(180), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn steps_that_did_not_wait_cost_what_was_measured() {
+        let effort = Effort::new(25, 1);
+        for _ in 0..1000 {
+            effort.step().await;
+        }
+        assert!(!effort.is_exhausted());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_flood_and_no_pause_keeps_newcomers_waiting_for_long() {
+        let effort = Effort::new(1, 1);
+        for _ in 0..1000 {
+            effort.measure(|| std::thread::sleep(Duration::ZERO));
+            let took = Duration::from_secs(20);
+            // A stop of the process in the middle of a piece of work.
+            effort.settle(Duration::ZERO, took.min(WORK_MAX));
+            let began = Instant::now();
+            tokio::time::advance(Duration::from_millis(400)).await;
+            effort.accept().await;
+            assert!(began.elapsed() < DEBT_MAX + GRACE, "{:?}", began.elapsed());
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -317,3 +317,16 @@ async fn a_connection_that_sends_too_fast_is_read_more_slowly() {
     }
     assert!(started.elapsed() >= Duration::from_secs(3), "{:?}", started.elapsed());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_stranger_who_only_pings_is_not_served_for_long() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let mut client = bench.connect();
+    for _ in 0..32 {
+        client.is_alive().await;
+    }
+    let ping = v1::client_frame::Frame::Ping(v1::Ping { echo: Bytes::new() });
+    client.send(ping).await;
+    client.is_closed_with(StatusCode::Malformed).await;
+    router.is_silent(Duration::from_secs(1)).await;
+}

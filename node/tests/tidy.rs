@@ -50,7 +50,15 @@ fn sources(extension: &str) -> Vec<Source> {
 
 /// The lines before the unit tests, which stand at the end: here, or in a file of their own.
 fn without_tests(text: &str) -> impl Iterator<Item = &str> {
-    text.split("\n#[cfg(test)]\nmod tests").next().unwrap_or_default().lines()
+    before_tests(text).0.lines()
+}
+
+/// What stands before the tests at the end of a file, and the tests. Others of the crate may use what they have.
+fn before_tests(text: &str) -> (&str, Option<&str>) {
+    ["\n#[cfg(test)]\nmod tests", "\n#[cfg(test)]\npub(crate) mod tests"]
+        .iter()
+        .find_map(|start| text.split_once(start))
+        .map_or((text, None), |(before, tests)| (before, Some(tests)))
 }
 
 /// Name and text of every source of the programs, without tests.
@@ -121,7 +129,7 @@ fn gateway_and_router_behave_in_a_simulation_as_they_do_outside() {
                 source.name
             );
         }
-        if let Some((_, tests)) = source.text.split_once("\n#[cfg(test)]\nmod tests") {
+        if let (_, Some(tests)) = before_tests(&source.text) {
             let after = tests.trim_end().strip_suffix("\n}").unwrap_or(tests.trim_end());
             let inside = |line: &str| line.is_empty() || line == ";" || line == " {" || line.starts_with(' ');
             assert!(after.lines().all(inside), "{}: something follows the tests", source.name);

@@ -37,6 +37,9 @@ use crate::{
     worker::input::{GatewayInput, Input},
 };
 
+/// What a gateway is believed to hold at most.
+const CONNECTIONS_MAX: u64 = 1 << 32;
+
 pub use self::pump::serve;
 
 /// Replay buffer of one link.
@@ -309,7 +312,9 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
             }
         }
         FromGateway::Load(load) => {
-            let load = Load { connections: load.connections, capacity: load.capacity, draining: load.draining };
+            // No gateway holds more; greater numbers would spoil the sums for all.
+            let [connections, capacity] = [load.connections, load.capacity].map(|count| count.min(CONNECTIONS_MAX));
+            let load = Load { connections, capacity, draining: load.draining };
             *link.load.lock() = Some((load, Instant::now()));
         }
     }

@@ -100,12 +100,21 @@ impl Rates {
     }
 }
 
+/// Pings, questions where to go and the `Hello` itself: what a stranger may say before it has said who it is.
+const EARLY_FRAMES_MAX: u8 = 32;
+
 /// A frame that does not end the connection, or the status that ends it.
 type Verdict = Result<(), v1::Status>;
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     pub(super) fn frame(&mut self, frame: Decoded<ClientFrame>, now: Instant, work: &mut Vec<Work>) -> Verdict {
         let malformed = || Err(StatusCode::Malformed.to_status());
+        if self.stage == Stage::Hello {
+            self.early_frames += 1;
+            if self.early_frames > EARLY_FRAMES_MAX {
+                return malformed();
+            }
+        }
         let frame = match frame {
             Decoded::Frame(frame) => frame,
             Decoded::Unknown(_) if self.stage == Stage::Hello => return malformed(),

@@ -25,7 +25,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::{Instant, timeout};
 
 use super::{certificate::Certificate, tcp::until_drain};
-use crate::{Gateway, ListenError, PeerInfo, Transport, effort::Effort};
+use crate::{
+    Gateway, ListenError, PeerInfo, Transport,
+    addresses::{AddressPlace, Excess},
+};
 
 /// Of the whole connection and of its one stream: what one client may make this process hold.
 const RECEIVE_WINDOW_BYTES: u32 = 256 * 1024;
@@ -174,28 +177,38 @@ fn accept(gateway: &Gateway, incoming: Incoming) {
         // Cannot fail for an address that is not validated.
         return incoming.retry().unwrap_or_else(|error| error.into_incoming().refuse());
     }
-    let address = match gateway.arrive(incoming.remote_address()) {
-        Ok(address) => address,
-        Err(excess) => {
-            shared.metrics.limited_address(excess).increment(1);
-            return incoming.refuse();
+    // Before the address is proven somebody else may have written it: it is charged for nothing until the handshake has proven it.
+    let mut proven = incoming.remote_address_validated();
+    let early = if proven {
+        match gateway.arrive(incoming.remote_address()) {
+            Ok(place) => Some(place),
+            Err(excess) => {
+                shared.metrics.limited_address(excess).increment(1);
+                return incoming.refuse();
+            }
         }
+    } else {
+        None
     };
     let serving = gateway.clone();
     shared.environment.spawn(async move {
         let shared = &serving.shared;
         let (deadline, remote_address) = (shared.config.handshake_deadline, incoming.remote_address());
-        match Box::pin(timeout(deadline, open(&shared.limits.effort, incoming))).await {
-            Ok(Ok((connection, stream))) => {
+        let opened = Box::pin(timeout(deadline, open(&serving, incoming, early, &mut proven))).await;
+        match opened {
+            Ok(Ok(Opened { connection, stream, place })) => {
                 drop(permit);
                 let peer = PeerInfo { transport: Transport::Quic, remote_address };
-                serving.serve_judged(stream, peer, address).await;
+                serving.serve_judged(stream, peer, place).await;
                 connection.close(VarInt::from_u32(0), b"");
             }
+            Ok(Err(NotOpened::Limited(excess))) => shared.metrics.limited_address(excess).increment(1),
             failed => {
                 let error = failed.map(|opened| opened.err());
                 tracing::debug!(%remote_address, ?error, "no QUIC stream was opened");
-                shared.limits.addresses.failed(remote_address.ip(), shared.limits.time(Instant::now()));
+                if proven && !shared.limits.effort.is_exhausted() {
+                    shared.limits.addresses.failed(remote_address.ip(), shared.limits.time(Instant::now()));
+                }
                 shared.metrics.transport_failures.increment(1);
             }
         }
@@ -204,13 +217,42 @@ fn accept(gateway: &Gateway, incoming: Incoming) {
 
 type Stream = tokio::io::Join<quinn::RecvStream, quinn::SendStream>;
 
-/// The handshake and the client's stream.
-async fn open(effort: &Effort, incoming: Incoming) -> Result<(quinn::Connection, Stream), quinn::ConnectionError> {
+/// A connection with the client's stream.
+struct Opened {
+    connection: quinn::Connection,
+    stream: Stream,
+    place: Option<AddressPlace>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum NotOpened {
+    #[error(transparent)]
+    Failed(#[from] quinn::ConnectionError),
+    #[error("the address is over a limit: {0:?}")]
+    Limited(Excess),
+}
+
+/// The handshake and the client's stream. An address that was not `proven` is once the handshake is done, and is charged then.
+async fn open(
+    gateway: &Gateway,
+    incoming: Incoming,
+    early: Option<Option<AddressPlace>>,
+    proven: &mut bool,
+) -> Result<Opened, NotOpened> {
+    let (effort, address) = (&gateway.shared.limits.effort, incoming.remote_address());
     effort.step().await;
     // All of the handshake's cryptography that the server does for the first flight happens in here.
     let connecting = effort.measure(|| incoming.accept())?;
     // Not `into_0rtt`: what came early may be a replay until the client has finished.
     let connection = connecting.await?;
+    *proven = true;
+    let place = match early {
+        Some(place) => place,
+        None => gateway.arrive(address).map_err(|excess| {
+            connection.close(VarInt::from_u32(0), b"");
+            NotOpened::Limited(excess)
+        })?,
+    };
     let (send, receive) = connection.accept_bi().await?;
-    Ok((connection, tokio::io::join(receive, send)))
+    Ok(Opened { connection, stream: tokio::io::join(receive, send), place })
 }

@@ -55,8 +55,16 @@ async fn serve(gateway: Gateway, acceptor: TlsAcceptor, stream: TcpStream, remot
     let stream = match handshake.await {
         Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(ALPN) => stream,
         refused => {
+            // Not by its own fault: the connection broke, or it was this gateway that had no time.
+            let at_fault = match &refused {
+                Ok(Ok(_)) => true,
+                Ok(Err(error)) => error.kind() == std::io::ErrorKind::InvalidData,
+                Err(_) => !shared.limits.effort.is_exhausted(),
+            };
             tracing::debug!(%remote_address, error = ?refused.map(|stream| stream.map(|_| "no ALPN")), "TLS failed");
-            shared.limits.addresses.failed(remote_address.ip(), shared.limits.time(Instant::now()));
+            if at_fault {
+                shared.limits.addresses.failed(remote_address.ip(), shared.limits.time(Instant::now()));
+            }
             return shared.metrics.transport_failures.increment(1);
         }
     };

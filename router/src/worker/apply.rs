@@ -149,6 +149,7 @@ impl Worker {
                     self.open_sooner(id);
                 }
             }
+            None if request.is_ephemeral() => self.open_for_ephemeral(id, request),
             None => self.open_for(id, request),
         }
     }

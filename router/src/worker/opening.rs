@@ -13,11 +13,25 @@ use crate::{
     open::{Open, OpenError, Opened},
 };
 
+/// Conversations that wait to be opened for nothing but a receipt or a signal.
+const EPHEMERAL_OPENS_WAITING_MAX: usize = 256;
+
 impl Worker {
     /// Opens a conversation for a request.
     pub fn open_for(&mut self, id: ConversationId, request: Request) {
         self.conversations.insert(id, Slot::Opening { attempt: 0, waiting: VecDeque::from([request]) });
         self.context.opens.wanted.push_back(id);
+        self.start_opens();
+    }
+
+    /// Opens a conversation for a receipt or a signal, once nobody else waits for one. Whoever names very many of them, which need not
+    /// even exist, is not heard: a receipt comes again with the next one, a signal is worth nothing later.
+    pub fn open_for_ephemeral(&mut self, id: ConversationId, request: Request) {
+        if self.context.opens.others.len() >= EPHEMERAL_OPENS_WAITING_MAX {
+            return self.context.cluster.metrics.signals_dropped.increment(1);
+        }
+        self.conversations.insert(id, Slot::Opening { attempt: 0, waiting: VecDeque::from([request]) });
+        self.context.opens.others.push_back(id);
         self.start_opens();
     }
 

@@ -21,7 +21,7 @@ impl Worker {
         match self.conversations.get_mut(&id) {
             Some(Slot::Open(conversation)) => self.context.signal(conversation, &caller, signal),
             Some(_) => {}
-            None => self.open_for(id, Request::Signal { caller, signal }),
+            None => self.open_for_ephemeral(id, Request::Signal { caller, signal }),
         }
     }
 }

@@ -24,6 +24,13 @@ pub enum Request {
     Head { user: UserId, router: InstanceId, details: bool, answer: oneshot::Sender<Draft> },
 }
 
+impl Request {
+    /// Nobody waits for an answer, and what gets lost comes again or is worth nothing later.
+    pub fn is_ephemeral(&self) -> bool {
+        matches!(self, Request::Signal { .. } | Request::Received { .. })
+    }
+}
+
 /// A message to be numbered.
 #[derive(Debug)]
 pub struct SendRequest {
@@ -72,7 +79,7 @@ impl Slot {
         match self {
             Slot::Open(_) => false,
             Slot::Opening { attempt, waiting } => {
-                let first = *attempt == 0 && waiting.is_empty();
+                let first = *attempt == 0 && !request.is_ephemeral() && waiting.iter().all(Request::is_ephemeral);
                 waiting.push_back(request);
                 first
             }

@@ -35,6 +35,13 @@ type Hook = Box<dyn Fn(&panic::PanicHookInfo<'_>) + Send + Sync>;
 pub(super) struct Screen {
     terminal: Terminal<CrosstermBackend<Stdout>>,
     painted: Option<View>,
+    taken: Taken,
+}
+
+/// The terminal and the words of a panic, in the hands of the chat. It stands before the first of them is taken, so that whatever
+/// fails on the way gives back what was taken until then.
+struct Taken {
+    give_back: fn(),
     panicked: Arc<AtomicBool>,
     previous_hook: Arc<Hook>,
 }
@@ -42,18 +49,11 @@ pub(super) struct Screen {
 impl Screen {
     /// Takes the terminal over.
     pub(super) fn enter() -> io::Result<Self> {
-        let panicked = Arc::new(AtomicBool::new(false));
-        let previous_hook: Arc<Hook> = Arc::new(panic::take_hook());
-        let (mark, previous) = (panicked.clone(), previous_hook.clone());
-        // Whatever part of the program it is, its words must be readable.
-        panic::set_hook(Box::new(move |info| {
-            mark.store(true, Ordering::SeqCst);
-            restore();
-            previous(info);
-        }));
-        take_over()?;
-        let terminal = Terminal::new(CrosstermBackend::new(io::stdout()))?;
-        Ok(Self { terminal, painted: None, panicked, previous_hook })
+        let (taken, terminal) = Taken::with(restore, || {
+            take_over()?;
+            Terminal::new(CrosstermBackend::new(io::stdout()))
+        })?;
+        Ok(Self { terminal, painted: None, taken })
     }
 
     /// Columns and lines.
@@ -88,13 +88,30 @@ impl Screen {
 
     /// Whether some part of the program has panicked: the terminal is not ours any more.
     pub(super) fn has_panicked(&self) -> bool {
-        self.panicked.load(Ordering::SeqCst)
+        self.taken.panicked.load(Ordering::SeqCst)
     }
 }
 
-impl Drop for Screen {
+impl Taken {
+    fn with<T>(give_back: fn(), take: impl FnOnce() -> io::Result<T>) -> io::Result<(Self, T)> {
+        let panicked = Arc::new(AtomicBool::new(false));
+        let previous_hook: Arc<Hook> = Arc::new(panic::take_hook());
+        let (mark, previous) = (panicked.clone(), previous_hook.clone());
+        // Whatever part of the program it is, its words must be readable.
+        panic::set_hook(Box::new(move |info| {
+            mark.store(true, Ordering::SeqCst);
+            give_back();
+            previous(info);
+        }));
+        let taken = Self { give_back, panicked, previous_hook };
+        let got = take()?;
+        Ok((taken, got))
+    }
+}
+
+impl Drop for Taken {
     fn drop(&mut self) {
-        restore();
+        (self.give_back)();
         if !thread::panicking() {
             let previous = self.previous_hook.clone();
             panic::set_hook(Box::new(move |info| previous(info)));
@@ -146,5 +163,26 @@ impl Keyboard {
 impl Drop for Keyboard {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    #[test]
+    fn a_terminal_that_is_taken_half_is_given_back() {
+        static GIVEN_BACK: AtomicUsize = AtomicUsize::new(0);
+        fn give_back() {
+            GIVEN_BACK.fetch_add(1, Ordering::SeqCst);
+        }
+        assert!(Taken::with(give_back, || Err::<(), _>(io::Error::other("half way"))).is_err());
+        assert_eq!(GIVEN_BACK.load(Ordering::SeqCst), 1);
+        let (taken, ()) = Taken::with(give_back, || Ok(())).unwrap();
+        assert_eq!(GIVEN_BACK.load(Ordering::SeqCst), 1, "not before the end");
+        drop(taken);
+        assert_eq!(GIVEN_BACK.load(Ordering::SeqCst), 2);
     }
 }

@@ -158,7 +158,10 @@ pub(super) enum Command {
     #[command(subcommand, after_help = "Example: im --as alice group create friends @bob @carol")]
     Group(Group),
     /// Chat on the full screen: your conversations, history, who is typing, what was delivered and read.
-    #[command(after_help = "Example: im --as alice chat @bob\n\nF1 in it names the keys; Ctrl-C leaves it.")]
+    #[command(
+        after_help = "Example: im --as alice chat @bob\n\nF1 in it names the keys; Ctrl-C leaves it. Messages on their \
+                      way have two seconds then, unless it is pressed again; exit code 1 if some were not sent."
+    )]
     Chat {
         /// @user, me, or a conversation id to begin with.
         #[arg(value_parser = parse_target)]

@@ -10,16 +10,17 @@ mod keys;
 mod log;
 mod render;
 mod screen;
+mod sends;
 mod state;
 mod text;
 mod zone;
 
 use std::{
+    collections::VecDeque,
     io::{self, IsTerminal as _},
     time::Duration,
 };
 
-use bytes::Bytes;
 use im_proto::environment::Environment;
 use ratatui::crossterm::event::Event as TerminalEvent;
 use tokio::{
@@ -36,6 +37,7 @@ use crate::{
 
 use super::failure::Failure;
 use screen::{Keyboard, Screen};
+use sends::{Outgoing, Sends};
 use state::{Chat, Effect, Input};
 
 /// Time goes on in the view at least so often.
@@ -44,8 +46,6 @@ const TICK: Duration = Duration::from_millis(200);
 const EVENTS_PER_TURN: usize = 512;
 /// Answers that wait; a call whose answer finds no place waits itself.
 const ANSWERS_MAX: usize = 64;
-/// More than may be unsent, so that a send always finds a place.
-const SENDS_MAX: usize = 2 * log::PENDING_MAX;
 
 /// Runs until the user leaves, a signal comes, or the server ends it for good.
 pub(super) async fn run(mut config: ClientConfig, target: Option<Target>) -> Result<(), Failure> {
@@ -63,10 +63,26 @@ pub(super) async fn run(mut config: ClientConfig, target: Option<Target>) -> Res
     let size = screen.size().map_err(failed)?;
     let now = environment.clock.now();
     let chat = Chat::new(target, now, zone::utc_offset_seconds(now), size);
-    let outcome = Loop::new(client.clone(), environment, chat)?.run(&mut screen, &mut keyboard, &mut signals).await;
-    drop((keyboard, screen));
+    let mut chat = Loop::new(client.clone(), environment, chat)?;
+    let outcome = chat.run(&mut screen, &mut keyboard, &mut signals).await;
+    drop(screen);
+    let unsent = chat.finish(&mut keyboard, &mut signals).await;
+    drop(keyboard);
     client.close().await;
-    outcome
+    and_unsent(outcome, unsent)
+}
+
+/// What was not sent is said, however the chat has ended.
+fn and_unsent(outcome: Result<(), Failure>, unsent: usize) -> Result<(), Failure> {
+    let words = match unsent {
+        0 => return outcome,
+        1 => "1 message was not sent".to_owned(),
+        _ => format!("{unsent} messages were not sent"),
+    };
+    Err(Failure::Failed(match outcome {
+        Ok(()) | Err(Failure::OutputClosed) => words,
+        Err(Failure::Failed(text) | Failure::Usage(text)) => format!("{text}; {words}"),
+    }))
 }
 
 struct Signals([Signal; 4]);
@@ -92,9 +108,16 @@ impl Signals {
             _ = quit.recv() => {}
         }
     }
-}
 
-type Send = (usize, u64, Target, Bytes);
+    /// A person asks for the end. A terminal that is closed may send its signal more than once, which is no such wish.
+    async fn hurry(&mut self) {
+        let [interrupt, _, _, quit] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = quit.recv() => {}
+        }
+    }
+}
 
 struct Loop {
     client: Client,
@@ -103,7 +126,7 @@ struct Loop {
     events: mpsc::Receiver<Event>,
     answers: mpsc::Receiver<Input>,
     answer: mpsc::Sender<Input>,
-    sends: mpsc::Sender<Send>,
+    sends: Sends,
 }
 
 /// Whether the loop goes on.
@@ -116,12 +139,16 @@ impl Loop {
     fn new(client: Client, environment: Environment, chat: Chat) -> Result<Self, Failure> {
         let events = client.events().ok_or_else(|| Failure::Failed("the events are taken".to_owned()))?;
         let (answer, answers) = mpsc::channel(ANSWERS_MAX);
-        let (sends, sends_end) = mpsc::channel(SENDS_MAX);
-        environment.spawn(send_in_order(client.clone(), environment.clone(), sends_end, answer.clone()));
+        let sends = Sends::start(client.clone(), &environment, answer.clone());
         Ok(Self { client, environment, chat, events, answers, answer, sends })
     }
 
-    async fn run(mut self, screen: &mut Screen, keyboard: &mut Keyboard, signals: &mut Signals) -> Result<(), Failure> {
+    async fn run(
+        &mut self,
+        screen: &mut Screen,
+        keyboard: &mut Keyboard,
+        signals: &mut Signals,
+    ) -> Result<(), Failure> {
         let failed = |error: io::Error| Failure::Failed(format!("cannot use the terminal: {error}"));
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -131,7 +158,10 @@ impl Loop {
                 biased;
                 () = signals.next() => Next::End(Ok(())),
                 key = keyboard.events.recv() => self.keys(key, keyboard, screen).map_err(failed)?,
-                Some(answer) = self.answers.recv() => self.input(answer, screen).map_err(failed)?,
+                Some(answer) = self.answers.recv() => {
+                    self.sends.answered(&answer);
+                    self.input(answer, screen).map_err(failed)?
+                }
                 event = self.events.recv() => self.events(event, screen).await.map_err(failed)?,
                 _ = ticks.tick() => Next::Turn,
             };
@@ -146,6 +176,31 @@ impl Loop {
                 return outcome;
             }
         }
+    }
+
+    /// Without the screen: waits a moment for what is under way, unless the user asks a second time for the end. How many messages
+    /// were not sent.
+    async fn finish(&mut self, keyboard: &mut Keyboard, signals: &mut Signals) -> usize {
+        let Self { sends, answers, events, .. } = self;
+        let hurry = async {
+            loop {
+                tokio::select! {
+                    biased;
+                    () = signals.hurry() => return,
+                    // It was pressed before the terminal was given back.
+                    Some(event) = keyboard.events.recv() => {
+                        if let Ok(TerminalEvent::Key(key)) = event
+                            && keys::command(key) == Some(keys::Command::Quit)
+                        {
+                            return;
+                        }
+                    }
+                    // Nobody looks at them any more; they must not stand in the way.
+                    Some(_) = events.recv() => {}
+                }
+            }
+        };
+        sends.finish(answers, hurry).await
     }
 
     fn keys(
@@ -205,14 +260,16 @@ impl Loop {
     }
 
     fn input(&mut self, input: Input, screen: &mut Screen) -> io::Result<Next> {
-        for effect in self.chat.on(input) {
+        let mut effects = VecDeque::from(self.chat.on(input));
+        while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Quit => return Ok(Next::End(Ok(()))),
                 Effect::Redraw => screen.redraw()?,
                 Effect::Suspend => screen.suspend()?,
                 Effect::Send { index, local, target, body } => {
-                    // There is room: the state machine bounds what is unsent.
-                    let _ = self.sends.try_send((index, local, target, body));
+                    if let Some(outcome) = self.sends.send(Outgoing { index, local, target, body }) {
+                        effects.extend(self.chat.on(outcome));
+                    }
                 }
                 effect => self.call(effect),
             }
@@ -245,25 +302,22 @@ impl Loop {
     }
 }
 
-/// Hands messages over one after the other, so that they keep their order.
-async fn send_in_order(
-    client: Client,
-    environment: Environment,
-    mut sends: mpsc::Receiver<Send>,
-    answer: mpsc::Sender<Input>,
-) {
-    while let Some((index, local, target, body)) = sends.recv().await {
-        match client.enqueue(target, body).await {
-            Ok(pending) => {
-                let answer = answer.clone();
-                environment.spawn(async move {
-                    let outcome = pending.await;
-                    let _ = answer.send(Input::Sent(index, local, outcome)).await;
-                });
-            }
-            Err(error) => {
-                let _ = answer.send(Input::Sent(index, local, Err(error))).await;
-            }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(outcome: Result<(), Failure>, unsent: usize) -> String {
+        match and_unsent(outcome, unsent) {
+            Err(Failure::Failed(text)) => text,
+            other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn what_was_not_sent_is_said_and_is_a_failure() {
+        assert!(and_unsent(Ok(()), 0).is_ok());
+        assert_eq!(said(Ok(()), 1), "1 message was not sent");
+        assert_eq!(said(Ok(()), 2), "2 messages were not sent");
+        assert_eq!(said(Err(Failure::Failed("revoked".to_owned())), 3), "revoked; 3 messages were not sent");
     }
 }

@@ -1,6 +1,9 @@
 //! How a command ends that does not end well.
 
-use std::{io, process::ExitCode};
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use crate::error::{CallError, ClosedReason, ConfigError, ConnectError, SendError};
 
@@ -24,11 +27,11 @@ impl Failure {
     pub(super) fn report(self) -> ExitCode {
         match self {
             Failure::Failed(text) => {
-                eprintln!("im: {text}");
+                say(&text);
                 ExitCode::from(1)
             }
             Failure::Usage(text) => {
-                eprintln!("im: {text}");
+                say(&text);
                 ExitCode::from(2)
             }
             Failure::OutputClosed => ExitCode::SUCCESS,
@@ -42,6 +45,11 @@ impl Failure {
             _ => Failure::Failed(format!("cannot write to standard output: {error}")),
         }
     }
+}
+
+/// A terminal that is gone hears nothing; the exit code still says it.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "im: {text}");
 }
 
 impl From<ConnectError> for Failure {

@@ -19,7 +19,7 @@ use im_proto::{ConversationId, Timestamp, UserId, v1};
 use crate::{
     client::{Page, Sent},
     config::Target,
-    error::{CallError, SendError},
+    error::CallError,
     event::Event,
 };
 
@@ -61,7 +61,8 @@ pub(super) enum Input {
     Listed(Result<Vec<v1::ConversationRow>, CallError>),
     Paged(usize, Result<Page, CallError>),
     Members(usize, Result<Vec<v1::GroupMember>, CallError>),
-    Sent(usize, u64, Result<Sent, SendError>),
+    /// The outcome of a send; why it failed, in words.
+    Sent(usize, u64, Result<Sent, String>),
     Marked(usize, Result<v1::MarkReadReply, CallError>),
 }
 

@@ -4,7 +4,7 @@ use im_proto::{ConversationId, UserId, v1};
 
 use crate::{
     client::{Page, Sent},
-    error::{CallError, SendError},
+    error::CallError,
     event::{Entry, Event},
 };
 
@@ -223,7 +223,7 @@ impl Chat {
         self.conversations[index].members = users.collect();
     }
 
-    pub(super) fn on_sent(&mut self, index: usize, local: u64, outcome: Result<Sent, SendError>) {
+    pub(super) fn on_sent(&mut self, index: usize, local: u64, outcome: Result<Sent, String>) {
         match outcome {
             Ok(sent) => {
                 let peer = self.conversations[index].peer.clone();
@@ -249,7 +249,7 @@ impl Chat {
                     let pending = conversation.log.pending.remove(place);
                     conversation.draft.insert(pending.content.words());
                 } else {
-                    conversation.log.pending[place].failed = Some(error.to_string());
+                    conversation.log.pending[place].failed = Some(error);
                 }
             }
         }

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    error::ClosedReason,
+    error::{ClosedReason, SendError},
     event::Entry,
     terminal::chat::{editor::Move, render},
 };
@@ -219,7 +219,7 @@ fn a_refused_message_comes_back_to_be_written_anew() {
     write(&mut chat, "no");
     let effects = press(&mut chat, Command::Submit);
     let Some(Effect::Send { local, .. }) = effects.first() else { panic!("{effects:?}") };
-    chat.on(Input::Sent(here, *local, Err(SendError::BodySize { found: 0 })));
+    chat.on(Input::Sent(here, *local, Err(SendError::BodySize { found: 0 }.to_string())));
     assert_eq!(chat.conversations[here].draft.text(), "no");
     assert!(shows(&chat, "not sent: a body has"), "{:#?}", screen(&chat));
 }

@@ -6,7 +6,11 @@ use im_proto::{ConversationId, Timestamp, UserId, v1};
 
 use crate::config::Target;
 
-use super::{editor::Editor, log::Log, text};
+use super::{
+    editor::Editor,
+    log::{Content, Log, Pending},
+    text,
+};
 
 /// Milliseconds after which somebody who was typing no longer is, unless it is said again.
 const TYPING_MS: i64 = 6_000;
@@ -37,6 +41,8 @@ pub(super) struct Conversation {
     pub(super) preview: String,
     /// The user is no longer in it, or it turned out to be another one.
     pub(super) hidden: bool,
+    /// The place of the one that it turned out to be.
+    pub(super) joined_into: Option<usize>,
     pub(super) log: Log,
     pub(super) draft: Editor,
     /// The entry that the draft answers.
@@ -97,6 +103,34 @@ impl Conversation {
             if let Ok(user) = UserId::parse(&cursor.user_id) {
                 self.cursor(user, Cursor { delivered: cursor.received_seq, read: cursor.read_seq });
             }
+        }
+    }
+
+    /// It turned out to be the conversation with this id, of which something was seen already. Nothing that a person wrote in
+    /// either is lost.
+    pub(super) fn absorb(&mut self, id: ConversationId, seen: Conversation) {
+        self.id = Some(id);
+        self.log.forget();
+        self.log.pending.extend(seen.log.pending);
+        if !self.draft.append(seen.draft.text()) {
+            // Together they are more than a message may be: it stays where it can be seen.
+            self.log.pending.push(Pending {
+                local: 0,
+                at: seen.active_at.unwrap_or_default(),
+                content: Content::Text(seen.draft.text().to_owned()),
+                stored: None,
+                failed: Some("it is too long to go on with in one draft".to_owned()),
+            });
+        }
+        self.log.pending.sort_by_key(|pending| pending.local);
+        self.replying = self.replying.or(seen.replying);
+        self.head = self.head.max(seen.head);
+        self.read_seq = self.read_seq.max(seen.read_seq);
+        (self.unread, self.mentions) = (self.unread + seen.unread, self.mentions + seen.mentions);
+        self.active_at = self.active_at.max(seen.active_at);
+        self.cursors.extend(seen.cursors);
+        if !seen.preview.is_empty() {
+            self.preview = seen.preview;
         }
     }
 

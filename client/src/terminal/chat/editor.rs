@@ -61,6 +61,20 @@ impl Editor {
         true
     }
 
+    /// Adds lines below; the cursor goes to their end. False if it would be too long.
+    pub(super) fn append(&mut self, lines: &str) -> bool {
+        if lines.is_empty() {
+            return true;
+        }
+        let between = if self.text.is_empty() { "" } else { "\n" };
+        let cursor = std::mem::replace(&mut self.cursor, self.text.len());
+        let fits = self.insert(&format!("{between}{lines}"));
+        if !fits {
+            self.cursor = cursor;
+        }
+        fits
+    }
+
     pub(super) fn go(&mut self, to: Move) {
         self.cursor = self.place(to);
     }

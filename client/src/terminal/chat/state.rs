@@ -269,16 +269,8 @@ impl Chat {
             (Some(of_id), Some(of_peer)) if of_id != of_peer => {
                 let seen = std::mem::take(&mut self.conversations[of_id]);
                 self.conversations[of_id].hidden = true;
-                let kept = &mut self.conversations[of_peer];
-                kept.id = Some(id);
-                kept.log.forget();
-                kept.head = kept.head.max(seen.head);
-                (kept.unread, kept.mentions) = (kept.unread + seen.unread, kept.mentions + seen.mentions);
-                kept.active_at = kept.active_at.max(seen.active_at);
-                kept.cursors.extend(seen.cursors);
-                if !seen.preview.is_empty() {
-                    kept.preview = seen.preview;
-                }
+                self.conversations[of_id].joined_into = Some(of_peer);
+                self.conversations[of_peer].absorb(id, seen);
                 if self.open == Some(of_id) {
                     self.open = Some(of_peer);
                 }
@@ -305,6 +297,15 @@ impl Chat {
                 index
             }
         }
+    }
+
+    /// Where the conversation is that had a place when something was asked.
+    fn place_now(&self, mut index: usize) -> usize {
+        // It ends: who joined another is found by no name any more, and nobody joins it.
+        while let Some(into) = self.conversations[index].joined_into {
+            index = into;
+        }
+        index
     }
 
     /// Opens what was named, if it is known what it is.

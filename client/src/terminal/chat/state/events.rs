@@ -224,6 +224,7 @@ impl Chat {
     }
 
     pub(super) fn on_sent(&mut self, index: usize, local: u64, outcome: Result<Sent, String>) {
+        let index = self.place_now(index);
         match outcome {
             Ok(sent) => {
                 let peer = self.conversations[index].peer.clone();

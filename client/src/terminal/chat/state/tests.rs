@@ -322,6 +322,67 @@ fn a_direct_conversation_that_begins_is_one_row_whoever_knew_it_first() {
 }
 
 #[test]
+fn two_rows_that_become_one_keep_what_was_written_in_both() {
+    let mut chat = Chat::new(Some(Target::Peer(user("bob"))), at(0), 0, (80, 24));
+    online(&mut chat);
+    let with_peer = chat.by_peer[&user("bob")];
+    let sent_in = |chat: &mut Chat, text: &str| {
+        write(chat, text);
+        let effects = press(chat, Command::Submit);
+        let sent = effects.iter().find_map(|effect| match effect {
+            Effect::Send { index, local, .. } => Some((*index, *local)),
+            _ => None,
+        });
+        sent.unwrap()
+    };
+    // Before the list says whose it is, it is written to under both names.
+    sent_in(&mut chat, "to the peer");
+    write(&mut chat, "draft to the peer");
+    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 1, "bob", "hello"))));
+    let with_id = index(&chat, WITH_BOB);
+    assert_ne!(with_id, with_peer);
+    chat.open(with_id);
+    let to_stored = sent_in(&mut chat, "to the id, stored");
+    let to_refused = sent_in(&mut chat, "to the id, refused");
+    write(&mut chat, "draft to the id");
+    chat.conversations[with_id].replying = Some(1);
+    chat.on(Input::Listed(Ok(vec![row(WITH_BOB, "bob", "", 1, 1)])));
+
+    assert_eq!((index(&chat, WITH_BOB), chat.open), (with_peer, Some(with_peer)));
+    let kept = |chat: &Chat| chat.conversations[with_peer].log.pending.clone();
+    let words: Vec<_> = kept(&chat).iter().map(|pending| pending.content.words().to_owned()).collect();
+    assert_eq!(words, ["to the peer", "to the id, stored", "to the id, refused"]);
+    let conversation = &chat.conversations[with_peer];
+    assert_eq!(conversation.draft.text(), "draft to the peer\ndraft to the id");
+    assert_eq!(conversation.replying, Some(1));
+    // Answers to what was sent at the other place find it here.
+    let stored = Sent { conversation: id(WITH_BOB), seq: 2, sent_at: at(2) };
+    chat.on(Input::Sent(to_stored.0, to_stored.1, Ok(stored)));
+    chat.on(Input::Sent(to_refused.0, to_refused.1, Err("no".to_owned())));
+    assert_eq!(kept(&chat).iter().map(|pending| pending.stored).collect::<Vec<_>>(), [None, Some(2), None]);
+    assert_eq!(kept(&chat)[2].failed.as_deref(), Some("no"));
+}
+
+#[test]
+fn a_draft_that_has_no_room_beside_the_other_stays_in_sight() {
+    use crate::terminal::chat::{conversation::Conversation, editor::TEXT_BYTES_MAX};
+    let of = |text: &str| {
+        let mut conversation = Conversation::default();
+        assert!(conversation.draft.insert(text));
+        conversation
+    };
+    let long = "x".repeat(TEXT_BYTES_MAX);
+    let mut kept = of(&long);
+    kept.absorb(id(WITH_BOB), of("short"));
+    assert_eq!(kept.draft.text(), long);
+    assert_eq!(kept.log.pending[0].content.words(), "short");
+    assert!(kept.log.pending[0].failed.is_some());
+    let mut kept = of("");
+    kept.absorb(id(WITH_BOB), of("short"));
+    assert_eq!((kept.draft.text(), kept.log.pending.len()), ("short", 0));
+}
+
+#[test]
 fn the_end_said_by_the_server_is_shown() {
     let mut chat = loaded();
     chat.on(Input::Event(Event::Closed(ClosedReason::ByCaller)));

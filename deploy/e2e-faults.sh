@@ -31,8 +31,18 @@ end() {
 trap end EXIT
 trap 'exit 130' INT TERM
 
+# A container's root may not be allowed to make network namespaces; then the cuts are left out.
 network=loopback
-[ "$(id -u)" -ne 0 ] || network=bridge
+probe=im-probe-$$
+if [ "$(id -u)" -eq 0 ] && ! command -v ip >/dev/null; then
+    apt-get install -y -q --no-install-recommends iproute2 >&2 || true
+fi
+if [ "$(id -u)" -eq 0 ] && ip netns add "$probe" 2>/dev/null; then
+    if ip -n "$probe" link add name probe0 type bridge 2>/dev/null; then
+        network=bridge
+    fi
+    ip netns delete "$probe"
+fi
 deploy/local/services up --members 3 --cql-nodes 3 --network "$network" >/dev/null
 # Also for what is started again.
 export IM_CLUSTER_SET=lease_ttl=${lease}s

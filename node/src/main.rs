@@ -33,7 +33,7 @@ use config::{ConfigError, Loaded, Overrides, Process};
 use environment::Tasks;
 use failure::Failure;
 
-/// By measurement: docs/performance.md.
+/// What it was compared with: docs/performance.md.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

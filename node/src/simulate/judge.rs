@@ -292,6 +292,7 @@ fn compare_store(people: &People, logs: &BTreeMap<ConversationId, Log>) -> Vec<S
             }
         }
         broken.extend(repeated_effects(*id, &log.entries));
+        broken.extend(repeated_calls(*id, &log.entries, people.world.plan.dedupe_entries));
         let record = people.record.lock();
         for entry in &log.entries {
             if let Some(reason) = record.refused.get(&entry.body) {
@@ -307,6 +308,21 @@ fn compare_store(people: &People, logs: &BTreeMap<ConversationId, Log>) -> Vec<S
         }
         if let Some(pair) = log.entries.windows(2).find(|pair| pair[0].sent_at > pair[1].sent_at) {
             broken.push(format!("{id} seq {}: time runs backwards", pair[1].seq));
+        }
+    }
+    broken
+}
+
+/// A call that is made again has the effect of one while its entry is among the newest that an owner remembers (SPEC.md, `Call`).
+fn repeated_calls(id: ConversationId, entries: &[Entry], remembered: usize) -> Vec<String> {
+    let mut last = BTreeMap::new();
+    let mut broken = Vec::new();
+    for entry in entries.iter().filter(|entry| entry.kind == EntryKind::Event && !entry.client_message_id.is_empty()) {
+        let key = (&entry.sender, &entry.client_message_id);
+        if let Some(before) = last.insert(key, entry.seq)
+            && entry.seq - before <= remembered as u64
+        {
+            broken.push(format!("{id} seq {}: the same call made the entry at seq {before}", entry.seq));
         }
     }
     broken

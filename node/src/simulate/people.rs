@@ -374,7 +374,7 @@ pub fn checked(entry: &im_client::Entry, event: bool) -> checker::Entry<'_> {
     checker::Entry {
         seq: entry.seq,
         sender: entry.sender.as_ref().map_or("", |sender| sender.as_str()),
-        client_message_id: if event { &entry.client_message_id } else { &entry.body },
+        client_message_id: if event { &[] } else { &entry.body },
         body: &entry.body,
         event,
     }

@@ -25,8 +25,16 @@ trap end EXIT
 trap 'exit 130' INT TERM
 
 address() { sed -n "s/.*\"$1\": *\"\\([^\"]*\\)\".*/\\1/p" "$data/ready.json"; }
-# as USER EXAMPLE ARGUMENTS…
-as() { IM_TOKEN=$("$imd" token --user "$1" --data "$data") "$examples/$2" "${@:3}"; }
+# as USER[/DEVICE] EXAMPLE ARGUMENTS…: what runs in the background needs a device of its own, or the next one takes its place.
+as() {
+    local user=${1%%/*} device=terminal
+    [[ $1 != */* ]] || device=${1#*/}
+    (
+        IM_TOKEN=$("$imd" token --user "$user" --device "$device" --data "$data")
+        export IM_TOKEN
+        exec "$examples/$2" "${@:3}"
+    )
+}
 # holds FILE TEXT: waits until a line of the file is the text.
 holds() {
     local until=$((SECONDS + 60))
@@ -45,11 +53,11 @@ until [ -e "$data/ready.json" ]; do
 done
 tcp=tcp://$(address tcp)
 
-as echo echo_bot "$tcp" >"$work/bot.log" 2>&1 &
+as echo/bot echo_bot "$tcp" >"$work/bot.log" 2>&1 &
 children+=($!)
 as alice send "$tcp" bob 'Hello, Bob' 'How are you?' >"$work/sent"
 [ "$(cut -d' ' -f2 "$work/sent" | tr '\n' ' ')" = '1 2 ' ]
-as bob follow "$tcp" alice 1 >"$work/followed" 2>"$work/follow.log" &
+as bob/follower follow "$tcp" alice 1 >"$work/followed" 2>"$work/follow.log" &
 children+=($!)
 holds "$work/followed" '1: Hello, Bob'
 as alice send "$tcp" bob 'Still there?' >>"$work/sent"
@@ -57,12 +65,17 @@ holds "$work/followed" '3: Still there?'
 # The first server cannot be reached, the second has another transport.
 as alice group "tls://127.0.0.1:1,quic://$(address quic),tls://$(address tls)" "$(address ca)" walkers bob carol >"$work/group"
 [ "$(sed 1d "$work/group" | tr '\n' ' ')" = 'alice bob carol ' ]
-as carol unread "$tcp" >"$work/unread"
+# Her list has the group a moment after it is made.
+for ((try = 0; try < 600; try++)); do
+    as carol unread "$tcp" >"$work/unread"
+    [ ! -s "$work/unread" ] || break
+    sleep 0.1
+done
 holds "$work/unread" 'walkers 2 alice: Welcome to walkers'
 as carol unread "$tcp" >"$work/unread"
 [ ! -s "$work/unread" ] || { echo "read is read" >&2; exit 1; }
 as alice send "$tcp" echo ping >>"$work/sent"
-as alice follow "$tcp" echo 1 >"$work/echoed" 2>"$work/echo.log" &
+as alice/follower follow "$tcp" echo 1 >"$work/echoed" 2>"$work/echo.log" &
 children+=($!)
 # The bot answers what comes once it is there.
 for ((try = 0; try < 60; try++)); do
@@ -70,5 +83,5 @@ for ((try = 0; try < 60; try++)); do
     as alice send "$tcp" echo ping >>"$work/sent"
     sleep 1
 done
-grep -q ': you said: ping$' "$work/echoed"
+grep -q ': you said: ping$' "$work/echoed" || { echo "the bot did not answer" >&2; cat "$work/echoed" >&2; exit 1; }
 echo "echo_bot, follow, group, send and unread do what they say"

@@ -7,6 +7,7 @@ mod cluster;
 mod quantity;
 mod roles;
 mod setting;
+mod store;
 mod tree;
 
 use std::{

@@ -9,7 +9,7 @@ mod connector;
 pub mod roles;
 
 use anyhow::Context as _;
-use im_storage::{Embedded, EmbeddedOptions};
+use im_storage::Embedded;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 
@@ -41,7 +41,7 @@ pub fn run(loaded: Loaded, watch: bool) -> Result<(), Failure> {
 async fn up(config: &Config, data: &DataDirectory, metrics: PrometheusHandle, watch: bool) -> Result<(), Failure> {
     let signals = Signals::listen().map_err(Failure::usage)?;
     let (listeners, http) = bind(config, data).await?;
-    let store = Embedded::open(&data.store(), EmbeddedOptions::default()).map_err(Failure::usage)?;
+    let store = Embedded::open(&data.store(), config.store.options()).map_err(Failure::usage)?;
     let mut process = Process::start(signals, http, metrics.clone());
     if watch {
         process.environment().spawn(watch::run(metrics));

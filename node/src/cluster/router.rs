@@ -77,7 +77,8 @@ fn prepare_embedded(config: &Config) -> Result<Prepared, Failure> {
     }
     let files = Files::new(&config.cluster, Role::Router, Some(&root));
     let (identity, keys, service_tls) = (files.identity()?, files.router_keys()?, files.service_tls()?);
-    Ok(Prepared { directory: Some(lock), place: Place::Embedded(root.join("store")), identity, keys, service_tls })
+    let place = Place::Embedded(root.join("store"), config.store.options());
+    Ok(Prepared { directory: Some(lock), place, identity, keys, service_tls })
 }
 
 async fn serve(config: Config, prepared: Prepared, metrics: PrometheusHandle) -> Result<(), Failure> {

@@ -18,7 +18,7 @@ use crate::{config::ClusterConfig, failure::Failure};
 pub enum Place {
     Cql,
     /// In this directory, which no other process has.
-    Embedded(PathBuf),
+    Embedded(PathBuf, EmbeddedOptions),
 }
 
 /// An open store.
@@ -83,8 +83,8 @@ impl Place {
                 row.check(&store).await.map_err(|error| refused(config, &error))?;
                 Ok(OpenStore { store, embedded: None })
             }
-            Self::Embedded(folder) => {
-                let embedded = Embedded::open(folder, EmbeddedOptions::default()).map_err(Failure::usage)?;
+            Self::Embedded(folder, options) => {
+                let embedded = Embedded::open(folder, options.clone()).map_err(Failure::usage)?;
                 let store = Store::from(embedded.clone());
                 if let Err(error) = row.found(&store).await {
                     embedded.close();

@@ -10,6 +10,7 @@ use super::{
     cluster::{self, ClusterConfig},
     roles::{self, RouterTuning},
     setting::{Choice, Setting, Slot},
+    store::{self, StoreConfig},
 };
 
 macro_rules! choice {
@@ -78,6 +79,7 @@ pub struct Config {
     pub token: TokenConfig,
     pub gateway: GatewayConfig,
     pub router: RouterTuning,
+    pub store: StoreConfig,
     pub log: LogConfig,
 }
 
@@ -112,6 +114,7 @@ impl Default for Config {
             token: TokenConfig { lifetime_max: Duration::from_secs(30 * 24 * 3600) },
             gateway: GatewayConfig::new(""),
             router: RouterTuning::default(),
+            store: StoreConfig::default(),
             log: LogConfig { filter: "info,fjall=warn,lsm_tree=warn,scylla=error".to_owned(), format: LogFormat::Text },
         }
     }
@@ -142,6 +145,7 @@ impl Config {
             token,
             gateway,
             router,
+            store,
             log,
         } = self;
         let mut settings = vec![
@@ -188,6 +192,7 @@ impl Config {
         ));
         settings.extend(roles::gateway(gateway));
         settings.extend(roles::router(router));
+        settings.extend(store::settings(store));
         settings.extend(log.settings());
         settings
     }

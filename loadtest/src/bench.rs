@@ -17,7 +17,7 @@ use crate::{
     ceiling::{Ceiling, Measurement, Workload},
     crowd::{Flow, MessageId},
     driver::{Crowd, Micros, Stage},
-    measure::{self, Reading},
+    measure::{self, Disk, Flushes, Reading},
     report::{Latencies, Percentiles, round},
     stream::{Connector, Transport},
 };
@@ -138,6 +138,10 @@ async fn drive_here(
         anyhow::ensure!(Instant::now() < deadline, "the server at {address} does not answer");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+    let disk = measurement.durable.then(|| {
+        let directory = measurement.directory.clone().unwrap_or_else(std::env::temp_dir);
+        Disk::of(&directory).watch()
+    });
     stage.crowd.borrow_mut().begin(stage.now());
     (0..count).for_each(|connection| stage.wake(connection));
     pass(&stage, measurement.warmup).await;
@@ -149,8 +153,10 @@ async fn drive_here(
         anyhow::bail!("the server at {address} ended a connection: {:?}", ended?);
     }
     let counted = stage.crowd.borrow_mut().end(before, after);
+    // In this order: what was acknowledged by now was on disk before.
+    let flushes = disk.map(|disk| disk.until_now());
     drop(tasks);
-    Ok(counted.ceiling(measurement))
+    Ok(counted.ceiling(measurement, flushes))
 }
 
 /// Lets time pass, with a tick now and then if there is something to be done at a time.
@@ -339,7 +345,7 @@ struct Counted {
 }
 
 impl Counted {
-    fn ceiling(&self, of: &Measurement) -> Ceiling {
+    fn ceiling(&self, of: &Measurement, flushes: Option<Flushes>) -> Ceiling {
         let usage = self.after.since(&self.before);
         let per_s = |count: u64| round(count as f64 / usage.seconds);
         Ceiling {
@@ -352,6 +358,8 @@ impl Counted {
             ack_us: self.ack_us,
             delivery_us: self.delivery_us,
             usage,
+            acknowledged: self.acknowledged,
+            flushes,
             delivered_per_server_core_s: round(self.delivered as f64 / usage.seconds / usage.server_cores.max(0.01)),
         }
     }

@@ -18,7 +18,11 @@ use tokio::{
 
 use self::bare::Bare;
 pub use self::router::{RouterOptions, serve};
-use crate::{bench, measure::Usage, report::Percentiles};
+use crate::{
+    bench,
+    measure::{Flushes, Usage},
+    report::Percentiles,
+};
 
 /// What goes through the bare router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -65,6 +69,10 @@ pub struct Ceiling {
     pub ack_us: Percentiles,
     pub delivery_us: Percentiles,
     pub usage: Usage,
+    /// While it was measured.
+    pub acknowledged: u64,
+    /// Of the disk with the log, from before the first send on.
+    pub flushes: Option<Flushes>,
     /// The fairer figure where the generator's core is full too.
     pub delivered_per_server_core_s: f64,
 }

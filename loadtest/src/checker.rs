@@ -40,6 +40,18 @@ pub struct Client(u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct View(u32);
 
+/// What was asked of a history while it grew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadRange {
+    /// First and last seq, both included; `to` 0 is the head.
+    pub from: u64,
+    pub to: u64,
+    /// The newest of the range, if not all fit.
+    pub newest: bool,
+    /// Somebody had been told of an entry at this seq before the question was asked.
+    pub known: u64,
+}
+
 /// An entry as an observer saw it.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry<'a> {
@@ -232,6 +244,40 @@ impl History {
         let admitted = log.admits(entry.seq, &mut self.verdict);
         if admitted && log.claim(entry.seq, entry.claim(Sources::STORED), &mut self.verdict) {
             self.verdict.stored += 1;
+        }
+    }
+
+    /// A part of the history was read in the middle of the run. It may be shorter than what was asked for, never empty.
+    pub fn read<'a>(
+        &mut self,
+        conversation: Conversation,
+        range: ReadRange,
+        head: u64,
+        first_seq: u64,
+        entries: impl Iterator<Item = Entry<'a>>,
+    ) {
+        let log = &mut self.logs[index(conversation.0)];
+        if head < range.known {
+            let detail = format!("a read was told of head {head} after this was known");
+            self.verdict.found(Violation::HeadWentBack, log.id, range.known, &detail);
+        }
+        let (from, to) = (range.from.max(first_seq).max(1), if range.to == 0 { head } else { range.to.min(head) });
+        let mut last = None;
+        for entry in entries {
+            let expected = last.map_or(if range.newest { entry.seq } else { from }, |last| last + 1);
+            if entry.seq != expected || !(from..=to).contains(&entry.seq) {
+                let detail = format!("a read of {from} to {to} has seq {} here", entry.seq);
+                self.verdict.found(Violation::Hole, log.id, expected, &detail);
+            }
+            last = Some(entry.seq);
+            if log.admits(entry.seq, &mut self.verdict) {
+                log.claim(entry.seq, entry.claim(Sources::DELIVERED), &mut self.verdict);
+            }
+        }
+        let ends_early = if range.newest { last != Some(to) } else { last.is_none() };
+        if from <= to && ends_early {
+            let detail = format!("a read of {from} to {to} ends at {}", last.unwrap_or(0));
+            self.verdict.found(Violation::Hole, log.id, to, &detail);
         }
     }
 

@@ -6,6 +6,7 @@
 
 mod flow;
 mod lane;
+mod reading;
 mod receive;
 mod send;
 
@@ -21,9 +22,12 @@ use std::{
 use im_proto::{ConversationId, v1};
 
 pub use self::flow::{Flow, MessageId};
-use self::lane::{Lane, Sending};
+use self::{
+    lane::{Lane, Sending},
+    reading::Reading,
+};
 use crate::{
-    checker::{Client, History},
+    checker::{Client, History, ReadRange},
     driver::{self, Micros},
     report::Latencies,
     timeline::STALLED_AFTER,
@@ -54,7 +58,7 @@ pub struct Switches {
 /// What the threads tell the controller while they run.
 #[derive(Default)]
 pub struct Progress {
-    /// Participants that are connected and synced.
+    /// Participants that are connected and synced, without those that stopped reading.
     pub live: AtomicU64,
     pub acknowledged: AtomicU64,
     pub delivered: AtomicU64,
@@ -73,6 +77,8 @@ pub struct Plan {
     pub lanes: Vec<LanePlan>,
     /// From the moment that sending begins it reads nothing any more, with its connection open.
     pub stalls: bool,
+    /// It reads random parts of its histories, with about this between two reads, as long as messages are sent.
+    pub reads_every: Option<Micros>,
 }
 
 /// What a participant does in one conversation.
@@ -115,9 +121,13 @@ pub struct Statistics {
     pub disconnects: BTreeMap<String, u64>,
     /// By status text: what the server asked to be tried again.
     pub retries: BTreeMap<String, u64>,
+    /// Sends that the server refused for good; `errors` says why.
+    pub refused: u64,
     /// Messages that came although the client had them, and dropped.
     pub redelivered: u64,
     pub gaps_repaired: u64,
+    /// Reads of random parts of histories that were judged.
+    pub reads: u64,
     pub resyncs: u64,
     pub reconnects: u64,
     pub heartbeats: u64,
@@ -136,6 +146,7 @@ enum State {
 enum Call {
     Sync,
     History { lane: usize },
+    Read { lane: usize, range: ReadRange },
 }
 
 struct Participant {
@@ -161,6 +172,7 @@ struct Participant {
     stalls: bool,
     /// It stopped reading.
     stalled: bool,
+    reading: Option<Reading>,
 }
 
 /// The clients of one generator thread.
@@ -228,8 +240,8 @@ impl Participants {
                 }
                 lanes.push(lane);
             }
-            let stalls = plan.stalls;
-            members.push(Participant { stalls, ..Participant::new(plan.user, plan.token, client, lanes) });
+            let (stalls, reading) = (plan.stalls, plan.reads_every.map(|every| Reading::new(every, member)));
+            members.push(Participant { stalls, reading, ..Participant::new(plan.user, plan.token, client, lanes) });
         }
         Self {
             members,
@@ -261,6 +273,7 @@ impl Participants {
         participant.calls.clear();
         participant.sync_at = None;
         participant.sync_page.clear();
+        participant.reading.iter_mut().for_each(|reading| reading.under_way = false);
         participant.written_at = now;
         participant.lanes.iter_mut().for_each(Lane::session_began);
         let hello = v1::Hello {
@@ -315,7 +328,7 @@ impl Participants {
 
     /// Tells the controller how far this thread is.
     fn publish(&mut self, now: Micros) {
-        let live = self.members.iter().filter(|member| member.state == State::Live).count() as u64;
+        let live = self.members.iter().filter(|member| member.state == State::Live && !member.stalled).count() as u64;
         let unsettled = self.members.iter().map(|member| member.unsettled(&self.flows)).sum();
         let stalled = self.members.iter().map(|member| member.stalled(now)).sum();
         let (acknowledged, delivered) = self.history.counts();
@@ -388,6 +401,7 @@ impl Participant {
             close: false,
             stalls: false,
             stalled: false,
+            reading: None,
         }
     }
 

@@ -22,6 +22,7 @@ mod server;
 mod stream;
 mod suite;
 mod timeline;
+mod usage;
 mod wire;
 
 use std::{io::Write as _, process::ExitCode};
@@ -40,7 +41,7 @@ pub fn main(options: Options) -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "loadtest: {error:#}");
-            ExitCode::from(1)
+            ExitCode::from(if usage::is_usage(&error) { 2 } else { 1 })
         }
     }
 }
@@ -70,6 +71,13 @@ async fn run_scenario(scenario: Scenario) -> anyhow::Result<u8> {
         return scenario::idle::clients(common).await.map(|()| 0);
     }
     let common = scenario.common().cloned().context("this scenario has no report")?;
+    // The suite says of each step what is missing for it; the others take no server.
+    if !matches!(
+        scenario,
+        Scenario::Suite { .. } | Scenario::Crash { .. } | Scenario::Flood { .. } | Scenario::Scale { .. }
+    ) {
+        scenario::check(&common)?;
+    }
     let (report, reports, code) = match &scenario {
         Scenario::Suite { common, quick } => {
             let (reports, code) = run_suite(common, *quick).await;
@@ -134,9 +142,13 @@ async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
         Scenario::Fanout(common) => scenario::fanout::run(common).await,
         Scenario::Idle(common) => scenario::idle::run(common).await,
         Scenario::Crash { common, kills } => scenario::crash::run(common, *kills).await,
-        Scenario::Soak { common, marks } => scenario::soak::run(common, *marks).await,
+        Scenario::Soak { common, marks, settle, goal_back } => {
+            let settle = std::time::Duration::from_secs_f64(settle.clamp(0.0, 3600.0));
+            scenario::soak::run(common, *marks, settle, *goal_back).await
+        }
         Scenario::Connect(common) => scenario::connect::run(common).await,
-        Scenario::Stall { common, stalled } => scenario::stall::run(common, *stalled).await,
+        Scenario::Stall { common, slow_disk: true, .. } => scenario::outrun::run(common).await,
+        Scenario::Stall { common, stalled, .. } => scenario::stall::run(common, *stalled).await,
         Scenario::Sync { common, conversations } => scenario::sync::run(common, *conversations).await,
         Scenario::Flood { common, flood_rate } => scenario::flood::run(common, *flood_rate).await,
         Scenario::Scale { common, tool } => scenario::scale::run(common, tool).await,

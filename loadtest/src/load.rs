@@ -54,6 +54,21 @@ pub struct Load {
     pub progress: Arc<Progress>,
     endpoints: Arc<Mutex<Endpoints>>,
     participants: u64,
+    /// Those of them who are to be there at the end.
+    stay: u64,
+}
+
+/// How a load came to rest after the last send.
+#[derive(Clone, Copy, Debug)]
+pub struct Ending {
+    /// Nothing is on its way any more.
+    pub settled: bool,
+    /// What still is: sends, gaps, calls, sessions.
+    pub open: u64,
+    /// Clients with a session, and how many there should be.
+    pub live: u64,
+    pub expected: u64,
+    pub within: Duration,
 }
 
 /// What a load left.
@@ -82,6 +97,7 @@ impl Load {
         let origin = Instant::now();
         let endpoints = Arc::new(Mutex::new(endpoints));
         let participants = plan.threads.iter().map(Vec::len).sum::<usize>() as u64;
+        let stay = plan.threads.iter().flatten().filter(|plan| !plan.stalls).count() as u64;
         let mut threads = Vec::new();
         for (number, plans) in plan.threads.into_iter().enumerate() {
             let members = Participants::new(plans, Arc::clone(&flows), Arc::clone(&switches), Arc::clone(&progress));
@@ -103,7 +119,7 @@ impl Load {
             let thread = std::thread::Builder::new().name(format!("generator-{number}")).spawn(run)?;
             threads.push(thread);
         }
-        Ok(Self { threads, switches, progress, endpoints, participants })
+        Ok(Self { threads, switches, progress, endpoints, participants, stay })
     }
 
     /// Waits until every participant is connected and synced.
@@ -138,6 +154,15 @@ impl Load {
                 return false;
             }
         }
+    }
+
+    /// The same, and what is there then.
+    pub async fn ending(&self, within: Duration) -> Ending {
+        let settled = self.settled(within).await;
+        let (live, open) = (total(&self.progress.live), total(&self.progress.unsettled));
+        // Without a session a client is not settled: whoever loses it after that moment is nobody's fault.
+        let live = if settled { self.stay } else { live };
+        Ending { settled, open, live, expected: self.stay, within }
     }
 
     /// Connections opened from now on go there.
@@ -281,8 +306,10 @@ impl Statistics {
         for (cause, count) in other.retries {
             *self.retries.entry(cause).or_default() += count;
         }
+        self.refused += other.refused;
         self.redelivered += other.redelivered;
         self.gaps_repaired += other.gaps_repaired;
+        self.reads += other.reads;
         self.resyncs += other.resyncs;
         self.reconnects += other.reconnects;
         self.heartbeats += other.heartbeats;

@@ -1,5 +1,7 @@
 //! What processes, disks and the machine did meanwhile, from `/proc` and `/sys`.
 
+mod disk;
+
 use std::{
     fs,
     path::Path,
@@ -8,6 +10,8 @@ use std::{
 
 use serde::Serialize;
 use tokio::time::Instant;
+
+pub use self::disk::{Disk, Flushes};
 
 /// Clock ticks a second in `/proc`; fixed by the kernel's interface on Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -19,7 +23,6 @@ pub struct Reading {
     server_ticks: u64,
     generator_ticks: u64,
     machine_busy_ticks: u64,
-    flushes: u64,
 }
 
 /// What happened between two readings.
@@ -30,7 +33,6 @@ pub struct Usage {
     pub generator_cores: f64,
     /// Everything else on the machine: a run is quiet below 0.15.
     pub other_cores: f64,
-    pub disk_flushes: u64,
 }
 
 impl Reading {
@@ -46,7 +48,6 @@ impl Reading {
             server_ticks: ticks_of(servers),
             generator_ticks: process_ticks("/proc/self/stat") + ticks_of(generators),
             machine_busy_ticks: machine_busy_ticks(),
-            flushes: disk_flushes(),
         }
     }
 
@@ -57,13 +58,7 @@ impl Reading {
         let server_cores = cores(self.server_ticks, earlier.server_ticks);
         let generator_cores = cores(self.generator_ticks, earlier.generator_ticks);
         let busy = cores(self.machine_busy_ticks, earlier.machine_busy_ticks);
-        Usage {
-            seconds,
-            server_cores,
-            generator_cores,
-            other_cores: (busy - server_cores - generator_cores).max(0.0),
-            disk_flushes: self.flushes.saturating_sub(earlier.flushes),
-        }
+        Usage { seconds, server_cores, generator_cores, other_cores: (busy - server_cores - generator_cores).max(0.0) }
     }
 }
 
@@ -86,16 +81,6 @@ fn machine_busy_ticks() -> u64 {
         text.lines().next().unwrap_or_default().split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect();
     // user nice system [idle iowait] irq softirq steal
     numbers.iter().take(8).enumerate().filter(|(field, _)| ![3, 4].contains(field)).map(|(_, ticks)| ticks).sum()
-}
-
-/// Cache flushes completed by all disks.
-fn disk_flushes() -> u64 {
-    let Ok(devices) = fs::read_dir("/sys/block") else { return 0 };
-    let flushes = devices.flatten().filter_map(|device| {
-        let text = fs::read_to_string(device.path().join("stat")).ok()?;
-        text.split_whitespace().nth(15)?.parse::<u64>().ok()
-    });
-    flushes.sum()
 }
 
 /// Time since 1970.
@@ -167,16 +152,22 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// The type of the file system that holds a directory: the mount with the longest prefix.
+/// The type of the file system that holds a directory.
 fn filesystem(directory: &Path) -> String {
     let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    mount_of(&mounts, &directory).map(|(_, kind)| kind.to_owned()).unwrap_or_default()
+}
+
+/// Source and type of the mount that holds a directory: the one with the longest prefix.
+fn mount_of<'a>(mounts: &'a str, directory: &Path) -> Option<(&'a str, &'a str)> {
     let candidates = mounts.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let (point, kind) = (fields.next()?, fields.next()?);
-        directory.starts_with(point).then(|| (point.len(), kind.to_owned()))
+        let mut fields = line.split(' ');
+        let (source, point, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        directory.starts_with(point).then_some((point.len(), (source, kind)))
     });
-    candidates.max().map(|(_, kind)| kind).unwrap_or_default()
+    // The last of several at one point is the one that is seen.
+    candidates.max_by_key(|(length, _)| *length).map(|(_, found)| found)
 }
 
 /// Lets the calling thread run on one core only. Where that is not allowed it runs on any.

@@ -29,6 +29,7 @@ Exit codes: 0 done, 1 it could not run, 2 wrong usage, 3 a promise did not hold 
 #[derive(Debug, Subcommand)]
 pub enum Scenario {
     /// What this machine can do at most: a bare router in memory, with --durable behind a bare log with one flush a batch.
+    #[command(after_help = "Example:  loadtest ceiling --durable --seconds 5")]
     Ceiling {
         #[command(flatten)]
         common: Common,
@@ -40,12 +41,16 @@ pub enum Scenario {
         workload: Option<Workload>,
     },
     /// One-to-one: pairs of users, one sends, one receives.
+    #[command(after_help = "Example:  loadtest chat --pairs 100 --window 16 --peer redis-stream")]
     Chat(Common),
     /// One sends to a group whose members are all online. --window 1: each message alone; more: several share a write.
+    #[command(after_help = "Example:  loadtest fanout --members 1000 --window 1 --json fanout.json")]
     Fanout(Common),
     /// Authenticated connections that do nothing but answer heartbeats: memory a connection.
+    #[command(after_help = "Example:  loadtest idle --connections 10000 --transport quic --seconds 60")]
     Idle(Common),
     /// Continuous load while the server is killed and started again.
+    #[command(after_help = "Example:  loadtest crash --kills 200 --rate 600 --seed 7")]
     Crash {
         #[command(flatten)]
         common: Common,
@@ -54,14 +59,22 @@ pub enum Scenario {
         kills: u32,
     },
     /// Continuous load on a running cluster (--server) while somebody else breaks it; everything is judged at the end.
+    #[command(after_help = "Example:  loadtest soak --server tcp://127.0.0.1:7200 --key signing.pk8 --seconds 60")]
     Soak {
         #[command(flatten)]
         common: Common,
         /// Each line of standard input is a mark in the timeline; the load ends with the input, not after --seconds.
         #[arg(long)]
         marks: bool,
+        /// Seconds after the end of the load in which everything has to be back: every client, every ack, every message.
+        #[arg(long, value_name = "S", default_value_t = 90.0)]
+        settle: f64,
+        /// After each mark that does not begin with `end:` no conversation may wait any more within this: judged as a goal.
+        #[arg(long, value_name = "S")]
+        goal_back: Option<f64>,
     },
     /// CPU a message at 1 to 8 gateways and 1 to 4 routers, and in groups of up to 100,000 members, on a cluster of this machine.
+    #[command(after_help = "Example:  loadtest scale --seconds 20 --html scale.html")]
     Scale {
         #[command(flatten)]
         common: Common,
@@ -70,6 +83,7 @@ pub enum Scenario {
         tool: PathBuf,
     },
     /// All of it, one after the other, as one report.
+    #[command(after_help = "Example:  loadtest suite --quick --html suite.html")]
     Suite {
         #[command(flatten)]
         common: Common,
@@ -81,18 +95,25 @@ pub enum Scenario {
     #[command(hide = true)]
     IdleClients(Common),
     /// Latency over throughput, open loop: shares of the closed loop's rate, and the highest rate that leaves 30 % of the box free.
+    #[command(after_help = "Example:  loadtest curve --pairs 100 --html curve.html")]
     Curve(Common),
     /// Connect, authenticate, welcome, and away again, as fast as it goes; over TLS and QUIC with and without resumption.
+    #[command(after_help = "Example:  loadtest connect --transport tls --seconds 10")]
     Connect(Common),
     /// A group some of whose readers stop reading: what the others see of it, and what it costs the server in memory.
+    #[command(after_help = "Example:  loadtest stall --members 1000 --stalled 100")]
     Stall {
         #[command(flatten)]
         common: Common,
         /// Members who stop reading.
         #[arg(long, default_value_t = 100)]
         stalled: usize,
+        /// Instead: senders (--pairs of them, 32) who write more than the disk takes, 16 KiB a message; what waits for it in memory.
+        #[arg(long)]
+        slow_disk: bool,
     },
     /// Sync of many conversations after absence, and history pages of 100, under load.
+    #[command(after_help = "Example:  loadtest sync --conversations 300")]
     Sync {
         #[command(flatten)]
         common: Common,
@@ -101,6 +122,7 @@ pub enum Scenario {
         conversations: usize,
     },
     /// Established users while others flood the server with connects, TLS handshakes and garbage.
+    #[command(after_help = "Example:  loadtest flood --flood-rate 2000")]
     Flood {
         #[command(flatten)]
         common: Common,
@@ -123,6 +145,7 @@ pub enum Scenario {
         rate: f64,
     },
     /// Another server under the same traffic, started and ended here: the program is Debian's.
+    #[command(after_help = "Example:  loadtest peer redis-stream --pairs 100")]
     Peer {
         /// Which one.
         #[arg(value_enum)]
@@ -153,6 +176,8 @@ const RAISED: [&str; 4] = [
     "gateway.bytes_per_second_max=0B",
 ];
 
+/// Members of a group if the options do not say.
+const MEMBERS: usize = 1000;
 /// The server's own interval of heartbeats.
 const HEARTBEAT_SECONDS: f64 = 30.0;
 
@@ -189,6 +214,9 @@ pub struct Common {
     /// A setting for the server to start; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Crash and soak: reads a second of random parts of histories while they grow, all clients together; each is judged.
+    #[arg(long, value_name = "R", default_value_t = 20.0)]
+    pub reads: f64,
     /// Further limits that a scenario raises.
     #[arg(skip)]
     pub also_raised: Vec<String>,
@@ -204,9 +232,9 @@ pub struct Common {
     /// Pairs of users.
     #[arg(long)]
     pub pairs: Option<usize>,
-    /// Members of the group besides the sender.
-    #[arg(long, default_value_t = 1000)]
-    pub members: usize,
+    /// Members of the group besides the sender (1000); of `soak` all of them, of whom six send (6).
+    #[arg(long)]
+    pub members: Option<usize>,
     /// Of those members so many are connected; the others never were. All, if it is not said.
     #[arg(long)]
     pub online: Option<usize>,
@@ -312,6 +340,11 @@ impl Common {
         parent.filter(|path| path.is_dir()).map_or_else(std::env::temp_dir, PathBuf::from)
     }
 
+    /// Members of the group besides the sender.
+    pub fn members(&self) -> usize {
+        self.members.unwrap_or(MEMBERS).max(1)
+    }
+
     pub fn threads(&self) -> usize {
         usize::from(self.generator_threads)
     }
@@ -324,11 +357,30 @@ impl Common {
     /// What the report says of the options.
     pub fn parameters(&self) -> serde_json::Value {
         serde_json::json!({
-            "pairs": self.pairs, "members": self.members, "online": self.online, "window": self.window, "rate": self.rate,
+            "pairs": self.pairs, "members": self.members(), "online": self.online, "window": self.window, "rate": self.rate,
             "rate_of": self.rate_of, "fill": self.fill, "peer": self.peer, "heartbeat": self.heartbeat,
             "settings": self.settings(),
             "body_bytes": self.body, "warmup": self.warmup, "seconds": self.seconds, "repeat": self.repeat,
             "generator_threads": self.generator_threads, "pin": self.pin, "seed": self.seed,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn every_scenario_has_an_example_that_it_takes() {
+        for command in Options::command().get_subcommands().filter(|command| !command.is_hide_set()) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let example = help.strip_prefix("Example:  ").unwrap_or_else(|| panic!("{} has none", command.get_name()));
+            let words: Vec<&str> = example.split(' ').collect();
+            assert_eq!(words[..2], ["loadtest", command.get_name()]);
+            let parsed = Options::try_parse_from(&words);
+            assert!(parsed.is_ok(), "{example}: {}", parsed.unwrap_err());
+        }
     }
 }

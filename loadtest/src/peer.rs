@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     bench::{self, Wire},
     ceiling::{Ceiling, Measurement},
+    usage::usage,
 };
 
 /// How long a peer may take until it accepts connections.
@@ -85,9 +86,15 @@ impl Peer {
         let path = std::env::var_os("PATH").unwrap_or_default();
         // Debian puts servers where a user's PATH does not look.
         let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from));
-        folders.map(|folder| folder.join(program)).find(|path| path.is_file()).with_context(|| {
-            format!("peer {} needs {program}: apt-get install -y --no-install-recommends {program}", self.name())
+        folders.map(|folder| folder.join(program)).find(|path| path.is_file()).ok_or_else(|| {
+            let name = self.name();
+            usage(format!("peer {name} needs {program}: apt-get install -y --no-install-recommends {program}"))
         })
+    }
+
+    /// Whether its program is there, before anything is measured.
+    pub fn check(self) -> anyhow::Result<()> {
+        self.find().map(|_| ())
     }
 
     fn wire(self, measurement: &Measurement) -> Box<dyn Wire> {

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{
     checker::Verdict,
-    measure::{Machine, Usage},
+    measure::{Flushes, Machine, Usage},
     stream::Transport,
 };
 
@@ -68,7 +68,8 @@ pub struct Report {
     /// Everything else on the machine, in cores.
     pub other_cpu_cores: f64,
     pub quiet: bool,
-    pub disk_flushes: u64,
+    /// Cache flushes of the disk that holds the data, from before the first send on; none: not known, and `reasons` says why.
+    pub disk_flushes: Option<u64>,
     pub ceiling_per_s: Option<f64>,
     /// What `ceiling_per_s` is the rate of.
     pub denominator: String,
@@ -77,6 +78,8 @@ pub struct Report {
     pub goals: Vec<Goal>,
     pub verdict: String,
     pub reasons: Vec<String>,
+    /// Promises that did not hold and are no entry's: what was never settled, refused for good, acknowledged before it was on disk.
+    pub broken: Vec<String>,
     pub seconds: f64,
     pub machine: Machine,
     pub version: String,
@@ -187,7 +190,6 @@ impl Report {
         self.generator = GeneratorUsage { cpu_cores: round(usage.generator_cores), threads: generator_threads };
         self.other_cpu_cores = round(usage.other_cores);
         self.quiet = usage.other_cores < QUIET_CORES;
-        self.disk_flushes = usage.disk_flushes;
         let busy = usage.generator_cores / generator_threads.max(1) as f64;
         if busy > GENERATOR_BUSY && usage.server_cores < usage.generator_cores {
             self.generator_was_the_limit = true;
@@ -212,6 +214,24 @@ impl Report {
         self.history = Some(verdict);
     }
 
+    /// A promise did not hold.
+    pub fn broke(&mut self, what: String) {
+        self.reasons.push(what.clone());
+        self.broken.push(what);
+    }
+
+    /// Takes in how often the disk flushed its cache while so much was acknowledged as durable.
+    pub fn flushed(&mut self, flushes: &Flushes, acknowledged: u64) {
+        self.disk_flushes = flushes.count;
+        if let Some(why) = &flushes.unknown {
+            self.reasons.push(format!("cache flushes of the disk are not known: {why}"));
+        }
+        if flushes.count == Some(0) && acknowledged > 0 {
+            let device = &flushes.device;
+            self.broke(format!("{acknowledged} messages were acknowledged, and {device} did not flush its cache once"));
+        }
+    }
+
     /// The denominator that was measured in the same run.
     pub fn ceiling(&mut self, name: &str, per_s: f64) {
         name.clone_into(&mut self.denominator);
@@ -233,7 +253,8 @@ impl Report {
 
     /// Whether a promise of the protocol was broken.
     pub fn promise_broken(&self) -> bool {
-        [self.lost, self.duplicated, self.reordered, self.holes, self.corrupted].iter().any(|&count| count != 0)
+        !self.broken.is_empty()
+            || [self.lost, self.duplicated, self.reordered, self.holes, self.corrupted].iter().any(|&count| count != 0)
     }
 
     /// Sets the verdict. 0 or 3: the exit code.
@@ -328,13 +349,46 @@ mod tests {
     #[test]
     fn a_busy_generator_beside_an_idle_server_is_the_limit() {
         let mut report = run(1.0);
-        let usage = Usage { seconds: 1.0, server_cores: 0.5, generator_cores: 0.97, other_cores: 0.0, disk_flushes: 0 };
+        let usage = Usage { seconds: 1.0, server_cores: 0.5, generator_cores: 0.97, other_cores: 0.0 };
         report.usage(&usage, 1);
         assert_eq!(report.conclude(), 3);
         assert!(report.reasons[0].contains("generator"));
         let mut report = run(1.0);
         report.usage(&Usage { server_cores: 1.0, ..usage }, 1);
         assert_eq!(report.conclude(), 0);
+    }
+
+    #[test]
+    fn what_was_acknowledged_without_a_flush_is_a_broken_promise() {
+        let flushed = |count: Option<u64>, acknowledged| {
+            let unknown = count.is_none().then(|| "it is on no device".to_owned());
+            let mut report = run(1.0);
+            report.flushed(&Flushes { device: "sda".to_owned(), count, unknown }, acknowledged);
+            (report.conclude(), report)
+        };
+        let (code, report) = flushed(Some(0), 7);
+        assert_eq!((code, report.disk_flushes), (3, Some(0)));
+        assert_eq!(report.verdict, "a promise did not hold");
+        assert!(report.reasons[0].contains("7 messages") && report.reasons[0].contains("sda"), "{report:?}");
+        assert_eq!(flushed(Some(1), 7).0, 0);
+        assert_eq!(flushed(Some(0), 0).0, 0, "nothing was promised");
+        let (code, report) = flushed(None, 7);
+        assert_eq!((code, report.disk_flushes), (0, None));
+        assert!(report.reasons[0].contains("it is on no device"), "{report:?}");
+    }
+
+    #[test]
+    fn one_run_that_broke_a_promise_without_a_number_is_the_one_reported() {
+        let mut broken = run(10.0);
+        broken.broke("one client is not there".to_owned());
+        let mut report = median(vec![run(30.0), broken, run(20.0)]).unwrap();
+        assert_eq!((report.conclude(), report.delivered_per_s), (3, 10.0));
+    }
+
+    #[test]
+    fn errors_that_were_tried_again_break_nothing() {
+        let mut report = Report { errors: 4, ..run(1.0) };
+        assert_eq!((report.conclude(), report.verdict.as_str()), (0, "every promise held; there were errors"));
     }
 
     #[test]
@@ -360,6 +414,7 @@ mod tests {
             "ratio",
             "verdict",
             "reasons",
+            "broken",
             "seconds",
             "machine",
             "version",

@@ -9,6 +9,7 @@ pub mod fanout;
 pub mod fill;
 pub mod flood;
 pub mod idle;
+pub mod outrun;
 pub mod peer;
 pub mod scale;
 pub mod soak;
@@ -23,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use im_proto::ConversationId;
 
 use crate::{
@@ -31,14 +32,15 @@ use crate::{
     checker::{Entry, History},
     control::Control,
     crowd::{Progress, Statistics},
-    load::{Load, Outcome, total},
-    measure::{self, Machine, Reading, Usage},
+    load::{Ending, Load, Outcome, total},
+    measure::{self, Disk, Machine, Reading, Usage},
     options::Common,
-    peer::PeerFigures,
+    peer::{Peer, PeerFigures},
     report::{Report, round},
     server::{Credentials, Endpoints, ServerProcess, SpawnOptions},
     stream::{Connector, Transport},
     timeline::Timeline,
+    usage::usage,
 };
 
 /// Sessions of this many clients must be there within a minute, however slow the machine.
@@ -85,29 +87,12 @@ impl Target {
             }
             return Ok(target);
         }
-        let mut transport = None;
-        let mut addresses = Vec::new();
-        for url in &options.server {
-            let (scheme, address) = url.split_once("://").with_context(|| format!("{url} is no scheme://host:port"))?;
-            let scheme = match scheme {
-                "tcp" => Transport::Tcp,
-                "tls" => Transport::Tls,
-                "quic" => Transport::Quic,
-                _ => bail!("{url}: the scheme is tcp, tls or quic"),
-            };
-            if transport.is_some_and(|transport| transport != scheme) {
-                bail!("all servers of a run have the same scheme");
-            }
-            transport = Some(scheme);
-            addresses.push(address.to_owned());
-        }
-        let key = options.key.as_deref().context("--server needs --key FILE")?;
-        let cluster = options.cluster.clone().unwrap_or_else(|| Credentials::cluster_beside(key));
+        let (transport, addresses, credentials) = running(options)?;
         Ok(Self {
             process: None,
-            transport: transport.unwrap_or_default(),
+            transport,
             endpoints: Endpoints { addresses, ca: options.ca.clone(), version: String::new() },
-            credentials: Credentials::load(key, &cluster)?,
+            credentials,
             pids: options.server_pid.clone(),
             run,
             loads: 0,
@@ -204,10 +189,54 @@ impl Target {
         self.process.as_ref()?.setting(key)
     }
 
+    /// The disk of the data of a server that was started here.
+    pub fn disk(&self) -> Disk {
+        let elsewhere = || Disk::unknown("the data directory of a server that runs already is not known");
+        self.process.as_ref().map_or_else(elsewhere, |process| Disk::of(process.directory()))
+    }
+
     /// Where the data lies, for the description of the machine.
     pub fn directory(&self) -> PathBuf {
         self.process.as_ref().map_or_else(std::env::temp_dir, |process| process.directory().to_owned())
     }
+}
+
+/// What can be said of the options before anything is started or measured.
+pub fn check(options: &Common) -> anyhow::Result<()> {
+    if !options.server.is_empty() {
+        running(options)?;
+    } else if let Some(imd) = options.imd.as_ref().filter(|imd| !imd.is_file()) {
+        return Err(usage(format!("--imd {}: there is no such file", imd.display())));
+    }
+    options.peer.map_or(Ok(()), Peer::check)
+}
+
+/// How to reach the server that runs already, and what signs tokens for it.
+fn running(options: &Common) -> anyhow::Result<(Transport, Vec<String>, Credentials)> {
+    let mut transport = None;
+    let mut addresses = Vec::new();
+    for url in &options.server {
+        let (scheme, address) =
+            url.split_once("://").ok_or_else(|| usage(format!("--server {url}: that is no scheme://host:port")))?;
+        let scheme = match scheme {
+            "tcp" => Transport::Tcp,
+            "tls" => Transport::Tls,
+            "quic" => Transport::Quic,
+            _ => return Err(usage(format!("--server {url}: the scheme is tcp, tls or quic"))),
+        };
+        if transport.is_some_and(|transport| transport != scheme) {
+            return Err(usage(format!("--server {url}: all servers of a run have the same scheme")));
+        }
+        transport = Some(scheme);
+        addresses.push(address.to_owned());
+    }
+    let transport = transport.unwrap_or_default();
+    if transport != Transport::Tcp && options.ca.is_none() {
+        return Err(usage("TLS and QUIC need --ca FILE, the certificate authority of the server"));
+    }
+    let key = options.key.as_deref().ok_or_else(|| usage("--server needs --key FILE"))?;
+    let cluster = options.cluster.clone().unwrap_or_else(|| Credentials::cluster_beside(key));
+    Ok((transport, addresses, Credentials::load(key, &cluster)?))
 }
 
 fn run_name() -> String {
@@ -271,10 +300,13 @@ pub async fn run_load_while<T>(
     load.all_live(LIVE_WITHIN).await?;
     let timeline = Timeline::start(Arc::clone(&load.progress));
     let servers = target.pids();
+    let disk = target.disk().watch();
     let (usage, given) = measured(&load, options, &servers, meanwhile).await;
+    // In this order: what was acknowledged by now was on disk before.
+    let (acknowledged, flushes) = (total(&load.progress.acknowledged), disk.until_now());
     let recorded = timeline.finish();
     let rss = measure::rss_bytes(&servers);
-    let settled = load.settled(SETTLE_WITHIN).await;
+    let ending = load.ending(SETTLE_WITHIN).await;
     drop(progress);
     let outcome = load.finish()?;
     let mut report = new_report(scenario, target, options);
@@ -283,12 +315,28 @@ pub async fn run_load_while<T>(
     statistics(&mut report, &outcome.statistics, options, &usage);
     report.detail("timeline", &recorded);
     kept_up(&mut report, &outcome.statistics, options, &usage);
-    if !settled {
-        report.reasons.push(format!("not everything arrived within {SETTLE_WITHIN:?} after the load"));
-        *report.error_causes.entry("not settled".to_owned()).or_default() += 1;
-        report.errors += 1;
+    if target.process.is_some() {
+        report.flushed(&flushes, acknowledged);
     }
+    completed(&mut report, ending, &outcome.statistics);
     Ok((report, outcome, given))
+}
+
+/// What was begun and did not come to its end is a broken promise; what was tried again and then did is an error at most.
+pub fn completed(report: &mut Report, ending: Ending, statistics: &Statistics) {
+    let Ending { settled, open, live, expected, within } = ending;
+    if !settled {
+        let what = format!(
+            "not settled within {within:?} after the last send: {open} sends, gaps, calls or sessions are open"
+        );
+        report.broke(what);
+    }
+    if live < expected {
+        report.broke(format!("only {live} of {expected} clients have a session at the end"));
+    }
+    if statistics.refused > 0 {
+        report.broke(format!("{} sends were refused for good", statistics.refused));
+    }
 }
 
 /// The report's head.
@@ -321,17 +369,19 @@ pub fn statistics(report: &mut Report, statistics: &Statistics, options: &Common
     report.details = serde_json::json!({
         "retries": statistics.retries, "redelivered": statistics.redelivered,
         "history_reads": statistics.gaps_repaired, "resyncs": statistics.resyncs, "reconnects": statistics.reconnects,
+        "reads": statistics.reads,
     });
 }
 
 /// Reads back and judges.
-pub async fn judge(target: &Target, options: &Common, outcome: Outcome, report: &mut Report) -> anyhow::Result<()> {
+pub async fn judge(target: &Target, options: &Common, outcome: Outcome, report: &mut Report) {
     let Outcome { mut history, readers, .. } = outcome;
-    if !options.no_read_back {
-        target.read_back(&mut history, &readers).await?;
+    if !options.no_read_back
+        && let Err(error) = target.read_back(&mut history, &readers).await
+    {
+        report.broke(format!("the histories cannot be read back: {error:#}"));
     }
     report.judged(history.judge());
-    Ok(())
 }
 
 /// The two denominators of a workload, measured now; none if the options do not want them.

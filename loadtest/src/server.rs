@@ -14,7 +14,7 @@ use im_proto::token::{Claims, SigningKey};
 use serde::Deserialize;
 use tokio::process::{Child, Command};
 
-use crate::stream::Transport;
+use crate::{stream::Transport, usage::usage};
 
 /// How long a server may take until it accepts connections. Recovery of a large store is part of it.
 const READY_WITHIN: Duration = Duration::from_secs(120);
@@ -85,11 +85,16 @@ pub struct SpawnOptions {
 impl Credentials {
     /// From the signing key (PKCS#8 DER) and `cluster.json`.
     pub fn load(key: &Path, cluster: &Path) -> anyhow::Result<Self> {
-        let der = std::fs::read(key).with_context(|| format!("read the signing key {}", key.display()))?;
-        let text = std::fs::read(cluster).with_context(|| format!("read {}", cluster.display()))?;
-        let cluster =
-            serde_json::from_slice(&text).with_context(|| format!("{} is no cluster.json", cluster.display()))?;
-        Ok(Self { key: SigningKey::from_pkcs8(&der)?, cluster })
+        let read = |option: &str, path: &Path| {
+            std::fs::read(path).map_err(|error| usage(format!("{option} {}: {error}", path.display())))
+        };
+        let (der, text) = (read("--key", key)?, read("--cluster", cluster)?);
+        let wrong = |option: &str, path: &Path, error: &dyn std::fmt::Display| {
+            usage(format!("{option} {}: {error}", path.display()))
+        };
+        let key = SigningKey::from_pkcs8(&der).map_err(|error| wrong("--key", key, &error))?;
+        let cluster = serde_json::from_slice(&text).map_err(|error| wrong("--cluster", cluster, &error))?;
+        Ok(Self { key, cluster })
     }
 
     /// `cluster.json` of a data directory whose `keys` folder holds the key.
@@ -122,9 +127,9 @@ impl SpawnOptions {
         let beside = std::env::current_exe().ok().and_then(|own| own.parent().map(|folder| folder.join("imd")));
         let named = std::env::var_os("IMD").map(PathBuf::from);
         let candidates = [named, beside, Some(PathBuf::from("target/release/imd"))];
-        candidates.into_iter().flatten().find(|path| path.is_file()).context(
-            "find no imd binary: build it with `cargo build --release -p im-node`, or name it with --imd or $IMD",
-        )
+        candidates.into_iter().flatten().find(|path| path.is_file()).ok_or_else(|| {
+            usage("there is no imd to start: `cargo build --release -p im-node` makes it, --imd or $IMD names it")
+        })
     }
 
     fn given(&self, key: &str) -> Option<&str> {

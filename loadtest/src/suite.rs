@@ -65,7 +65,7 @@ pub fn steps(common: &Common, quick: bool) -> Vec<Step> {
     add("curve", Scenario::Curve(with(&|c| c.pairs = Some(sizes.pairs[0]))));
     for members in sizes.members {
         for window in [1, 16] {
-            let fanout = with(&|c| (c.members, c.window) = (members, window));
+            let fanout = with(&|c| (c.members, c.window) = (Some(members), window));
             add(&format!("fanout --members {members} --window {window}"), Scenario::Fanout(fanout));
         }
     }
@@ -78,8 +78,10 @@ pub fn steps(common: &Common, quick: bool) -> Vec<Step> {
         let idle = with(&|c| (c.connections, c.heartbeat) = (Some(sizes.many), MANY_HEARTBEAT_SECONDS));
         add(&format!("idle --connections {}", sizes.many), Scenario::Idle(idle));
     }
-    let stalling = with(&|c| c.members = sizes.members[0]);
-    add("stall", Scenario::Stall { common: stalling, stalled: sizes.members[0] / 10 });
+    let stalling = with(&|c| c.members = Some(sizes.members[0]));
+    let stalled = sizes.members[0] / 10;
+    add("stall", Scenario::Stall { common: stalling, stalled, slow_disk: false });
+    add("stall --slow-disk", Scenario::Stall { common: common.clone(), stalled, slow_disk: true });
     let chat = with(&|c| c.pairs = Some(sizes.pairs[0]));
     add("sync", Scenario::Sync { common: chat.clone(), conversations: sizes.conversations });
     add("flood", Scenario::Flood { common: chat, flood_rate: if quick { 200.0 } else { 2000.0 } });

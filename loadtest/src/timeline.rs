@@ -119,6 +119,24 @@ impl Recorded {
         }
     }
 
+    /// Seconds from a mark that is no end of something until nothing was stalled any more: the longest. What was still stalled at the
+    /// next mark counts up to the moment at which it no longer was.
+    pub fn longest_outage(&self) -> f64 {
+        let faults = self.marks.iter().filter(|mark| !mark.what.starts_with("end:"));
+        let outages = faults.map(|mark| {
+            let mut after = self.samples.iter().filter(|sample| sample.at_ms > mark.at_ms);
+            // Up to the first moment with nothing stalled after the last one of this mark.
+            let until = mark.at_ms + mark.back_after_ms;
+            let end = after.clone().find(|sample| sample.at_ms >= until && sample.stalled == 0);
+            match (mark.stalled_max, end) {
+                (0, _) => 0,
+                (_, Some(sample)) => sample.at_ms - mark.at_ms,
+                (_, None) => after.next_back().map_or(0, |sample| sample.at_ms - mark.at_ms),
+            }
+        });
+        outages.max().unwrap_or(0) as f64 / 1000.0
+    }
+
     /// Acknowledgements and stalled conversations over time, for a terminal. Marks stand below, with their numbers in the list.
     pub fn plot(&self) -> String {
         let mut out = String::new();
@@ -201,6 +219,20 @@ mod tests {
         assert_eq!((first.back_after_ms, first.stalled_max, first.still_stalled), (450, 5, false));
         let second = &recorded.marks[1];
         assert_eq!((second.stalled_max, second.still_stalled), (2, true));
+    }
+
+    #[test]
+    fn an_outage_lasts_until_nothing_is_stalled_whatever_is_done_meanwhile() {
+        let outage = |stalled: &[u64], marks: &[u64]| recorded(stalled, marks).longest_outage();
+        assert_eq!(outage(&[0, 0, 0, 0], &[150]), 0.0);
+        assert_eq!(outage(&[0, 0, 3, 5, 0, 0], &[150]), 0.35);
+        // The second mark comes while the first is not over.
+        assert_eq!(outage(&[0, 0, 3, 5, 1, 0], &[150, 350]), 0.45);
+        // Never back.
+        assert_eq!(outage(&[0, 1, 1, 1], &[50]), 0.35);
+        let mut ended = recorded(&[0, 0, 1, 1, 0], &[150]);
+        ended.marks[0].what = "end: it".to_owned();
+        assert_eq!(ended.longest_outage(), 0.0);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Each scenario for a moment against a server of its own: that it runs, judges and reports, not how fast anything is.
 
 use std::{
+    io::{BufRead as _, BufReader},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
 };
 
 use serde_json::Value;
@@ -43,6 +45,45 @@ fn report(arguments: &[&str]) -> Value {
     report
 }
 
+/// A server that nobody but the test knows, killed at the end.
+struct Server(Child);
+
+impl Server {
+    fn start(data: &Path) -> (Self, Value) {
+        let mut command = Command::new(imd());
+        command.args(["up", "--data"]).arg(data);
+        for listener in ["--tcp", "--tls", "--quic", "--api", "--http"] {
+            command.args([listener, "127.0.0.1:0"]);
+        }
+        let null = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut server = Self(null.spawn().expect("imd runs"));
+        loop {
+            let text = std::fs::read(data.join("ready.json")).unwrap_or_default();
+            match serde_json::from_slice::<Value>(&text) {
+                Ok(ready) if ready["pid"] == server.0.id() => return (server, ready),
+                _ => assert!(server.0.try_wait().unwrap().is_none(), "the server ended"),
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The report of a run that must have found a promise broken.
+fn broken(output: &Output) -> Vec<String> {
+    let report: Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
+    assert_eq!((output.status.code(), &report["verdict"]), (Some(3), &"a promise did not hold".into()), "{report:#}");
+    let broken = report["broken"].as_array().expect("broken promises");
+    broken.iter().map(|what| what.as_str().unwrap_or_default().to_owned()).collect()
+}
+
 fn goals(report: &Value) -> Vec<&str> {
     report["goals"].as_array().expect("goals").iter().filter_map(|goal| goal["id"].as_str()).collect()
 }
@@ -53,6 +94,7 @@ fn an_open_loop_runs_at_its_share_of_the_closed_loop() {
     let (offered, closed) = (&report["offered_per_s"], &report["details"]["closed_loop_delivered_per_s"]);
     let share = offered.as_f64().unwrap() / closed.as_f64().unwrap();
     assert!((share - 0.1).abs() < 1e-3, "{share}");
+    assert_flushed(&report);
     assert!(report["details"]["begun_per_s"].as_f64().unwrap() > 0.0);
 }
 
@@ -95,6 +137,18 @@ fn a_reader_that_stalls_leaves_the_others_whole() {
 }
 
 #[test]
+fn what_waits_for_the_disk_is_measured_against_the_settings() {
+    let small = ["store.queue_bytes=2MiB", "store.memtable_bytes=4MiB", "store.cache_bytes=4MiB"];
+    let settings = small.iter().flat_map(|setting| ["--set", setting]);
+    let arguments: Vec<&str> = ["stall", "--slow-disk"].into_iter().chain(settings).collect();
+    let report = report(&arguments);
+    let parts = report["details"]["memory_bound"].as_array().unwrap();
+    assert!(parts.iter().any(|part| part["what"] == "1 × store.queue_bytes 2097152"), "{report:#}");
+    assert_eq!(goals(&report), ["PF11"]);
+    assert!(report["acked_per_s"].as_f64() > Some(0.0), "{report:#}");
+}
+
+#[test]
 fn who_comes_back_syncs_and_reads_pages_under_load() {
     let report = report(&["sync", "--conversations", "5", "--rate", "100", "--seconds", "3"]);
     assert!(report["details"]["sync"]["count"].as_u64() > Some(0), "{report:#}");
@@ -109,6 +163,69 @@ fn each_flood_is_attempted_and_judged() {
     assert_eq!(phases.len(), 4);
     assert!(phases[1..].iter().all(|phase| phase["flood"].is_string()), "{phases:#?}");
     assert_eq!(goals(&report).len(), 3);
+}
+
+#[test]
+fn a_cluster_that_never_comes_back_is_a_broken_promise() {
+    let directory = tempfile::tempdir().unwrap();
+    let (server, ready) = Server::start(directory.path());
+    let url = format!("tcp://{}", ready["tcp"].as_str().unwrap());
+    let key = directory.path().join("keys/signing.pk8");
+    let mut command = Command::new(LOADTEST);
+    command.args(["soak", "--marks", "--settle", "0.3", "--pairs", "2", "--server", &url, "--key"]).arg(key);
+    let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut soak = pipes.spawn().unwrap();
+    let mut lines = BufReader::new(soak.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap() == "soak: under way"));
+    drop(server);
+    drop(soak.stdin.take());
+    // Whoever does not read would keep it from writing.
+    let rest = std::thread::spawn(move || lines.count());
+    let broken = broken(&soak.wait_with_output().unwrap());
+    rest.join().unwrap();
+    for what in ["not settled", "only 0 of 4 clients", "cannot be read back"] {
+        assert!(broken.iter().any(|found| found.contains(what)), "{what}: {broken:?}");
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_comes_back_with_everything() {
+    let report = report(&["crash", "--kills", "2"]);
+    assert_eq!((&report["details"]["kills"], goals(&report)), (&2.into(), vec!["PF12"]));
+    assert!(report["details"]["outage_us"]["max"].as_u64() > Some(0), "{report:#}");
+    assert_flushed(&report);
+}
+
+#[test]
+fn a_server_that_cannot_start_again_is_a_broken_promise() {
+    let directory = tempfile::tempdir().unwrap();
+    let (script, begun) = (directory.path().join("imd"), directory.path().join("begun"));
+    let text = format!(
+        "#!/bin/sh\nif [ \"$1\" = up ]; then\n  [ ! -e '{0}' ] || exit 1\n  : >'{0}'\nfi\nexec '{1}' \"$@\"\n",
+        begun.display(),
+        imd().display()
+    );
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let broken = broken(&run(&["crash", "--kills", "1", "--pairs", "2", "--imd", script.to_str().unwrap()]));
+    assert!(broken.iter().any(|what| what.contains("did not come back: restart after kill 1")), "{broken:?}");
+}
+
+/// What was acknowledged is on disk, as far as this machine can tell.
+fn assert_flushed(report: &Value) {
+    let unknown =
+        |reason: &Value| reason.as_str().unwrap_or_default().contains("cache flushes of the disk are not known");
+    match report["disk_flushes"].as_u64() {
+        Some(flushes) => assert!(flushes > 0, "{report:#}"),
+        None => assert!(report["reasons"].as_array().unwrap().iter().any(unknown), "{report:#}"),
+    }
+}
+
+#[test]
+fn the_durable_ceiling_flushes_its_disk() {
+    let report = report(&["ceiling", "--durable", "--workload", "pairs"]);
+    assert!(report["acked_per_s"].as_f64() > Some(0.0), "{report:#}");
+    assert_flushed(&report);
 }
 
 #[test]

@@ -425,3 +425,53 @@ fn entries_older_than_the_run_are_not_judged() {
     assert!(verdict.is_clean(), "{verdict}");
     assert_eq!(verdict.stored, 1);
 }
+
+/// A log of ten entries that all were acknowledged, and a read of it: seqs with the message that stands there.
+fn verdict_of_a_read(range: ReadRange, head: u64, read: &[(u64, u8)]) -> Verdict {
+    let mut history = History::new();
+    let conversation = history.conversation(conversation_id(1));
+    let client = history.client("u");
+    let view = history.view(client, conversation);
+    history.session_started(client);
+    for message in 1..=10u8 {
+        history.sent(view, &[message], b"body");
+        history.acknowledged(view, &[message], u64::from(message));
+    }
+    let entries: Vec<(u64, [u8; 1])> = read.iter().map(|&(seq, message)| (seq, [message])).collect();
+    let entries = entries.iter().map(|(seq, message)| Entry {
+        seq: *seq,
+        sender: "u",
+        client_message_id: message,
+        body: b"body",
+        event: false,
+    });
+    history.read(conversation, range, head, 1, entries);
+    history.judge()
+}
+
+#[test]
+fn a_read_in_the_middle_of_a_run_shows_what_was_known_without_a_hole() {
+    let range = ReadRange { from: 3, to: 6, newest: false, known: 9 };
+    let newest = ReadRange { from: 1, to: 0, newest: true, known: 9 };
+    for (range, read) in [
+        (range, vec![(3, 3), (4, 4), (5, 5), (6, 6)]),
+        // Shorter than what was asked for.
+        (range, vec![(3, 3)]),
+        (newest, vec![(9, 9), (10, 10)]),
+        // Beyond the head there is nothing to be read.
+        (ReadRange { from: 12, to: 20, ..range }, vec![]),
+    ] {
+        let verdict = verdict_of_a_read(range, 10, &read);
+        assert!(verdict.is_clean(), "{range:?} {read:?}: {verdict}");
+    }
+    let found = |range, head, read: &[(u64, u8)]| {
+        let verdict = verdict_of_a_read(range, head, read);
+        verdict.findings.iter().map(|finding| finding.violation).collect::<Vec<_>>()
+    };
+    assert_eq!(found(range, 8, &[(3, 3)]), [Violation::HeadWentBack]);
+    assert_eq!(found(range, 10, &[(3, 3), (5, 5)]), [Violation::Hole]);
+    assert_eq!(found(range, 10, &[(4, 4), (5, 5)]), [Violation::Hole]);
+    assert_eq!(found(range, 10, &[]), [Violation::Hole]);
+    assert_eq!(found(newest, 10, &[(8, 8), (9, 9)]), [Violation::Hole]);
+    assert_eq!(found(range, 10, &[(3, 4)])[0], Violation::AcknowledgedElsewhere);
+}

@@ -30,6 +30,8 @@ pub enum Violation {
     DeliveryOrder,
     /// Two observers saw different entries at one seq.
     DifferentOrders,
+    /// The history was read after an entry was known to exist, and ended below it.
+    HeadWentBack,
     /// A seq below the head without an entry.
     Hole,
     /// Other bytes than were sent, or different bytes for different observers.
@@ -47,6 +49,7 @@ impl Violation {
             Self::AcknowledgedNotStored
             | Self::AcknowledgedElsewhere
             | Self::DeliveredNotStored
+            | Self::HeadWentBack
             | Self::NotDelivered => Total::Lost,
             Self::TwoSeqs | Self::DeliveredTwice => Total::Duplicated,
             Self::SessionOrder | Self::DeliveryOrder | Self::DifferentOrders => Total::Reordered,

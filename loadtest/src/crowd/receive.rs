@@ -150,6 +150,7 @@ impl Participants {
             Some(Retry::Never) | None => {
                 sending.remove(position);
                 self.flows[usize::try_from(id.flow).unwrap_or(0)].abandoned(id.number);
+                self.statistics.refused += 1;
                 self.error(&format!("send refused: {}", status.text));
             }
         }
@@ -277,6 +278,12 @@ impl Participants {
         match (call, failed) {
             (Call::Sync, None) => self.synced(member, &answer, now),
             (Call::History { lane }, None) => self.history_page(member, lane, &answer, now),
+            (Call::Read { lane, range }, None) => self.history_read(member, lane, range, &answer),
+            // The next one comes by itself.
+            (Call::Read { .. }, Some(status)) => {
+                *self.statistics.retries.entry(format!("read: {}", status.text)).or_default() += 1;
+                participant.reading.iter_mut().for_each(|reading| reading.under_way = false);
+            }
             (Call::Sync, Some(status)) => {
                 *self.statistics.retries.entry(format!("sync: {}", status.text)).or_default() += 1;
                 participant.sync_at = Some(now + RETRY);

@@ -30,6 +30,7 @@ impl Participants {
         for lane in 0..self.members[member].lanes.len() {
             self.write_sends(member, lane, out, now);
         }
+        self.read_history(member, out, now);
     }
 
     /// Repeats first, then new messages.
@@ -143,7 +144,7 @@ impl Participant {
         }
     }
 
-    fn call<M: prost::Message>(&mut self, out: &mut Vec<u8>, call: Call, method: u32, request: &M) {
+    pub(super) fn call<M: prost::Message>(&mut self, out: &mut Vec<u8>, call: Call, method: u32, request: &M) {
         let request_id = self.next_request;
         self.next_request = self.next_request.wrapping_add(1);
         self.calls.insert(request_id, (call, Vec::new()));

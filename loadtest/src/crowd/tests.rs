@@ -33,6 +33,8 @@ struct Server {
     refuse: VecDeque<StatusCode>,
     /// Pushes that are dropped and followed by a `Resync`.
     drop_pushes: bool,
+    /// Reads of the history do not see the last entries.
+    reads_behind: u64,
 }
 
 impl Server {
@@ -103,12 +105,21 @@ impl Server {
             v1::SyncReply { version: 1, conversations: vec![row], next: Bytes::new() }.encode_to_vec()
         } else {
             let request = v1::HistoryRequest::decode(call.request.clone()).unwrap();
+            let to = if request.to == 0 { i64::MAX } else { request.to };
             let wanted = |message: &&v1::Message| {
                 let seq = i64::try_from(message.seq).unwrap();
-                request.from <= seq && seq <= request.to
+                request.from <= seq && seq <= to
             };
+            let head = head.saturating_sub(self.reads_behind);
+            let log = self.log.iter().take(usize::try_from(head).unwrap());
             // Pages of four, in two parts, so that both have to be put together.
-            let entries = self.log.iter().filter(wanted).take(4).cloned();
+            let page = if request.limit == 0 { 4 } else { usize::try_from(request.limit).unwrap().min(4) };
+            let mut entries: Vec<&v1::Message> = log.filter(wanted).collect();
+            if request.newest {
+                entries.drain(..entries.len().saturating_sub(page));
+            }
+            entries.truncate(page);
+            let entries = entries.into_iter().cloned();
             let entries = entries.map(|message| v1::HistoryEntry { message: Some(message), gone_reason: 0 }).collect();
             v1::HistoryReply { conversation_id: GROUP.to_bytes(), entries, head, first_seq: 1 }.encode_to_vec()
         };
@@ -153,7 +164,7 @@ impl World {
             let flow = u32::try_from(member).unwrap();
             let sends = SendPlan { flow, window: 4, body_bytes: 20, every: None };
             let lanes = vec![LanePlan { with: With::Conversation(GROUP), sends: Some(sends) }];
-            Plan { user: user(member), token: String::new(), lanes, stalls: false }
+            Plan { user: user(member), token: String::new(), lanes, stalls: false, reads_every: Some(3 * STEP) }
         };
         let switches = Arc::<Switches>::default();
         switches.sending.store(true, Ordering::Relaxed);
@@ -290,6 +301,24 @@ fn a_server_that_stores_a_repeat_again_is_found() {
     (0..4).for_each(|_| world.apply(Event::Step));
     let (verdict, _) = world.finish();
     assert!(verdict.duplicated > 0, "{verdict}");
+}
+
+#[test]
+fn histories_are_read_while_they_grow_and_a_head_that_goes_back_is_found() {
+    let run = |reads_behind| {
+        let mut world = World::new();
+        (0..12).for_each(|_| world.apply(Event::Step));
+        world.server.reads_behind = reads_behind;
+        (0..12).for_each(|_| world.apply(Event::Step));
+        world.server.reads_behind = 0;
+        let reads = world.members.statistics.reads;
+        (world.finish().0, reads)
+    };
+    let (verdict, reads) = run(0);
+    assert!(verdict.is_clean() && reads >= 6, "{reads} reads: {verdict}");
+    // More than a client sends at once, so that somebody was told of what is not seen.
+    let (verdict, _) = run(100);
+    assert!(verdict.lost > 0 && verdict.findings[0].violation == crate::checker::Violation::HeadWentBack, "{verdict}");
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub async fn run(options: &Common, durable: bool, workload: Option<Workload>) ->
         let size = match workload {
             Workload::Echo | Workload::Idle => options.connections.unwrap_or(SIZE),
             Workload::Pairs => options.pair_count(SIZE),
-            Workload::Fanout => options.members,
+            Workload::Fanout => options.members(),
         };
         let measurement = Measurement {
             workload,
@@ -64,6 +64,11 @@ fn report(options: &Common, ceilings: &[Ceiling], durable: bool, directory: &Pat
         ..Report::default()
     };
     report.usage(&main.usage, 1);
+    for ceiling in ceilings {
+        if let Some(flushes) = &ceiling.flushes {
+            report.flushed(flushes, ceiling.acknowledged);
+        }
+    }
     report.ceiling("itself", main.delivered_per_s);
     // The ceiling is one of machine and generator together: a full generator is part of it, not a fault of the run.
     report.generator_was_the_limit = false;

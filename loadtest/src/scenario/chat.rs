@@ -66,7 +66,7 @@ pub async fn once(target: &mut Target, options: &Common, pairs: usize) -> anyhow
     let load = Load::start(plan(target, options, pairs)?, target.endpoints.clone())?;
     let (mut report, outcome) = run_load(load, target, options, "chat").await?;
     report.connections = 2 * pairs;
-    judge(target, options, outcome, &mut report).await?;
+    judge(target, options, outcome, &mut report).await;
     Ok(report)
 }
 
@@ -83,7 +83,13 @@ pub fn plan(target: &Target, options: &Common, pairs: usize) -> anyhow::Result<L
         };
         let lane = |peer: &str, sends| LanePlan { with: With::Peer(peer.to_owned()), sends };
         let plan = |user: &str, lane| {
-            anyhow::Ok(Plan { user: user.to_owned(), token: target.token(user)?, lanes: vec![lane], stalls: false })
+            anyhow::Ok(Plan {
+                user: user.to_owned(),
+                token: target.token(user)?,
+                lanes: vec![lane],
+                stalls: false,
+                reads_every: None,
+            })
         };
         groups.push(vec![plan(&sender, lane(&receiver, Some(sends)))?, plan(&receiver, lane(&sender, None))?]);
     }

@@ -19,7 +19,7 @@ const SHARE_OF_CEILING: f64 = 0.75;
 
 /// One run.
 pub async fn run(options: &Common) -> anyhow::Result<Report> {
-    let members = options.members.max(1);
+    let members = options.members();
     let online = options.online.unwrap_or(members).clamp(1, members);
     let ceilings = ceilings(options, Workload::Fanout, online).await?;
     let peer = match options.peer {
@@ -42,14 +42,14 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
 /// One load with users of its own, judged. Of the group's members so many are there; the others never were.
 pub async fn once(target: &mut Target, options: &Common, online: usize) -> anyhow::Result<Report> {
     target.next_users();
-    let users: Vec<String> = (0..=options.members.max(1)).map(|index| target.user(index)).collect();
+    let users: Vec<String> = (0..=options.members()).map(|index| target.user(index)).collect();
     let group = create_group(target, &users).await?;
     let plan = plan(target, options, &users[..=online.min(users.len() - 1)], group, 0)?;
     let load = Load::start(plan, target.endpoints.clone())?;
     let (mut report, outcome) = run_load(load, target, options, "fanout").await?;
     report.connections = online + 1;
     report.detail("members_away", users.len() - 1 - online);
-    judge(target, options, outcome, &mut report).await?;
+    judge(target, options, outcome, &mut report).await;
     Ok(report)
 }
 
@@ -93,6 +93,7 @@ pub fn plan(
             token: target.token(user)?,
             lanes: vec![lane],
             stalls: index + stalled >= users.len(),
+            reads_every: None,
         };
         threads[index % options.threads()].push(plan);
     }

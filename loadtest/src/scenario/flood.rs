@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tokio::{io::AsyncReadExt as _, process::Command, time::Instant};
 
@@ -21,6 +21,7 @@ use crate::{
     options::Common,
     report::{Goal, Percentiles, Report, round},
     stream::{Connector, Transport},
+    usage::usage,
 };
 
 /// The p99 of established users may grow by this.
@@ -70,7 +71,7 @@ struct Phase {
 /// One run.
 pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
     if !options.server.is_empty() {
-        bail!("flood starts its own server: leave out --server");
+        return Err(usage("flood starts its own server: leave out --server"));
     }
     let pairs = options.pair_count(chat::PAIRS);
     // Limits of addresses hold, and are wide enough for all established users of the run on one address.

@@ -267,7 +267,13 @@ fn plan(target: &Target, options: &Common) -> anyhow::Result<LoadPlan> {
     for index in 0..options.connections.unwrap_or(CONNECTIONS).max(1) {
         let user = target.user(index);
         let token = target.token(&user)?;
-        threads[index % options.threads()].push(Plan { user, token, lanes: Vec::new(), stalls: false });
+        threads[index % options.threads()].push(Plan {
+            user,
+            token,
+            lanes: Vec::new(),
+            stalls: false,
+            reads_every: None,
+        });
     }
     Ok(LoadPlan {
         transport: target.transport,

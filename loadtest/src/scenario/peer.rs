@@ -9,6 +9,7 @@ use crate::{
     options::Common,
     peer::{Peer, PeerFigures},
     report::Report,
+    usage::usage,
 };
 
 /// Pairs if the options do not say.
@@ -17,10 +18,13 @@ const PAIRS: usize = 100;
 /// Pairs, and the fan-out if it was asked for.
 pub async fn run(options: &Common, peer: Peer, workload: Workload) -> anyhow::Result<Report> {
     let size = match workload {
-        Workload::Fanout => options.members,
+        Workload::Fanout => options.members(),
         Workload::Pairs | Workload::Echo | Workload::Idle => options.pair_count(PAIRS),
     };
-    anyhow::ensure!(matches!(workload, Workload::Pairs | Workload::Fanout), "a peer is measured with pairs or fanout");
+    if !matches!(workload, Workload::Pairs | Workload::Fanout) {
+        return Err(usage("--workload of a peer is pairs or fanout"));
+    }
+    peer.check()?;
     let ceilings = ceilings(options, workload, size).await?;
     let figures = measure(options, peer, workload, size, options.time()).await?;
     let (directory, main) = (options.store_parent(), &figures.reached);

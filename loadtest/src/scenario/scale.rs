@@ -5,7 +5,7 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
@@ -14,6 +14,7 @@ use crate::{
     measure::Reading,
     options::Common,
     report::{Goal, Report, round},
+    usage::usage,
 };
 
 /// Routers and gateways of each point. A cluster only grows.
@@ -59,7 +60,7 @@ struct Part {
 /// One run.
 pub async fn run(options: &Common, tool: &Path) -> anyhow::Result<Report> {
     if !options.server.is_empty() {
-        bail!("scale starts its own cluster with {}: leave out --server", tool.display());
+        return Err(usage(format!("scale starts its own cluster with {}: leave out --server", tool.display())));
     }
     let mut points = Vec::new();
     let (mut last, mut broken) = (None, Vec::new());
@@ -78,7 +79,11 @@ pub async fn run(options: &Common, tool: &Path) -> anyhow::Result<Report> {
     for members in GROUPS {
         let mut target = Target::open(&options).await?;
         let alone = alone(&target).await;
-        let options = Common { members, rate: Some(options.rate.unwrap_or(RATE) / ONLINE as f64), ..options.clone() };
+        let options = Common {
+            members: Some(members),
+            rate: Some(options.rate.unwrap_or(RATE) / ONLINE as f64),
+            ..options.clone()
+        };
         let report = fanout::once(&mut target, &options, ONLINE.min(members)).await?;
         broken.extend(report.promise_broken().then(|| report.clone()));
         groups.push(Point::of(POINTS[POINTS.len() - 1], Some(members), &report, alone));

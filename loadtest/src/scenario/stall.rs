@@ -3,14 +3,14 @@
 //! The same load twice on one server: first all read, then some do not. What the others see must not change, and what waits for the
 //! stalled ones must stay under the server's own limits.
 
-use anyhow::bail;
-
 use super::{Target, fanout, judge, run_load_while};
 use crate::{
     load::Load,
     measure,
     options::Common,
     report::{Goal, Report, round},
+    stream::Transport,
+    usage::usage,
 };
 
 /// Messages a second if the options do not say: with 1,000 members 100,000 deliveries.
@@ -18,14 +18,18 @@ const RATE: f64 = 100.0;
 /// What the server keeps for a connection at most, as a multiple of `gateway.outbox_bytes_max`: there it closes it.
 const OUTBOXES: f64 = 2.0;
 const OUTBOX_KEY: &str = "gateway.outbox_bytes_max";
+/// What QUIC keeps besides until the client has acknowledged it. A test holds it against the gateway.
+const QUIC_SEND_WINDOW: u64 = 256 * 1024;
 /// The others' p99 may grow by this.
 const GROWTH_MAX: f64 = 1.1;
 
 /// One run.
 pub async fn run(options: &Common, stalled: usize) -> anyhow::Result<Report> {
-    let members = options.members.max(1);
+    let members = options.members();
     if stalled >= members {
-        bail!("--stalled {stalled} of --members {members}: somebody has to read");
+        return Err(usage(format!(
+            "--stalled {stalled} of --members {members}: somebody has to read, so fewer must stall"
+        )));
     }
     let options = Common { rate: Some(options.rate.unwrap_or(RATE)), ..options.clone() };
     let mut target = Target::open(&options).await?;
@@ -44,9 +48,10 @@ pub async fn run(options: &Common, stalled: usize) -> anyhow::Result<Report> {
     report.detail("server_rss_growth_bytes", growth);
     report.goals.push(Goal::at_most("PF11", "the others' delivery p99 against the run without", GROWTH_MAX, ratio));
     if let Some(outbox) = target.setting(OUTBOX_KEY).and_then(|text| bytes(&text)) {
-        let bound = outbox as f64 * OUTBOXES * stalled as f64;
+        let (each, arithmetic) = bound(outbox, target.transport);
+        let bound = each * stalled as f64;
         report.detail("memory_bound_bytes", bound);
-        report.detail("memory_bound", format!("{stalled} stalled × {OUTBOXES} × {OUTBOX_KEY} {outbox}"));
+        report.detail("memory_bound", format!("{stalled} stalled × {arithmetic}"));
         let beyond = growth.saturating_sub(without_growth) as f64;
         report.goals.push(Goal::at_most(
             "PF11",
@@ -59,6 +64,7 @@ pub async fn run(options: &Common, stalled: usize) -> anyhow::Result<Report> {
         report.reasons.push("a promise did not hold in the run without stalled readers".to_owned());
         (report.lost, report.duplicated) = (report.lost + without.lost, report.duplicated + without.duplicated);
         report.reordered += without.reordered;
+        report.broken.extend(without.broken);
     }
     target.close(&mut report).await?;
     Ok(report)
@@ -67,7 +73,7 @@ pub async fn run(options: &Common, stalled: usize) -> anyhow::Result<Report> {
 /// One load; the report of those who read, and by how much the server's memory grew at most meanwhile.
 async fn once(target: &mut Target, options: &Common, stalled: usize) -> anyhow::Result<(Report, u64)> {
     target.next_users();
-    let users: Vec<String> = (0..=options.members.max(1)).map(|index| target.user(index)).collect();
+    let users: Vec<String> = (0..=options.members()).map(|index| target.user(index)).collect();
     let group = fanout::create_group(target, &users).await?;
     let plan = fanout::plan(target, options, &users, group, stalled)?;
     let servers = target.pids();
@@ -79,12 +85,25 @@ async fn once(target: &mut Target, options: &Common, stalled: usize) -> anyhow::
     let (peak, ended) = measure::peak_rss(&servers, running).await;
     let (mut report, outcome, ()) = ended?;
     report.connections = users.len();
-    judge(target, options, outcome, &mut report).await?;
+    judge(target, options, outcome, &mut report).await;
     Ok((report, peak.saturating_sub(before)))
 }
 
+/// What a stalled connection may hold, and how that comes about.
+fn bound(outbox: u64, transport: Transport) -> (f64, String) {
+    let outboxes = outbox as f64 * OUTBOXES;
+    let arithmetic = format!("{OUTBOXES} × {OUTBOX_KEY} {outbox}");
+    match transport {
+        // What the kernel holds is no memory of the process.
+        Transport::Tcp | Transport::Tls => (outboxes, arithmetic),
+        Transport::Quic => {
+            (outboxes + QUIC_SEND_WINDOW as f64, format!("({arithmetic} + QUIC's send window {QUIC_SEND_WINDOW})"))
+        }
+    }
+}
+
 /// A size as the server's configuration writes it.
-fn bytes(text: &str) -> Option<u64> {
+pub(super) fn bytes(text: &str) -> Option<u64> {
     let text = text.trim().trim_matches('"');
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let unit = match text[digits.len()..].trim() {
@@ -99,6 +118,20 @@ fn bytes(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::{QUIC_SEND_WINDOW, Transport, bound};
+
+    #[test]
+    fn over_quic_the_send_window_of_the_gateway_is_part_of_the_bound() {
+        let source = include_str!("../../../gateway/src/listener/quic.rs");
+        let window =
+            source.lines().find_map(|line| line.strip_prefix("const SEND_WINDOW_BYTES: u64 = ")?.strip_suffix(';'));
+        let bytes: u64 =
+            window.expect("a send window").split(" * ").map(|factor| factor.parse::<u64>().unwrap()).product();
+        assert_eq!(bytes, QUIC_SEND_WINDOW);
+        let (tcp, quic) = (bound(1024, Transport::Tcp).0, bound(1024, Transport::Quic).0);
+        assert_eq!((tcp, quic - tcp), (2048.0, QUIC_SEND_WINDOW as f64));
+    }
+
     #[test]
     fn sizes_are_read_as_the_configuration_writes_them() {
         assert_eq!(super::bytes("\"1MiB\""), Some(1024 * 1024));

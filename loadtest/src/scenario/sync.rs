@@ -54,7 +54,7 @@ pub async fn run(options: &Common, conversations: usize) -> anyhow::Result<Repor
     let (mut report, outcome, measured) = run_load_while(load, &target, &options, "sync", coming_back).await?;
     let measured = measured?;
     report.connections = 2 * pairs + 1;
-    judge(&target, &options, outcome, &mut report).await?;
+    judge(&target, &options, outcome, &mut report).await;
     let (sync, history) = (measured.sync.percentiles(), measured.history.percentiles());
     report.detail("sync", serde_json::json!({ "conversations": conversations, "count": measured.syncs, "us": sync }));
     report.detail(
@@ -82,7 +82,13 @@ async fn prepare(target: &mut Target, options: &Common, conversations: usize) ->
             let sends = SendPlan { flow, window: 16, body_bytes: options.body, every: None };
             LanePlan { with: With::Peer(name.clone()), sends: Some(sends) }
         });
-        peers.push(vec![Plan { token: target.token(&name)?, lanes: lanes.collect(), user: name, stalls: false }]);
+        peers.push(vec![Plan {
+            token: target.token(&name)?,
+            lanes: lanes.collect(),
+            user: name,
+            stalls: false,
+            reads_every: None,
+        }]);
     }
     let plan = LoadPlan {
         transport: target.transport,

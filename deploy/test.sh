@@ -5,7 +5,7 @@
 #
 # Needs Rust (rustup), and as root on Debian installs what else is missing: a C compiler, git, and the packages of the services that
 # it starts for itself (etcd, Redis and a CQL server: deploy/local/services). Takes free ports, leaves no process behind.
-# SIMULATION_SEEDS (200), FUZZ_SECONDS (60), FAULTS_SECONDS (780) and E2E_LINES (200000) change the length of steps.
+# SIMULATION_SEEDS (200), FUZZ_SECONDS (60), FAULTS_SECONDS (1200) and E2E_LINES (200000) change the length of steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -152,6 +152,11 @@ step "end to end" bash deploy/e2e.sh
 step "examples of the SDK" bash deploy/e2e-examples.sh
 step "a client from SPEC.md alone" bash deploy/e2e-python.sh
 step "end to end on a cluster" env IM_SERVICES_DIR="$services_dir" bash deploy/e2e-cluster.sh
-step "faults on a cluster" bash deploy/e2e-faults.sh
+faults_summary=$PWD/target/local/faults-summary
+mkdir -p target/local
+rm -f "$faults_summary"
+step "faults on a cluster" env FAULTS_SUMMARY="$faults_summary" bash deploy/e2e-faults.sh
+# How many of them this machine could make stands beside the steps.
+steps+=("$(sed 's/^/            /' "$faults_summary")")
 step "simulation" target/release/imd simulate --seeds "${SIMULATION_SEEDS:-200}"
 step "fuzzing" bash deploy/fuzz.sh "${FUZZ_SECONDS:-60}"

@@ -106,13 +106,13 @@ network_one_way() {
     fi
 }
 
-# network_change cut|mend A B…: between A and each of the others, both ways.
+# network_change cut|mend A B…: between A and each of the others, both ways; with $one_way only from A to them.
 network_change() {
     local what=$1 one=$2 other
     [ "$network" = bridge ] || refuse "only parts in namespaces can be cut: first  deploy/local/services up --network bridge"
     shift 2
     for other; do
-        { network_one_way "$what" "$one" "$other" && network_one_way "$what" "$other" "$one"; } ||
+        { network_one_way "$what" "$one" "$other" && { [ -n "${one_way:-}" ] || network_one_way "$what" "$other" "$one"; }; } ||
             fail "$one and $other could not be changed: both must have been started"
     done
 }

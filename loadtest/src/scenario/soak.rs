@@ -16,7 +16,8 @@ use tokio::{
 
 use super::{ProgressLine, Target, completed, crash, judge, new_report, statistics};
 use crate::{
-    load::Load,
+    crowd::Progress,
+    load::{Load, total},
     measure::Reading,
     options::Common,
     report::{Goal, Report},
@@ -27,6 +28,9 @@ use crate::{
 /// Pairs if the options do not say.
 const PAIRS: usize = 24;
 const LIVE_WITHIN: Duration = Duration::from_secs(60);
+/// Before the first fault nothing waits for this long, unless it takes more than that.
+const CALM: Duration = Duration::from_secs(2);
+const CALM_WITHIN: Duration = Duration::from_secs(60);
 
 /// One run. After the last fault everything must be back within `settle`.
 pub async fn run(options: &Common, marks: bool, settle: Duration, goal_back: Option<f64>) -> anyhow::Result<Report> {
@@ -45,9 +49,11 @@ pub async fn run(options: &Common, marks: bool, settle: Duration, goal_back: Opt
     let progress = ProgressLine::start("soak", Arc::clone(&load.progress));
     load.all_live(LIVE_WITHIN).await?;
     let before = Reading::take(&target.pids());
-    let timeline = Timeline::start(Arc::clone(&load.progress));
     load.switches.measuring.store(true, Ordering::Relaxed);
     load.switches.sending.store(true, Ordering::Relaxed);
+    // What was done to the servers before is over: its waits are not those of the faults to come.
+    calm(&load.progress).await;
+    let timeline = Timeline::start(Arc::clone(&load.progress));
     // Whoever makes the faults waits for this line.
     eprintln!("soak: under way");
     if marks {
@@ -84,6 +90,18 @@ pub async fn run(options: &Common, marks: bool, settle: Duration, goal_back: Opt
     }
     judge(&target, options, outcome, &mut report).await;
     Ok(report)
+}
+
+/// Waits until messages are acknowledged and no conversation has waited for a while.
+async fn calm(progress: &Progress) {
+    let deadline = Instant::now() + CALM_WITHIN;
+    let mut since = Instant::now();
+    while since.elapsed() < CALM && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if total(&progress.stalled) > 0 || total(&progress.acknowledged) == 0 {
+            since = Instant::now();
+        }
+    }
 }
 
 /// A mark a line, until the input ends.

@@ -36,6 +36,8 @@ impl Participants {
     /// Repeats first, then new messages.
     fn write_sends(&mut self, member: usize, lane: usize, out: &mut Vec<u8>, now: Micros) {
         let participant = &mut self.members[member];
+        // The limit is one of the session: whoever is beyond it is refused again and again.
+        let elsewhere = participant.pending_besides(lane);
         let lane = &mut participant.lanes[lane];
         let Some(sending) = &mut lane.sending else { return };
         if sending.paused_until > now {
@@ -50,7 +52,7 @@ impl Participants {
         while out.len() < WRITE_BYTES {
             if sending.unsent == sending.pending.len() {
                 let due = match &mut sending.due {
-                    _ if !self.sending || sending.pending.len() >= PENDING_MAX => None,
+                    _ if !self.sending || sending.pending.len() + elsewhere >= PENDING_MAX => None,
                     Some(due) => due.pop_front(),
                     None => (flow.in_flight() < sending.window).then_some(now),
                 };
@@ -107,6 +109,12 @@ impl Participants {
 }
 
 impl Participant {
+    /// Sends that were not acknowledged in all lanes but this one.
+    fn pending_besides(&self, lane: usize) -> usize {
+        let others = self.lanes.iter().enumerate().filter(|(index, _)| *index != lane);
+        others.filter_map(|(_, lane)| lane.sending.as_ref()).map(|sending| sending.pending.len()).sum()
+    }
+
     fn write_calls(&mut self, out: &mut Vec<u8>, now: Micros) {
         if self.sync_at.is_some_and(|at| at <= now) && !self.calls.values().any(|(call, _)| matches!(call, Call::Sync))
         {

@@ -292,6 +292,29 @@ fn the_window_is_full_and_no_more() {
 }
 
 #[test]
+fn while_nothing_is_acknowledged_all_lanes_together_keep_the_limit_of_a_session() {
+    let lane = |flow: u8| LanePlan {
+        with: With::Conversation(ConversationId::from_bytes([flow; 16])),
+        sends: Some(SendPlan { flow: flow.into(), window: 4, body_bytes: 20, every: Some((1000.0, 0.0)) }),
+    };
+    let plan =
+        Plan { user: user(0), token: String::new(), lanes: vec![lane(0), lane(1)], stalls: false, reads_every: None };
+    let switches = Arc::<Switches>::default();
+    switches.sending.store(true, Ordering::Relaxed);
+    let flows = Arc::new(vec![Flow::new(1), Flow::new(1)]);
+    let mut members = Participants::new(vec![plan], flows, switches, Arc::default());
+    members.opened(0, 1);
+    members.members[0].state = State::Live;
+    for now in (0..2000).map(|millis| millis * 1000) {
+        members.tick(now, &mut Vec::new());
+        members.fill(0, &mut Vec::new(), now);
+    }
+    let pending = |lane: &Lane| lane.sending.as_ref().unwrap().pending.len();
+    let pending: Vec<usize> = members.members[0].lanes.iter().map(pending).collect();
+    assert!(pending.iter().all(|&count| count > 0) && pending.iter().sum::<usize>() == PENDING_MAX, "{pending:?}");
+}
+
+#[test]
 fn a_server_that_stores_a_repeat_again_is_found() {
     let mut world = World::new();
     (0..4).for_each(|_| world.apply(Event::Step));

@@ -84,7 +84,7 @@ impl Batch {
 
     /// Whether it keeps the rules: 1 to 128 consecutive rows of one bucket, at most 512 KiB unless it is a single row.
     pub fn is_valid(&self) -> bool {
-        let consecutive = self.rows.windows(2).all(|pair| pair[0].seq + 1 == pair[1].seq);
+        let consecutive = self.rows.windows(2).all(|pair| pair[0].seq.checked_add(1) == Some(pair[1].seq));
         let bytes: usize = self.rows.iter().map(Row::bytes).sum();
         !self.rows.is_empty()
             && self.first_seq() > 0

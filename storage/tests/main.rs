@@ -7,6 +7,7 @@ mod damage;
 mod durability;
 mod faulty;
 mod files;
+mod forged;
 mod hot;
 mod sim;
 mod transfer;

@@ -17,7 +17,7 @@ use im_storage::{
 use tokio::sync::mpsc;
 
 /// Numbers that differ from export to export, if one wants.
-struct Dice(AtomicU64);
+pub struct Dice(AtomicU64);
 
 impl Random for Dice {
     fn next_u64(&self) -> u64 {
@@ -25,11 +25,11 @@ impl Random for Dice {
     }
 }
 
-fn dice(number: u64) -> Dice {
+pub fn dice(number: u64) -> Dice {
     Dice(AtomicU64::new(number))
 }
 
-fn facts() -> ClusterFacts {
+pub fn facts() -> ClusterFacts {
     ClusterFacts { cluster_id: "im-test".into(), issuer: "imd".into(), shards: 64, cluster_secret: [9; 32] }
 }
 
@@ -40,10 +40,10 @@ fn conversation(number: u64) -> ConversationId {
     ConversationId::from_bytes(bytes)
 }
 
-fn quiet(_: Progress<'_>) {}
+pub fn quiet(_: Progress<'_>) {}
 
 /// Conversations of many shapes, and rows of all tables.
-async fn fill(store: &Store, conversations: u64, longest: u64) {
+pub async fn fill(store: &Store, conversations: u64, longest: u64) {
     for number in 0..conversations {
         let id = conversation(number);
         // Some end at an edge of a bucket, some go over it.

@@ -1,4 +1,6 @@
-//! The request of a call: every type of request from the same bytes.
+//! What a call carries: every type of request, which servers read, and of reply, which clients read, from the same bytes.
+//!
+//! A test of `im-proto` holds the list against the table of methods.
 #![no_main]
 
 use im_proto::{method::Method, v1};
@@ -6,8 +8,8 @@ use libfuzzer_sys::fuzz_target;
 use prost::Message;
 
 fn read<M: Message + Default>(data: &[u8]) {
-    if let Ok(request) = M::decode(data) {
-        let encoded = request.encode_to_vec();
+    if let Ok(message) = M::decode(data) {
+        let encoded = message.encode_to_vec();
         assert_eq!(M::decode(encoded.as_slice()).map(|again| again.encode_to_vec()), Ok(encoded));
     }
 }
@@ -25,4 +27,16 @@ fuzz_target!(|data: (u32, &[u8])| {
     read::<v1::GroupLeaveRequest>(data);
     read::<v1::GroupMembersRequest>(data);
     read::<v1::LocateRequest>(data);
+    read::<v1::PresenceReadRequest>(data);
+    read::<v1::SendReply>(data);
+    read::<v1::HistoryReply>(data);
+    read::<v1::SyncReply>(data);
+    read::<v1::MarkReadReply>(data);
+    read::<v1::SignalReply>(data);
+    read::<v1::GroupCreateReply>(data);
+    read::<v1::GroupInviteReply>(data);
+    read::<v1::GroupLeaveReply>(data);
+    read::<v1::GroupMembersReply>(data);
+    read::<v1::LocateReply>(data);
+    read::<v1::PresenceReadReply>(data);
 });

@@ -52,6 +52,43 @@ fn every_message_of_the_schema_is_tested() {
     assert_eq!(listed, declared, "list a new message in types! of this file");
 }
 
+/// The source of a fuzz target.
+fn fuzz_target(name: &str) -> String {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/fuzz_targets");
+    std::fs::read_to_string(folder.join(name)).expect("a fuzz target")
+}
+
+#[test]
+fn what_every_method_carries_is_fuzzed() {
+    let (schema, target) = (Schema::load(), fuzz_target("api.rs"));
+    for method in im_proto::method::Method::ALL {
+        let name = method.full_name().strip_prefix("im.v1.").expect("a method of this package");
+        let (request, reply) = schema.method(name);
+        for message in [request, reply] {
+            assert!(target.contains(&format!("read::<v1::{message}>")), "{name}: {message} is not in api.rs");
+        }
+    }
+}
+
+#[test]
+fn every_kind_of_link_is_fuzzed_as_a_batch_and_as_an_item() {
+    for batch in Schema::load().message_names().filter(|name| name.ends_with("Batch")) {
+        for (file, call) in [("link.rs", "take"), ("link_item.rs", "read")] {
+            assert!(fuzz_target(file).contains(&format!("{call}::<v1::{batch}>")), "{batch} is not in {file}");
+        }
+    }
+}
+
+#[test]
+fn every_fuzz_target_is_built() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
+    let manifest = std::fs::read_to_string(folder.join("Cargo.toml")).expect("a manifest");
+    for file in std::fs::read_dir(folder.join("fuzz_targets")).expect("a folder") {
+        let file = file.expect("a file").file_name().into_string().expect("a name");
+        assert!(manifest.contains(&format!("path = \"fuzz_targets/{file}\"")), "{file} is no [[bin]]");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

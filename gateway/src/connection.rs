@@ -168,7 +168,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return Step::End;
         }
         self.follow_session();
-        match self.writer.write(&mut self.stream, &self.session.outbox, self.shared.bounds, cx) {
+        let (shared, outbox) = (&self.shared, &self.session.outbox);
+        match self.writer.write(&mut self.stream, outbox, shared.bounds, &shared.metrics.ack_seconds, cx) {
             Wrote::Broken => return Step::End,
             Wrote::Idle | Wrote::Blocked => {}
         }

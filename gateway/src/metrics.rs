@@ -1,7 +1,7 @@
 //! Handles of all metrics, registered once.
 
 use im_proto::StatusCode;
-use metrics::{Counter, Gauge, counter, gauge};
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use crate::{addresses::Excess, connection::Transport};
 
@@ -19,6 +19,7 @@ pub(crate) struct Metrics {
     pub limited_user_sends: Counter,
     pub limited_frames: Counter,
     pub limited_bytes: Counter,
+    pub limited_locates: Counter,
     limited_address_connects: Counter,
     limited_address_connections: Counter,
     limited_address_failures: Counter,
@@ -34,6 +35,7 @@ pub(crate) struct Metrics {
     pub sends_refused: Counter,
     pub sends_again: Counter,
     pub acks: Counter,
+    pub ack_seconds: Histogram,
     pub calls: Counter,
     pub calls_unavailable: Counter,
     pub pushes: Counter,
@@ -65,6 +67,7 @@ impl Metrics {
             limited_user_sends: counter!("im_gateway_limited_total", "limit" => "user sends"),
             limited_frames: counter!("im_gateway_limited_total", "limit" => "frames"),
             limited_bytes: counter!("im_gateway_limited_total", "limit" => "bytes"),
+            limited_locates: counter!("im_gateway_limited_total", "limit" => "locates"),
             limited_address_connects: counter!("im_gateway_limited_total", "limit" => "address connects"),
             limited_address_connections: counter!("im_gateway_limited_total", "limit" => "address connections"),
             limited_address_failures: counter!("im_gateway_limited_total", "limit" => "address failures"),
@@ -80,6 +83,7 @@ impl Metrics {
             sends_refused: counter!("im_gateway_sends_refused_total"),
             sends_again: counter!("im_gateway_sends_again_total"),
             acks: counter!("im_gateway_send_acks_total"),
+            ack_seconds: histogram!("im_gateway_ack_seconds"),
             calls: counter!("im_gateway_calls_total"),
             calls_unavailable: counter!("im_gateway_calls_unavailable_total"),
             pushes: counter!("im_gateway_pushes_total"),

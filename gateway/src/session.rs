@@ -19,6 +19,7 @@ use std::{
 
 use im_proto::{ConversationId, Epoch, SessionId, ShardId, StatusCode, Timestamp, UserId, status::Retry, v1};
 use parking_lot::{Mutex, MutexGuard};
+use tokio::time::Instant;
 use v1::{gateway_message::Message, server_frame::Frame};
 
 use crate::{
@@ -78,11 +79,27 @@ struct State {
 
 /// What a connection read, checked, for the routers.
 pub(crate) enum Work {
-    Send { conversation: ConversationId, shard: ShardId, send: v1::Send },
+    /// `timed` is when it was read, if its way is measured.
+    Send {
+        conversation: ConversationId,
+        shard: ShardId,
+        send: v1::Send,
+        timed: Option<Instant>,
+    },
     Call(v1::Call),
-    Received { shard: ShardId, received: v1::Received },
-    Signal { conversation: ConversationId, shard: ShardId, signal: v1::Signal },
-    Renew { token: String, expires_at: Timestamp },
+    Received {
+        shard: ShardId,
+        received: v1::Received,
+    },
+    Signal {
+        conversation: ConversationId,
+        shard: ShardId,
+        signal: v1::Signal,
+    },
+    Renew {
+        token: String,
+        expires_at: Timestamp,
+    },
 }
 
 impl Session {
@@ -159,9 +176,9 @@ impl Session {
         let home = state.shard.and_then(|shard| routes.owner(shard));
         for work in work.drain(..) {
             match work {
-                Work::Send { conversation, shard, send } => {
-                    let link = routes.owner(shard);
-                    self.send(&mut state, shared, link, KeptSend::new(conversation, shard, send), &mut gather);
+                Work::Send { conversation, shard, send, timed } => {
+                    let (link, kept) = (routes.owner(shard), KeptSend::new(conversation, shard, send, timed));
+                    self.send(&mut state, shared, link, kept, &mut gather);
                 }
                 Work::Call(call) => self.call(&mut state, shared, home, call, &mut gather),
                 Work::Received { shard, received } => {
@@ -247,7 +264,12 @@ impl Session {
 
     /// Queues a frame that must not be lost.
     pub fn push(&self, shared: &Shared, frame: Frame, wakers: &mut Wakers) {
-        match self.outbox.push(frame, shared.bounds) {
+        self.push_since(shared, frame, None, wakers);
+    }
+
+    /// The same, timed since a moment.
+    fn push_since(&self, shared: &Shared, frame: Frame, since: Option<Instant>, wakers: &mut Wakers) {
+        match self.outbox.push(frame, since, shared.bounds) {
             Ok(waker) => wakers.add(waker),
             Err(waker) => {
                 shared.metrics.closed(StatusCode::Overloaded.number());

@@ -60,11 +60,13 @@ async fn locate_before_hello_is_limited_per_address_and_not_for_the_machine_itse
         }
     }
     assert_eq!(refused, 5, "10 of 15");
+    assert_eq!(bench.counts.of("im_gateway_limited_total{limit=locates}"), 5, "who is refused is counted");
     assert_eq!(names(&ask(&mut bench.connect_as(ROOM, Transport::Tcp, [192, 0, 2, 77]), 1).await).len(), 1);
     let mut local = bench.connect();
     for request in 0..30 {
         assert!(ask(&mut local, request).await.status.is_none());
     }
+    assert_eq!(bench.counts.of("im_gateway_limited_total{limit=locates}"), 5);
     tokio::time::sleep(Duration::from_secs(1)).await;
     let again = ask(&mut bench.connect_as(ROOM, Transport::Tcp, [192, 0, 2, 1]), 1).await;
     assert!(again.status.is_none(), "a second later");

@@ -15,4 +15,5 @@ mod locate;
 mod pushes;
 mod quic;
 mod sends;
+mod sends_model;
 mod transports;

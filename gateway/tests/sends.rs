@@ -260,3 +260,27 @@ async fn receipts_and_signals_are_forwarded_and_never_kept() {
     assert!(matches!(router.next().await, FromGateway::Announce(_)), "it had lost the shard meanwhile");
     router.is_silent(Duration::from_secs(5)).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn one_send_in_64_is_timed_until_its_acknowledgement_is_written() {
+    const ROUTERS_TIME: Duration = Duration::from_millis(250);
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    let conversation = bench.conversation_in(1, 0);
+    for number in 0..128 {
+        client.send(ClientFrame::Send(send(conversation, &format!("{number}")))).await;
+    }
+    let mut forwarded = Vec::new();
+    for _ in 0..128 {
+        forwarded.push(router.next_send().await);
+    }
+    tokio::time::sleep(ROUTERS_TIME).await;
+    assert_eq!(bench.counts.of("im_gateway_ack_seconds"), 0);
+    // The acknowledgements that are measured come one by one: two that wait in one outbox are one sample.
+    for send in &forwarded {
+        router.acknowledge(send, 1).await;
+        client.ack().await;
+    }
+    assert_eq!(bench.counts.of("im_gateway_ack_seconds"), 2);
+    assert_eq!(bench.counts.of("im_gateway_ack_seconds in ms"), 500);
+}

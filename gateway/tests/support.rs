@@ -1,130 +1,42 @@
 //! A gateway, the routers it dials and the clients it serves, all in the hands of the test.
 
-use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+mod client;
+mod router;
+mod surroundings;
 
-use bytes::{Bytes, BytesMut};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
 use im_gateway::{Gateway, GatewayConfig, PeerInfo, Transport};
 use im_proto::{
-    BootId, ConversationId, Epoch, InstanceId, ShardCount, StatusCode, Timestamp, UserId, body,
-    environment::{Clock, Environment, Random, Spawn, Task},
-    frame::{self, Decoded},
+    BootId, ConversationId, Epoch, InstanceId, ShardCount, UserId, body,
+    environment::Environment,
     key::ClusterSecret,
-    link::channel::{self, Connecting, Connector, GatewayEnd, LinkError, LinkItem, RouterEnd},
+    link::channel::RouterEnd,
     token::{Claims, SigningKey},
     v1,
 };
 use im_registry::{Claim, Endpoint, Instance, Role, View};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream},
+    io::{AsyncRead, AsyncWrite, DuplexStream},
     sync::{mpsc, watch},
-    time::{Instant, timeout},
+    time::timeout,
 };
 pub use v1::{
     client_frame::Frame as ClientFrame, gateway_message::Message as FromGateway, router_message::Message as FromRouter,
     server_frame::Frame as ServerFrame,
 };
 
-/// 2026-01-01.
-const EPOCH_MS: i64 = 1_767_225_600_000;
+use self::surroundings::Dialled;
+pub use self::{
+    client::{Client, encode, status_of},
+    router::{Router, deliver, result},
+    surroundings::{Counts, environment},
+};
+
 pub const CLUSTER: &str = "test";
 /// Longer than anything takes that happens at all.
 pub const PATIENCE: Duration = Duration::from_secs(300);
-
-struct Surroundings {
-    started: Instant,
-    random: AtomicU64,
-}
-
-impl Clock for Surroundings {
-    fn now(&self) -> Timestamp {
-        Timestamp::from_millis(EPOCH_MS).saturating_add(self.started.elapsed())
-    }
-
-    fn since_boot(&self) -> Duration {
-        self.started.elapsed()
-    }
-}
-
-impl Random for Surroundings {
-    /// SplitMix64.
-    fn next_u64(&self) -> u64 {
-        let mut mixed = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-}
-
-impl Spawn for Surroundings {
-    fn spawn(&self, task: Task) {
-        tokio::spawn(task);
-    }
-}
-
-pub fn environment() -> Environment {
-    let surroundings = Arc::new(Surroundings { started: Instant::now(), random: AtomicU64::new(1) });
-    Environment { clock: surroundings.clone(), random: surroundings.clone(), tasks: surroundings }
-}
-
-/// Hands the router's end of each link to the test.
-struct Dialled {
-    ends: mpsc::UnboundedSender<(InstanceId, RouterEnd)>,
-    capacity: usize,
-}
-
-impl Connector<GatewayEnd> for Dialled {
-    fn connect(&self, to: &InstanceId, _address: &str) -> Connecting<GatewayEnd> {
-        let (gateway, router) = channel::pair(self.capacity);
-        let sent = self.ends.send((to.clone(), router));
-        let to = to.clone();
-        Box::pin(async move { sent.map(|()| gateway).map_err(|_| LinkError { to, reason: "no test".to_owned() }) })
-    }
-}
-
-/// The counters of one gateway, by name and labels.
-#[derive(Clone, Default)]
-pub struct Counts(Arc<std::sync::Mutex<BTreeMap<String, Arc<AtomicU64>>>>);
-
-impl Counts {
-    fn handle(&self, key: &metrics::Key) -> Arc<AtomicU64> {
-        let labels: Vec<_> = key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
-        let name =
-            if labels.is_empty() { key.name().to_owned() } else { format!("{}{{{}}}", key.name(), labels.join(",")) };
-        self.0.lock().expect("not poisoned").entry(name).or_default().clone()
-    }
-
-    /// The value of `name` or `name{label=value}`, which must exist.
-    pub fn of(&self, name: &str) -> u64 {
-        let counts = self.0.lock().expect("not poisoned");
-        counts.get(name).unwrap_or_else(|| panic!("no metric {name}")).load(Ordering::Relaxed)
-    }
-}
-
-impl metrics::Recorder for Counts {
-    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
-    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
-    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
-
-    fn register_counter(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
-        metrics::Counter::from_arc(self.handle(key))
-    }
-
-    fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
-        metrics::Gauge::noop()
-    }
-
-    fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
-        metrics::Histogram::noop()
-    }
-}
 
 /// A gateway under test.
 pub struct Bench {
@@ -253,7 +165,7 @@ impl Bench {
     /// The next link that the gateway dials, before the hellos.
     pub async fn dialled(&mut self) -> Router {
         let (name, end) = timeout(PATIENCE, self.dialled.recv()).await.expect("the gateway dials").expect("it lives");
-        Router { name, end, next_number: 1, received: BTreeMap::new(), received_through: 0, peer: None }
+        Router::new(name, end)
     }
 
     pub fn claims(&self, user: &str) -> Claims {
@@ -388,230 +300,4 @@ pub fn send(conversation: ConversationId, client_message_id: &str) -> v1::Send {
         after: Bytes::new(),
         known_seq: 0,
     }
-}
-
-/// The router's end of a link.
-pub struct Router {
-    pub name: InstanceId,
-    end: RouterEnd,
-    next_number: u64,
-    received: BTreeMap<u64, FromGateway>,
-    pub received_through: u64,
-    pub peer: Option<v1::LinkHello>,
-}
-
-impl Router {
-    /// Says hello as this boot of the router, having received that much of the gateway's boot.
-    pub async fn hello(&mut self, boot: u64, received_through: u64) {
-        self.hello_of_cluster(CLUSTER, boot, received_through).await;
-    }
-
-    pub async fn hello_of_cluster(&mut self, cluster: &str, boot: u64, received_through: u64) {
-        let Some(LinkItem::Hello(hello)) = self.end.receiver.recv().await else {
-            panic!("the gateway says hello first")
-        };
-        let answer = v1::LinkHello {
-            instance_id: self.name.as_str().to_owned(),
-            boot_id: boot,
-            peer_boot_id: hello.boot_id,
-            received_through,
-            cluster_id: cluster.to_owned(),
-            shards: hello.shards,
-            to_instance_id: String::new(),
-        };
-        self.received_through = received_through;
-        self.peer = Some(hello);
-        self.end.sender.send(LinkItem::Hello(answer)).await.expect("the gateway listens");
-    }
-
-    /// The next message of the gateway, loads left out.
-    pub async fn next(&mut self) -> FromGateway {
-        timeout(PATIENCE, self.next_or_end()).await.expect("a message in time").expect("the link lives")
-    }
-
-    /// The next load.
-    pub async fn next_load(&mut self) -> v1::GatewayLoad {
-        match self.next_of_all().await.expect("the link lives") {
-            FromGateway::Load(load) => load,
-            other => panic!("expected a load, found {other:?}"),
-        }
-    }
-
-    /// `None` when the link is closed.
-    pub async fn next_or_end(&mut self) -> Option<FromGateway> {
-        loop {
-            match self.next_of_all().await? {
-                FromGateway::Load(_) => {}
-                message => return Some(message),
-            }
-        }
-    }
-
-    async fn next_of_all(&mut self) -> Option<FromGateway> {
-        loop {
-            if let Some((number, message)) = self.received.pop_first() {
-                self.received_through = number;
-                return Some(message);
-            }
-            let item = self.end.receiver.recv().await?;
-            let LinkItem::Batch(batch) = item else { panic!("one hello a link") };
-            for (number, message) in (batch.first_number..).zip(&batch.messages) {
-                if number > self.received_through {
-                    self.received.insert(number, message.message.clone().expect("a message"));
-                }
-            }
-        }
-    }
-
-    /// Nothing but loads for a while.
-    pub async fn is_silent(&mut self, time: Duration) {
-        if let Ok(message) = timeout(time, self.next_or_end()).await {
-            panic!("expected nothing, found {message:?}");
-        }
-    }
-
-    pub async fn next_send(&mut self) -> v1::SessionSend {
-        match self.next().await {
-            FromGateway::Send(send) => send,
-            other => panic!("expected a send, found {other:?}"),
-        }
-    }
-
-    pub async fn say(&mut self, message: FromRouter) {
-        self.say_all(vec![message]).await;
-    }
-
-    pub async fn say_all(&mut self, messages: Vec<FromRouter>) {
-        let first_number = self.next_number;
-        self.next_number += messages.len() as u64;
-        self.say_numbered(first_number, messages).await;
-    }
-
-    pub async fn say_numbered(&mut self, first_number: u64, messages: Vec<FromRouter>) {
-        let messages = messages.into_iter().map(|message| v1::RouterMessage { message: Some(message) }).collect();
-        let batch = v1::RouterBatch { first_number, acknowledged_through: self.received_through, messages };
-        timeout(PATIENCE, self.end.sender.send(LinkItem::Batch(Arc::new(batch))))
-            .await
-            .expect("the gateway reads")
-            .expect("the link lives");
-    }
-
-    /// The next message gets this number.
-    pub fn continue_at(&mut self, number: u64) {
-        self.next_number = number;
-    }
-
-    pub async fn acknowledge(&mut self, send: &v1::SessionSend, seq: u64) {
-        self.say(result(send, seq)).await;
-    }
-}
-
-pub fn result(send: &v1::SessionSend, seq: u64) -> FromRouter {
-    let inner = send.send.as_ref().expect("a send");
-    let ack = v1::SendAck {
-        client_message_id: inner.client_message_id.clone(),
-        conversation_id: send.conversation_id.clone(),
-        seq,
-        sent_at_ms: 1,
-        status: None,
-    };
-    FromRouter::SendResult(v1::SendResult { session_id: send.session_id, ack: Some(ack) })
-}
-
-/// A live message for sessions, with a body of this many bytes.
-pub fn deliver(sessions: &[u64], seq: u64, body_bytes: usize) -> FromRouter {
-    let message = v1::Message { seq, body: vec![0; body_bytes].into(), ..v1::Message::default() };
-    let frame = frame::frame_to_bytes(&v1::ServerFrame::from(ServerFrame::Message(message)));
-    FromRouter::Deliver(v1::Deliver { frame, session_ids: sessions.to_vec() })
-}
-
-/// A client that speaks frames, or whatever bytes it likes.
-pub struct Client<S> {
-    stream: S,
-    read: BytesMut,
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
-    pub fn new(stream: S) -> Self {
-        Self { stream, read: BytesMut::new() }
-    }
-
-    pub async fn send(&mut self, frame: ClientFrame) {
-        self.send_bytes(&encode(frame)).await;
-    }
-
-    pub async fn send_bytes(&mut self, bytes: &[u8]) {
-        timeout(PATIENCE, self.stream.write_all(bytes)).await.expect("the gateway reads").expect("it is connected");
-        self.stream.flush().await.expect("it is connected");
-    }
-
-    /// Writes, unless the gateway has closed.
-    pub async fn try_send_bytes(&mut self, bytes: &[u8]) {
-        let _ = self.stream.write_all(bytes).await;
-    }
-
-    /// Writes the same bytes again and again until the gateway closes.
-    pub async fn flood(&mut self, bytes: &[u8]) {
-        while self.stream.write_all(bytes).await.is_ok() {}
-    }
-
-    /// The next frame, or `None` at the end of the stream.
-    pub async fn next_or_end(&mut self) -> Option<ServerFrame> {
-        loop {
-            if let Some(payload) = frame::split_frame(&mut self.read, usize::MAX).expect("well formed") {
-                match frame::decode_server_frame(payload).expect("well formed") {
-                    Decoded::Frame(frame) => return Some(frame),
-                    Decoded::Unknown(field) => panic!("unknown server frame {field}"),
-                }
-            }
-            let read = timeout(PATIENCE, self.stream.read_buf(&mut self.read)).await.expect("a frame in time");
-            if read.unwrap_or(0) == 0 {
-                return None;
-            }
-        }
-    }
-
-    pub async fn next(&mut self) -> ServerFrame {
-        self.next_or_end().await.expect("a frame, not the end")
-    }
-
-    pub async fn welcome(&mut self) -> v1::Welcome {
-        match self.next().await {
-            ServerFrame::Welcome(welcome) => welcome,
-            other => panic!("expected a welcome, found {other:?}"),
-        }
-    }
-
-    pub async fn ack(&mut self) -> v1::SendAck {
-        match self.next().await {
-            ServerFrame::SendAck(ack) => ack,
-            other => panic!("expected an ack, found {other:?}"),
-        }
-    }
-
-    /// The connection ends with this status and nothing after it.
-    pub async fn is_closed_with(&mut self, code: StatusCode) {
-        match self.next().await {
-            ServerFrame::Close(close) => assert_eq!(status_of(close.status.as_ref()), Some(code)),
-            other => panic!("expected a close, found {other:?}"),
-        }
-        assert!(self.next_or_end().await.is_none(), "nothing follows a close");
-    }
-
-    /// The connection works: a ping is answered at once.
-    pub async fn is_alive(&mut self) {
-        self.send(ClientFrame::Ping(v1::Ping { echo: Bytes::from_static(b"alive?") })).await;
-        match self.next().await {
-            ServerFrame::Pong(pong) => assert_eq!(pong.echo, "alive?"),
-            other => panic!("expected a pong, found {other:?}"),
-        }
-    }
-}
-
-pub fn encode(frame: ClientFrame) -> Bytes {
-    frame::frame_to_bytes(&v1::ClientFrame::from(frame))
-}
-
-pub fn status_of(status: Option<&v1::Status>) -> Option<StatusCode> {
-    status.and_then(|status| StatusCode::from_number(status.code))
 }

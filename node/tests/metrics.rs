@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Labels whose values are a fixed set of words; docs/metrics.md names them. A label outside this list may be without a bound.
-const LABELS: [&str; 8] = ["kind", "lane", "limit", "operation", "reason", "status", "transport", "version"];
+const LABELS: [&str; 9] = ["kind", "lane", "limit", "method", "operation", "reason", "status", "transport", "version"];
 /// Units that a histogram's name ends in; the rest of a row says what is counted.
 const HISTOGRAM_UNITS: [&str; 4] = ["seconds", "bytes", "rows", "requests"];
 /// Far above what one process has, far below what a label without a bound would make.
@@ -116,4 +116,36 @@ fn a_server_serves_metrics_of_the_table_alone_and_not_too_many() {
     for bound in ["0.0001", "0.001", "0.1", "5"] {
         assert!(answer.contains(&format!("im_storage_commit_seconds_bucket{{le=\"{bound}\"}}")), "{bound}");
     }
+}
+
+/// The value of a series.
+fn value(answer: &str, series: &str) -> f64 {
+    let line = answer.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {series}")).parse().expect("a number")
+}
+
+#[test]
+fn how_long_messages_and_calls_take_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(&folder.path().join("data"), &ANY);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let ann = server.client("ann").await;
+        let me = im_client::Target::peer("ann").unwrap();
+        ann.send(me.clone(), im_proto::body::text("hello")).await.unwrap();
+        for _ in 0..3 {
+            ann.history(me.clone(), 1, 0, 10, false).await.unwrap();
+        }
+        ann.close().await;
+    });
+    let answer = server.get("/metrics");
+    // The first send of a worker is one of those that are timed.
+    assert_eq!(value(&answer, "im_gateway_ack_seconds_count"), 1.0);
+    let seconds = value(&answer, "im_gateway_ack_seconds_sum");
+    assert!(seconds > 0.0 && seconds < 60.0, "{seconds}");
+    let of =
+        |name: &str, method: &str| value(&answer, &format!("im_router_call_seconds_{name}{{method=\"{method}\"}}"));
+    assert_eq!((of("count", "MessageService.History"), of("count", "GroupService.Create")), (3.0, 0.0));
+    let seconds = of("sum", "MessageService.History");
+    assert!(seconds > 0.0 && seconds < 60.0, "{seconds}");
 }

@@ -9,11 +9,12 @@ use im_proto::{
     v1,
 };
 use prost::Message as _;
+use tokio::time::Instant;
 
 use crate::{
     caller::Caller,
     cluster::Cluster,
-    message::{AnswerValue, Call, ReplyTo, ShardMessage},
+    message::{AnswerValue, Call, ReplyTo, ShardMessage, TimedReply},
     placement,
     user_limits::Limited,
 };
@@ -26,6 +27,7 @@ pub fn call(cluster: &Arc<Cluster>, caller: Arc<Caller>, number: u32, request: B
     if !method.audience().contains(&Audience::Client) {
         return cluster.answer(reply_to, Err(StatusCode::Forbidden.to_status()));
     }
+    let reply_to = ReplyTo::Timed(Box::new(TimedReply { method, since: Instant::now(), to: reply_to }));
     if let Err(status) = charge(cluster, &caller, method) {
         return cluster.answer(reply_to, Err(status));
     }

@@ -350,6 +350,7 @@ impl Cluster {
     pub fn answer(&self, reply_to: ReplyTo, answer: Answer) {
         match reply_to {
             ReplyTo::Nobody => {}
+            ReplyTo::Timed(timed) => self.answer(timed.counted(&self.metrics), answer),
             ReplyTo::Task(sender) => {
                 // A task that no longer waits does not want the answer.
                 let _ = sender.send(answer);

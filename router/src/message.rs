@@ -8,11 +8,12 @@ use im_proto::{
     ConversationId, InstanceId, SessionId, ShardId, StatusCode, UserId, id::IdError, key::ClusterSecret,
     method::Method, v1,
 };
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
 use crate::{
     audience::AudiencePush,
     caller::{Caller, SessionKey},
+    metrics::Metrics,
 };
 
 /// A request to the owner of a shard.
@@ -138,6 +139,24 @@ pub enum ReplyTo {
         shard: ShardId,
         ask: u64,
     },
+    /// To a caller of the api; the time that the answer took is counted.
+    Timed(Box<TimedReply>),
+}
+
+/// An answer to a call of the api that is timed.
+#[derive(Debug)]
+pub struct TimedReply {
+    pub method: Method,
+    pub since: Instant,
+    pub to: ReplyTo,
+}
+
+impl TimedReply {
+    /// Where the answer goes, after its time was counted.
+    pub fn counted(self, metrics: &Metrics) -> ReplyTo {
+        metrics.called(self.method, self.since.elapsed());
+        self.to
+    }
 }
 
 impl ShardMessage {

@@ -1,5 +1,8 @@
 //! The router's metrics. Handles are looked up once.
 
+use std::time::Duration;
+
+use im_proto::method::Method;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 /// Handles of all metrics of this crate.
@@ -22,6 +25,8 @@ pub struct Metrics {
     pub shards_owned: Gauge,
     pub calls: Counter,
     pub calls_refused: Counter,
+    /// By method, in the order of [`Method::ALL`].
+    call_seconds: Vec<Histogram>,
     pub effects_sent: Counter,
     pub fence_reads: Counter,
     pub signals_passed: Counter,
@@ -53,6 +58,10 @@ impl Metrics {
             shards_owned: gauge!("im_router_shards_owned"),
             calls: counter!("im_router_calls_total"),
             calls_refused: counter!("im_router_calls_refused_total"),
+            call_seconds: Method::ALL
+                .iter()
+                .map(|method| histogram!("im_router_call_seconds", "method" => short_name(*method)))
+                .collect(),
             effects_sent: counter!("im_router_effects_sent_total"),
             fence_reads: counter!("im_router_fence_reads_total"),
             signals_passed: counter!("im_router_signals_passed_total"),
@@ -63,6 +72,21 @@ impl Metrics {
             gateways_shedding: gauge!("im_router_gateways_shedding"),
         }
     }
+}
+
+impl Metrics {
+    /// A call was answered.
+    pub fn called(&self, method: Method, time: Duration) {
+        let index = Method::ALL.iter().position(|known| *known == method);
+        if let Some(histogram) = index.and_then(|index| self.call_seconds.get(index)) {
+            histogram.record(time);
+        }
+    }
+}
+
+/// `MessageService.History`: without the package.
+fn short_name(method: Method) -> &'static str {
+    method.full_name().trim_start_matches("im.v1.")
 }
 
 impl Default for Metrics {

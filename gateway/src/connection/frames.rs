@@ -1,6 +1,9 @@
 //! What each frame of a client means: checked here, carried out by the session.
 
-use std::{cell::RefCell, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use im_proto::{ConversationId, StatusCode, UserId, body, frame::Decoded, limits, method::Method, token, v1};
@@ -20,7 +23,12 @@ use crate::{
 
 thread_local! {
     static WORK: RefCell<Vec<Work>> = const { RefCell::new(Vec::new()) };
+    /// Sends that this worker took, for the choice of those that are timed.
+    static SENDS: Cell<u32> = const { Cell::new(0) };
 }
+
+/// One send of so many is timed until its acknowledgement is written: enough for a distribution, too few to cost anything.
+const TIMED_SENDS: u32 = 64;
 
 /// The worker's list, so that a read does not allocate one.
 pub(super) fn borrow_work() -> Vec<Work> {
@@ -30,6 +38,12 @@ pub(super) fn borrow_work() -> Vec<Work> {
 /// Gives the empty list back.
 pub(super) fn return_work(work: Vec<Work>) {
     WORK.replace(work);
+}
+
+fn time_this_send() -> bool {
+    let number = SENDS.get();
+    SENDS.set(number.wrapping_add(1));
+    number.is_multiple_of(TIMED_SENDS)
 }
 
 /// What a connection used of its rates.
@@ -163,6 +177,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn locate(&self, request_id: u32) {
         let shared = &self.shared;
         if !shared.locates.take(&shared.environment, self.remote_address.ip()) {
+            shared.metrics.limited_locates.increment(1);
             return self.push(failed_reply(request_id, StatusCode::RateLimited.retry_after(LOCATE_PAUSE)));
         }
         let reply = v1::LocateReply {
@@ -234,7 +249,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match (conversation, admitted) {
             (Some(conversation), Ok(())) => {
                 let shard = self.shared.shards.shard_of(&conversation);
-                work.push(Work::Send { conversation, shard, send });
+                work.push(Work::Send { conversation, shard, send, timed: time_this_send().then_some(now) });
             }
             (conversation, admitted) => {
                 self.shared.metrics.sends_refused.increment(1);

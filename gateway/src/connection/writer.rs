@@ -9,6 +9,7 @@ use std::{
 };
 
 use bytes::{Buf as _, Bytes};
+use metrics::Histogram;
 use tokio::io::AsyncWrite;
 
 use super::outbox::{Bounds, Outbox, Taken};
@@ -50,6 +51,7 @@ impl Writer {
         stream: &mut S,
         outbox: &Outbox,
         bounds: Bounds,
+        ack_seconds: &Histogram,
         cx: &mut Context<'_>,
     ) -> Wrote {
         self.is_blocked = false;
@@ -72,7 +74,9 @@ impl Writer {
                 Poll::Ready(Ok(count)) if count > 0 => {
                     self.must_flush = true;
                     self.advance(count);
-                    outbox.written(count);
+                    if let Some(since) = outbox.written(count) {
+                        ack_seconds.record(since.elapsed());
+                    }
                 }
                 Poll::Ready(_) => return Wrote::Broken,
             }

@@ -5,6 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use im_proto::{ConversationId, ShardId, StatusCode, v1};
+use tokio::time::Instant;
 use v1::{gateway_message::Message, server_frame::Frame};
 
 use super::{Session, State, gather::Gather};
@@ -24,6 +25,8 @@ pub(super) struct KeptSend {
     via: Option<LinkToken>,
     /// How often its router asked for the capability.
     wanted: u8,
+    /// When it was read, if its way is measured.
+    timed: Option<Instant>,
 }
 
 /// Beyond this many requests for a capability a send is repeated only after a pause.
@@ -32,8 +35,8 @@ const WANTED_AT_ONCE_MAX: u8 = 2;
 const OVERLOADED_RETRY: Duration = Duration::from_millis(100);
 
 impl KeptSend {
-    pub fn new(conversation: ConversationId, shard: ShardId, send: v1::Send) -> Self {
-        Self { conversation, shard, send, via: None, wanted: 0 }
+    pub fn new(conversation: ConversationId, shard: ShardId, send: v1::Send, timed: Option<Instant>) -> Self {
+        Self { conversation, shard, send, via: None, wanted: 0, timed }
     }
 
     fn message(&self, session: u64) -> Message {
@@ -124,12 +127,14 @@ impl Session {
         if ack.status.is_some() && state.kept[position].via != Some(from) {
             return;
         }
-        if state.kept.remove(position).is_some_and(|kept| kept.via.is_none()) {
+        let kept = state.kept.remove(position);
+        if kept.as_ref().is_some_and(|kept| kept.via.is_none()) {
             state.waiting -= 1;
         }
         drop(state);
         shared.metrics.acks.increment(1);
-        self.push(shared, Frame::SendAck(ack.clone()), wakers);
+        let since = kept.and_then(|kept| kept.timed);
+        self.push_since(shared, Frame::SendAck(ack.clone()), since, wakers);
     }
 
     /// A router that does not own the shard gave a send back: it is tried again after a pause, or at once when the owner changes.

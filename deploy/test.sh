@@ -138,9 +138,19 @@ check_tree() {
     echo "aws-lc-sys is absent, tonic-prost-build is the one in tools/"
 }
 
+# Advisories need the network, so they are asked by hand; the rest of deny.toml is also tests of im-node.
+deny() {
+    if cargo deny --version >/dev/null 2>&1; then
+        cargo deny --offline --locked check bans licenses sources
+    else
+        echo "cargo-deny is not installed; the tests of im-node (node/tests/edges.rs) hold the same rules"
+    fi
+}
+
 step "prerequisites" install_what_is_missing
 step "format" cargo fmt --all --check
 step "dependency tree" check_tree
+step "cargo deny" deny
 step "lints" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 # Unit, property, model, conformance, integration and doc tests.
 step "tests" cargo test --locked --workspace --no-fail-fast

@@ -12,13 +12,13 @@ mod history;
 mod interrupt;
 mod output;
 mod pipe;
-mod shell;
+pub mod shell;
 mod short;
 mod tail;
 
 use std::{ffi::OsString, process::ExitCode};
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 
 use crate::client::Client;
 use args::{Arguments, Command};
@@ -61,10 +61,10 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
     match &command {
         // They ask no server.
         Command::Completions { shell } => {
-            output.line(shell::completions(*shell).trim_end())?;
+            output.line(shell::completions(Arguments::command(), *shell).trim_end())?;
             return output.flush();
         }
-        Command::Man { out } => return shell::man(out),
+        Command::Man { out } => return shell::man(Arguments::command(), out).map_err(Failure::Failed),
         Command::History { from: Some(from), to: Some(to), .. } if from > to => {
             return Err(Failure::Usage(format!("--from {from} is after --to {to}; write the smaller seq first")));
         }

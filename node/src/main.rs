@@ -16,7 +16,6 @@ mod listen;
 mod process;
 mod schema;
 mod secrets;
-mod shell;
 mod signals;
 mod simulate;
 mod telemetry;
@@ -28,10 +27,11 @@ mod watch;
 use std::{io::Write as _, process::ExitCode};
 
 use args::{Arguments, ClusterCommand, Command, ConfigCommand, SchemaCommand};
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use config::{ConfigError, Loaded, Overrides, Process};
 use environment::Tasks;
 use failure::Failure;
+use im_client::terminal::shell;
 
 /// What it was compared with: docs/performance.md.
 #[global_allocator]
@@ -82,8 +82,8 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Config(ConfigCommand::Show(options)) => {
             print(&config::show(&mut load(&options.overrides(), Process::Up)?))
         }
-        Command::Completions { shell } => print(&shell::completions(shell)),
-        Command::Man { out } => shell::man(&out),
+        Command::Completions { shell } => print(&shell::completions(Arguments::command(), shell)),
+        Command::Man { out } => shell::man(Arguments::command(), &out).map_err(Failure::Operation),
         Command::Version { json } => print(&version(json)),
     }
 }

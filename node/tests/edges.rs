@@ -18,28 +18,26 @@ const ALLOWED: [(&str, &[&str]); 10] = [
     ("im-node", &["im-proto", "im-storage", "im-registry", "im-gateway", "im-router", "im-client", "im-loadtest"]),
 ];
 
-/// A second implementation of cryptography costs a minute of every cold build, and two at once panic at start.
-const BANNED: [&str; 4] = ["aws-lc-sys", "aws-lc-rs", "openssl-sys", "native-tls"];
+/// The rules that `cargo deny` knows, too.
+fn rules() -> toml::Table {
+    let text = std::fs::read_to_string(crate::workspace().join("deny.toml")).expect("deny.toml");
+    text.parse().expect("deny.toml is TOML")
+}
 
-/// Licences of which one must be enough for each package.
-const LICENCES: [&str; 12] = [
-    "0BSD",
-    "Apache-2.0",
-    "Apache-2.0 WITH LLVM-exception",
-    "MIT",
-    "MIT-0",
-    "BSD-2-Clause",
-    "BSD-3-Clause",
-    "BSL-1.0",
-    "ISC",
-    "Zlib",
-    "Unlicense",
-    "CC0-1.0",
-];
-/// Licences that only ever stand beside others, for data that is compiled in.
-const LICENCES_OF_DATA: [&str; 2] = ["Unicode-3.0", "CDLA-Permissive-2.0"];
+/// The texts of a list of deny.toml: entries of `key`, or entries themselves.
+fn texts(list: &toml::Value, key: &str) -> Vec<String> {
+    let entries = list.as_array().expect("a list of deny.toml").iter();
+    let text = |entry: &toml::Value| entry.get(key).unwrap_or(entry).as_str().expect("a text of deny.toml").to_owned();
+    entries.map(text).collect()
+}
 
-fn metadata(arguments: &[&str]) -> Value {
+/// The targets that deny.toml names: what is built for none of them does not count.
+fn platforms() -> Vec<String> {
+    let targets = texts(&rules()["graph"]["targets"], "triple");
+    targets.into_iter().flat_map(|target| ["--filter-platform".to_owned(), target]).collect()
+}
+
+fn metadata(arguments: &[impl AsRef<std::ffi::OsStr>]) -> Value {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version", "1", "--locked", "--offline"])
         .args(arguments)
@@ -90,9 +88,11 @@ fn cargo_run_starts_imd() {
 
 #[test]
 fn nothing_banned_is_in_the_tree_and_the_stand_in_is_used() {
-    let metadata = metadata(&["--filter-platform", "x86_64-unknown-linux-gnu"]);
+    let metadata = metadata(&platforms());
     let packages: Vec<_> = list(&metadata, "packages").collect();
-    for banned in BANNED {
+    let banned = texts(&rules()["bans"]["deny"], "crate");
+    assert!(banned.len() >= 4, "{banned:?}");
+    for banned in banned {
         assert!(packages.iter().all(|package| text(package, "name") != banned), "{banned} is in the tree");
     }
     let generators: Vec<_> = packages.iter().filter(|package| text(package, "name") == "tonic-prost-build").collect();
@@ -101,19 +101,68 @@ fn nothing_banned_is_in_the_tree_and_the_stand_in_is_used() {
 
 #[test]
 fn every_package_has_a_licence_that_we_accept() {
-    let metadata = metadata(&["--filter-platform", "x86_64-unknown-linux-gnu"]);
+    let metadata = metadata(&platforms());
+    let accepted = texts(&rules()["licenses"]["allow"], "name");
     for package in list(&metadata, "packages") {
         let (name, licence) = (text(package, "name"), text(package, "license"));
-        assert!(acceptable(licence), "{name}: {licence}");
+        assert!(acceptable(licence, &accepted), "{name}: {licence}");
+    }
+}
+
+/// C and assembly; docs/adr/0007-no-unsafe-little-c.md says what each is for.
+const COMPILE_C: [&str; 3] = ["blake3", "libmimalloc-sys", "ring"];
+
+#[test]
+fn only_known_packages_compile_c() {
+    let metadata = metadata(&platforms());
+    let compilers: BTreeSet<_> = list(&metadata, "packages")
+        .filter(|package| ["cc", "cmake", "bindgen"].contains(&text(package, "name")))
+        .map(|package| text(package, "id"))
+        .collect();
+    let uses = |node: &&Value| list(node, "dependencies").filter_map(Value::as_str).any(|id| compilers.contains(id));
+    let users: BTreeSet<_> = list(&metadata["resolve"], "nodes").filter(uses).map(|node| text(node, "id")).collect();
+    let users: Vec<_> = list(&metadata, "packages")
+        .filter(|package| users.contains(text(package, "id")))
+        .map(|package| text(package, "name"))
+        .collect();
+    assert_eq!(users, COMPILE_C, "docs/adr/0007-no-unsafe-little-c.md");
+}
+
+#[test]
+fn every_crate_has_the_lints_of_the_workspace() {
+    for package in list(&metadata(&["--no-deps"]), "packages") {
+        let manifest = std::fs::read_to_string(text(package, "manifest_path")).expect("a manifest");
+        let manifest: toml::Table = manifest.parse().expect("TOML");
+        let lints = manifest.get("lints").and_then(|lints| lints.get("workspace")).and_then(toml::Value::as_bool);
+        assert_eq!(lints, Some(true), "{}", text(package, "name"));
+    }
+}
+
+#[test]
+fn every_package_comes_from_the_registry_or_this_tree() {
+    let rules = rules();
+    for kind in ["unknown-registry", "unknown-git"] {
+        assert_eq!(rules["sources"][kind].as_str(), Some("deny"));
+    }
+    for package in list(&metadata(&platforms()), "packages") {
+        let source = package["source"].as_str().unwrap_or("registry+");
+        assert!(source.starts_with("registry+"), "{}: {source}", text(package, "name"));
+    }
+}
+
+#[test]
+fn yanked_releases_are_refused_and_an_ignored_advisory_has_a_reason() {
+    let advisories = &rules()["advisories"];
+    assert_eq!(advisories["yanked"].as_str(), Some("deny"));
+    for ignored in advisories["ignore"].as_array().expect("a list") {
+        assert!(ignored["reason"].as_str().is_some_and(|reason| reason.len() > 20), "{ignored}");
     }
 }
 
 /// Alternatives divided by OR (or an old slash), each of parts divided by AND. Parentheses group; without evaluating them, every
 /// AND part must hold some licence of ours.
-fn acceptable(expression: &str) -> bool {
+fn acceptable(expression: &str, accepted: &[String]) -> bool {
     let plain = expression.replace(['(', ')'], "").replace('/', " OR ");
-    let known = |name: &str| LICENCES.contains(&name.trim());
-    plain
-        .split(" AND ")
-        .all(|part| part.split(" OR ").any(|name| known(name) || LICENCES_OF_DATA.contains(&name.trim())))
+    let known = |name: &str| accepted.iter().any(|accepted| accepted == name.trim());
+    plain.split(" AND ").all(|part| part.split(" OR ").any(known))
 }

@@ -100,6 +100,27 @@ fn a_role_without_its_services_says_which_one_does_not_answer_and_exits_2() {
     }
 }
 
+/// What they hold is shown where they are made, in `im-client`.
+#[test]
+fn completions_and_manual_pages_are_those_of_imd() {
+    let folder = tempfile::tempdir().unwrap();
+    let pages = folder.path().join("man1");
+    let output = imd(&["man", "--out", pages.to_str().unwrap()]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    for page in ["imd.1", "imd-up.1", "imd-cluster-recover.1", "imd-config-check.1"] {
+        let page = std::fs::read_to_string(pages.join(page)).expect(page);
+        assert!(page.contains(".SH OPTIONS") && page.contains("imd"), "{page}");
+    }
+    assert!(std::fs::read_dir(&pages).unwrap().count() > 20);
+    for (shell, says) in [("bash", "complete -F _imd"), ("zsh", "#compdef imd"), ("fish", "complete -c imd")] {
+        let script = stdout(&imd(&["completions", shell]));
+        assert!(script.contains(says) && script.contains("simulate"), "{shell}");
+    }
+    let blocked = folder.path().join("file");
+    std::fs::write(&blocked, "").unwrap();
+    assert_eq!(code(&imd(&["man", "--out", blocked.to_str().unwrap()])), 1);
+}
+
 #[test]
 fn version_is_one_json_object() {
     let output = imd(&["version", "--json"]);
@@ -124,6 +145,28 @@ fn a_server_says_where_it_listens_answers_health_and_stops_cleanly() {
         assert!(!data.join("ready.json").exists());
     }
     assert_eq!(std::fs::read_to_string(data.join("epoch")).unwrap(), "2\n", "one for each start");
+}
+
+#[test]
+fn a_second_signal_ends_a_drain_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let slow = ["--set", "drain_window=10m", "--set", "drain_timeout=10m"];
+    let mut server = Server::start(&folder.path().join("data"), &[&ANY[..], &slow].concat());
+    // Each is told to leave at some moment of the window: all in its first second is as good as impossible.
+    let address = server.address("tcp");
+    let _connections: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    while !server.get("/metrics").contains("\nim_gateway_connections_count 20\n") {
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    server.signal("INT");
+    while server.data.join("ready.json").exists() {
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    assert!(server.child.try_wait().unwrap().is_none(), "it drains: {}", server.said());
+    server.signal("INT");
+    assert_eq!(server.child.wait().unwrap().code(), Some(1));
+    let said = server.said();
+    assert!(said.lines().last().unwrap().starts_with("imd: stopped at once by a second SIGINT"), "{said}");
 }
 
 #[test]

@@ -137,6 +137,49 @@ fn gateway_and_router_behave_in_a_simulation_as_they_do_outside() {
     }
 }
 
+/// docs/adr/0007-no-unsafe-little-c.md says what for.
+const UNSAFE: [&str; 1] = ["storage/tests/files.rs"];
+
+#[test]
+fn unsafe_code_stands_only_in_one_file_of_tests() {
+    // Spelt in two parts, so that this file does not find itself.
+    let (word, lint) = ("uns".to_owned() + "afe", "uns".to_owned() + "afe_code");
+    let is_used = |line: &str| {
+        let code = line.split("//").next().unwrap_or_default().replace(&lint, "");
+        [" {", "(", " fn", " impl"].iter().any(|after| code.contains(&format!("{word}{after}")))
+    };
+    let found: Vec<String> = sources("rs")
+        .into_iter()
+        .filter(|source| source.text.contains(&format!("allow({lint}")) || source.text.lines().any(is_used))
+        .map(|source| source.name)
+        .collect();
+    assert_eq!(found, UNSAFE, "docs/adr/0007-no-unsafe-little-c.md");
+}
+
+#[test]
+fn tests_that_documents_name_exist() {
+    let rust = sources("rs");
+    for document in sources("md") {
+        for quoted in document.text.split('`').skip(1).step_by(2) {
+            // Names of tests are sentences. `…` stands for the beginning of one.
+            let name = quoted.trim_start_matches('…');
+            let is_sentence =
+                name.matches('_').count() >= 3 && name.chars().all(|c| c == '_' || c.is_ascii_alphanumeric());
+            if !is_sentence || name.starts_with("im_") || name.chars().any(|c| c.is_ascii_uppercase()) {
+                continue;
+            }
+            // Elsewhere the names of settings look alike.
+            let wanted = match document.name.as_str() {
+                "docs/reliability.md" if name == quoted => format!("fn {name}("),
+                "docs/reliability.md" => format!("{name}("),
+                _ => name.to_owned(),
+            };
+            let exists = rust.iter().any(|source| source.text.contains(&wanted));
+            assert!(exists, "{} names {name}, which is nowhere", document.name);
+        }
+    }
+}
+
 #[test]
 fn links_between_documents_lead_somewhere() {
     let root = crate::workspace();

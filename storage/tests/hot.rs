@@ -16,6 +16,7 @@ use im_proto::{
     environment::{Clock, Environment},
 };
 use im_storage::{Hot, MemoryHot, RedisHot, RedisOptions, StoreError, conformance::hot};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::{Instant, sleep};
 
 /// A clock that goes.
@@ -104,11 +105,9 @@ impl Server {
         self.process = Self::spawn(self.port, self.directory.path());
     }
 
-    #[allow(unsafe_code, reason = "there is no safe way to send a signal")]
-    fn signal(&self, signal: i32) {
-        let pid = i32::try_from(self.process.id()).expect("a pid");
-        // SAFETY: the process is a child that was not waited for, so that the pid is its own.
-        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    fn signal(&self, signal: Signal) {
+        // A child that was not waited for: the pid is its own.
+        kill_process(Pid::from_child(&self.process), signal).expect("sent");
     }
 
     fn end(&mut self) {
@@ -163,9 +162,9 @@ async fn whatever_happens_to_redis_no_answer_is_wrong_or_late() {
             0 => server.restart(),
             1 => server.command(&["FLUSHALL"]).await,
             2 => {
-                server.signal(libc::SIGSTOP);
+                server.signal(Signal::STOP);
                 sleep(Duration::from_millis(u64::from(chance % 900))).await;
-                server.signal(libc::SIGCONT);
+                server.signal(Signal::CONT);
             }
             3 => server.command(&["CLIENT", "KILL", "TYPE", "normal"]).await,
             // No room for anything new.

@@ -1,29 +1,28 @@
-//! What packages of `im` install beside it, made from the command line's own definition: completions and manual pages.
+//! What packages of `im` and `imd` install beside them, made from the command line's own definition: completions and manual pages.
 
 use std::path::Path;
 
-use clap::CommandFactory as _;
 use clap_complete::Shell;
 
-use super::{args::Arguments, failure::Failure};
-
-/// The script of a shell.
-pub(super) fn completions(shell: Shell) -> String {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Arguments::command(), "im", &mut script);
+/// The script of a shell, for a program with this command line.
+pub fn completions(mut command: clap::Command, shell: Shell) -> String {
+    let (mut script, name) = (Vec::new(), command.get_name().to_owned());
+    clap_complete::generate(shell, &mut command, name, &mut script);
     String::from_utf8_lossy(&script).into_owned()
 }
 
-/// A page for each command, in a directory.
-pub(super) fn man(directory: &Path) -> Result<(), Failure> {
-    let written =
-        std::fs::create_dir_all(directory).and_then(|()| clap_mangen::generate_to(Arguments::command(), directory));
-    written.map_err(|error| Failure::Failed(format!("cannot write manual pages to {}: {error}", directory.display())))
+/// A page for each command, in a directory. What went wrong, in words.
+pub fn man(command: clap::Command, directory: &Path) -> Result<(), String> {
+    let written = std::fs::create_dir_all(directory).and_then(|()| clap_mangen::generate_to(command, directory));
+    written.map_err(|error| format!("cannot write manual pages to {}: {error}", directory.display()))
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
+    use crate::terminal::args::Arguments;
 
     /// The path of each command and its options.
     fn commands(command: &clap::Command, path: &str, found: &mut Vec<(String, Vec<String>)>) {
@@ -45,7 +44,7 @@ mod tests {
     #[test]
     fn every_command_and_option_is_completed_in_each_shell() {
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-            let script = completions(shell);
+            let script = completions(Arguments::command(), shell);
             for (path, options) in all() {
                 let name = path.rsplit('-').next().unwrap_or_default();
                 assert!(script.contains(name), "{shell}: {path}");
@@ -60,7 +59,7 @@ mod tests {
     fn every_command_has_a_page_with_its_options() {
         let folder = tempfile::tempdir().unwrap();
         let pages = folder.path().join("man1");
-        man(&pages).unwrap();
+        man(Arguments::command(), &pages).unwrap();
         let all = all();
         assert!(all.len() > 12, "{all:?}");
         for (path, options) in all {

@@ -218,6 +218,114 @@ fn two_people_chat_and_go_on_after_the_server_was_killed() {
     bob.ends(0);
 }
 
+const PAGE_UP: &str = "\x1b[5~";
+const REPLY: &str = "\x12";
+const NEXT_UNREAD: &str = "\x15";
+const OPEN: &str = "\x0f";
+
+#[test]
+fn page_up_goes_through_600_messages_to_the_first_without_a_gap() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(&folder.path().join("data"), &ANY);
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let bob = server.client("bob").await;
+        for number in 1..=600 {
+            let body = im_proto::body::text(&format!("message {number:03}."));
+            bob.send(im_client::Target::peer("alice").unwrap(), body).await.unwrap();
+        }
+        bob.close().await;
+    });
+    let numbers = |screen: &str| -> Vec<u32> {
+        let lines = screen.lines().filter_map(|line| line.split_once("│  message ")?.1.split_once('.'));
+        lines.map(|(number, _)| number.parse().unwrap()).collect()
+    };
+    let mut alice = Person::chats(&server.data, "alice", "@bob");
+    alice.sees("message 600.");
+    let until = now() + PATIENCE;
+    loop {
+        let screen = alice.screen();
+        let shown = numbers(&screen);
+        assert!(shown.windows(2).all(|pair| pair[1] == pair[0] + 1), "{shown:?}");
+        if shown.first() == Some(&1) {
+            break;
+        }
+        assert!(now() < until, "the first is not seen. The screen:\n{screen}");
+        alice.types(PAGE_UP);
+        thread::sleep(LOOK_INTERVAL);
+    }
+    alice.sees("more below");
+    alice.types("\x1b");
+    alice.sees("message 600.");
+}
+
+#[test]
+fn a_mention_in_a_group_is_counted_apart_and_a_reply_shows_what_it_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(&folder.path().join("data"), &ANY);
+    let group = tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let carol = server.client("carol").await;
+        let members = ["alice", "bob"].map(|name| im_proto::UserId::parse(name).unwrap());
+        let group = carol.create_group("trip", &members).await.unwrap();
+        carol.close().await;
+        group
+    });
+    let mut alice = Person::chats(&server.data, "alice", &group.to_string());
+    let mut bob = Person::chats(&server.data, "bob", "me");
+    alice.sees("3 members");
+    bob.sees("#trip");
+    let is_mentioned = |screen: &str| screen.lines().any(|line| line.contains("#trip") && line.contains("@1"));
+    alice.types("nothing for anybody\r");
+    bob.sees("alice: nothing");
+    assert!(!is_mentioned(&bob.screen()), "{}", bob.screen());
+    alice.types("are you there, @bob?\r");
+    bob.sees_that("that somebody means him", is_mentioned);
+    let header = |screen: &str| screen.lines().next().unwrap_or_default().to_owned();
+    bob.sees_that("the count at the top", |screen| header(screen).contains("@1"));
+
+    bob.types(NEXT_UNREAD);
+    bob.sees_that("the message", |screen| line(screen, "are you there, @bob?").is_some());
+    bob.sees_that("that it is read", |screen| !is_mentioned(screen) && !header(screen).contains("@1"));
+    // The newest is chosen first.
+    bob.types(REPLY);
+    bob.sees("reply to it");
+    bob.types("\r");
+    bob.sees_that("the prompt of a reply", |screen| line(screen, "↳ ").is_some());
+    bob.types("where else\r");
+    let answers = |quote: &str| {
+        let quote = quote.to_owned();
+        move |screen: &str| {
+            let lines: Vec<&str> = screen.lines().collect();
+            lines.windows(2).any(|pair| pair[0].contains(&quote) && pair[1].contains("where else"))
+        }
+    };
+    bob.sees_that("the quote above it", answers("↳ alice: are you there, @bob?"));
+    alice.sees_that("the quote above it", answers("↳ you: are you there, @bob?"));
+}
+
+#[test]
+fn a_message_is_marked_as_delivered_then_as_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(&folder.path().join("data"), &ANY);
+    let mut alice = Person::chats(&server.data, "alice", "@bob");
+    let mut bob = Person::chats(&server.data, "bob", "me");
+    let mark = |screen: &str| {
+        line(screen, "is anybody there").map(|line| line.replace("is anybody there", "").trim().to_owned())
+    };
+    // Bob is there and looks at something else: he has it, and has not read it.
+    alice.types("is anybody there\r");
+    bob.sees("(1)");
+    alice.sees_that("that he has it", |screen| mark(screen).as_deref() == Some("✓✓"));
+    bob.types(OPEN);
+    bob.types("@alice\r");
+    bob.sees_that("the message", |screen| line(screen, "is anybody there").is_some());
+    alice.sees_that("that he has read it", |screen| mark(screen).as_deref() == Some("✓✓ read"));
+    bob.types("ye");
+    alice.sees("bob is typing");
+    bob.types("s\r");
+    alice.sees_that("the answer", |screen| line(screen, "yes").is_some());
+    alice.sees_no_more("is typing");
+}
+
 #[test]
 fn a_signal_ends_the_chat_and_gives_the_terminal_back() {
     let folder = tempfile::tempdir().unwrap();

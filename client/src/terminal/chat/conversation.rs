@@ -52,6 +52,8 @@ pub(super) struct Conversation {
     pub(super) cursors: BTreeMap<UserId, Cursor>,
     /// Of a group.
     pub(super) members: Vec<UserId>,
+    /// They are known, or on their way.
+    pub(super) members_asked: bool,
     /// A read cursor is on its way to the server.
     pub(super) marking: bool,
     /// Not again before this time.

@@ -153,7 +153,7 @@ pub(super) struct Chat {
 
 impl Chat {
     pub(super) fn new(target: Option<Target>, now: Timestamp, utc_offset_seconds: i64, size: (u16, u16)) -> Self {
-        Self {
+        let mut chat = Self {
             me: None,
             link: Link::Connecting { since: now },
             losses: 0,
@@ -174,7 +174,12 @@ impl Chat {
             next_local: 0,
             new_from: None,
             effects: Vec::new(),
+        };
+        // An id is the same whoever this is: what is written there while there is no session waits for one.
+        if matches!(chat.wanted, Some(Target::Conversation(_))) {
+            chat.open_wanted();
         }
+        chat
     }
 
     /// Who this is, as the server said it.
@@ -343,17 +348,16 @@ impl Chat {
             let others = self.conversations.iter_mut().enumerate().filter(|(other, _)| *other != index);
             others.for_each(|(_, conversation)| conversation.log.forget());
         }
-        let conversation = &self.conversations[index];
-        if let (true, Some(group)) = (conversation.is_group() && conversation.members.is_empty(), conversation.id)
-            && self.is_online()
-        {
-            self.effects.push(Effect::Members { index, group });
-        }
     }
 
-    /// Asks for what the view lacks: the newest page, or the one before what is on hand.
+    /// Asks for what the view lacks: the members of a group, and the newest page or the one before what is on hand.
     fn load(&mut self) {
         let Some(index) = self.open.filter(|_| self.is_online()) else { return };
+        let conversation = &mut self.conversations[index];
+        if let Some(group) = conversation.id.filter(|_| conversation.is_group() && !conversation.members_asked) {
+            conversation.members_asked = true;
+            self.effects.push(Effect::Members { index, group });
+        }
         let log = &self.conversations[index].log;
         if log.loading != Loading::No || log.unreadable.is_some() {
             return;

@@ -41,6 +41,7 @@ impl Chat {
             Event::Resynced => {
                 self.list_due = Some(self.now);
                 for conversation in &mut self.conversations {
+                    conversation.members_asked = !conversation.members.is_empty();
                     if conversation.log.loading != Loading::InFlight {
                         conversation.log.loading = Loading::No;
                     }
@@ -217,7 +218,7 @@ impl Chat {
     }
 
     pub(super) fn on_members(&mut self, index: usize, outcome: Result<Vec<v1::GroupMember>, CallError>) {
-        // Without them nobody can be mentioned; the rest goes on.
+        // Without them nobody can be mentioned; the rest goes on, and the next sync asks again.
         let Ok(members) = outcome else { return };
         let users = members.iter().filter_map(|member| UserId::parse(&member.user_id).ok());
         self.conversations[index].members = users.collect();
@@ -246,9 +247,12 @@ impl Chat {
                 let conversation = &mut self.conversations[index];
                 let place = conversation.log.pending.iter().position(|pending| pending.local == local);
                 let Some(place) = place else { return };
-                if conversation.draft.is_empty() {
+                if conversation.draft.is_empty() && conversation.replying.is_none() {
                     let pending = conversation.log.pending.remove(place);
                     conversation.draft.insert(pending.content.words());
+                    if let Content::Reply(to, _) = pending.content {
+                        conversation.replying = Some(to);
+                    }
                 } else {
                     conversation.log.pending[place].failed = Some(error);
                 }

@@ -225,6 +225,68 @@ fn a_refused_message_comes_back_to_be_written_anew() {
 }
 
 #[test]
+fn a_refused_reply_comes_back_as_a_reply() {
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    press(&mut chat, Command::Reply);
+    press(&mut chat, Command::Submit);
+    write(&mut chat, "right");
+    let effects = press(&mut chat, Command::Submit);
+    let Some(Effect::Send { local, body, .. }) = effects.first() else { panic!("{effects:?}") };
+    let (local, body) = (*local, body.clone());
+    chat.on(Input::Sent(here, local, Err("rate limited".to_owned())));
+    assert_eq!(chat.conversations[here].replying, Some(10));
+    assert!(shows(&chat, "↳ right"), "{:#?}", screen(&chat));
+    let effects = press(&mut chat, Command::Submit);
+    let Some(Effect::Send { local, body: again, .. }) = effects.first() else { panic!("{effects:?}") };
+    let local = *local;
+    assert_eq!(*again, body);
+
+    // Meanwhile another message is to be answered: the words of the first one are no answer to that.
+    press(&mut chat, Command::Reply);
+    press(&mut chat, Command::Up);
+    press(&mut chat, Command::Submit);
+    chat.on(Input::Sent(here, local, Err("rate limited".to_owned())));
+    assert_eq!(chat.conversations[here].replying, Some(9));
+    assert!(chat.conversations[here].draft.is_empty() && shows(&chat, "✗ not sent"), "{:#?}", screen(&chat));
+}
+
+#[test]
+fn a_conversation_that_was_named_by_its_id_is_open_before_there_is_a_session() {
+    let mut chat = Chat::new(Some(Target::Conversation(id(GROUP))), at(0), 0, (80, 24));
+    assert!(shows(&chat, "connecting …") && shows(&chat, "02020202"), "{:#?}", screen(&chat));
+    write(&mut chat, "soon");
+    let effects = press(&mut chat, Command::Submit);
+    assert!(matches!(&effects[..], [Effect::Send { target: Target::Conversation(to), .. }] if *to == id(GROUP)));
+    assert!(shows(&chat, "soon"));
+    // Its entries and its members are asked for once there is one.
+    let effects = online(&mut chat);
+    let group = id(GROUP);
+    let asks = |wanted: &dyn Fn(&Effect) -> bool| effects.iter().filter(|effect| wanted(effect)).count();
+    assert_eq!(
+        asks(&|effect| matches!(effect, Effect::Page { target: Target::Conversation(of), .. } if *of == group)),
+        1
+    );
+    assert!(asks(&|effect| matches!(effect, Effect::Members { group: of, .. } if *of == group)) > 0, "{effects:?}");
+    chat.on(Input::Listed(Ok(vec![row(WITH_BOB, "bob", "", 10, 2), row(GROUP, "", "trip", 5, 3)])));
+    assert!(shows(&chat, "#trip") && chat.open == Some(index(&chat, GROUP)), "{:#?}", screen(&chat));
+}
+
+#[test]
+fn members_that_could_not_be_read_are_asked_for_after_the_next_sync() {
+    let mut chat = chat();
+    let asks = |effects: Vec<Effect>| effects.iter().any(|effect| matches!(effect, Effect::Members { .. }));
+    let group = index(&chat, GROUP);
+    assert!(asks(press(&mut chat, Command::NextConversation)) && chat.open == Some(group));
+    assert!(!asks(chat.on(Input::Members(group, Err(CallError::Malformed)))));
+    assert!(!asks(chat.on(Input::Tick(at(5)))));
+    assert!(asks(chat.on(Input::Event(Event::Resynced))));
+    let member = v1::GroupMember { user_id: "carol".to_owned(), ..v1::GroupMember::default() };
+    assert!(!asks(chat.on(Input::Members(group, Ok(vec![member])))));
+    assert!(!asks(chat.on(Input::Event(Event::Resynced))) && shows(&chat, "1 members: carol"));
+}
+
+#[test]
 fn history_is_loaded_as_one_scrolls_up_and_the_view_stays_where_it_is() {
     let mut chat = chat();
     let here = index(&chat, WITH_BOB);

@@ -361,6 +361,7 @@ impl Chat {
                 (Some(why), _) => (format!("this conversation cannot be read: {why}"), Role::Bad),
                 (None, Loading::InFlight) => ("loading …".to_owned(), Role::Dim),
                 (None, Loading::Failed(_)) => ("could not be loaded; trying again".to_owned(), Role::Warning),
+                (None, Loading::No) if !log.opened && !self.is_online() => ("connecting …".to_owned(), Role::Dim),
                 (None, Loading::No) if log.opened && log.items().is_empty() => {
                     ("nothing here yet: write the first message".to_owned(), Role::Dim)
                 }

@@ -78,13 +78,7 @@ impl Audiences {
         let mut part = self.part(id).lock();
         let audience = part.audiences.entry(*id).or_default();
         audience.users.entry(user.clone()).or_default().insert(key.clone());
-        let gateway = audience.gateways.entry(key.gateway.clone()).or_default();
-        if gateway.sessions.insert(key.session.0)
-            && let Some(named) = &mut gateway.named
-            && !named.left.remove(&key.session.0)
-        {
-            named.joined.insert(key.session.0);
-        }
+        audience.gateways.entry(key.gateway.clone()).or_default().join(key.session.0);
     }
 
     /// A session follows it no longer, or has ended.
@@ -172,26 +166,45 @@ impl Audiences {
 
 impl Audience {
     fn remove(&mut self, cluster: &Cluster, id: &ConversationId, key: &SessionKey, changes: &mut u64) {
-        let Some(gateway) = self.gateways.get_mut(&key.gateway) else { return };
-        if gateway.sessions.remove(&key.session.0)
-            && let Some(named) = &mut gateway.named
-            && !named.joined.remove(&key.session.0)
-        {
-            named.left.insert(key.session.0);
-        }
-        if gateway.sessions.is_empty()
-            && let Some(gateway) = self.gateways.remove(&key.gateway)
-            && gateway.named.is_some()
+        if let Some(empty) = self.leave(id, key, changes)
             && let Some(link) = cluster.links.read().get(&key.gateway)
         {
-            let empty =
-                v1::AudienceSet { conversation_id: id.to_bytes(), version: next(changes), ..Default::default() };
             link.send(vec![to_gateway(ToGateway::AudienceSet(empty))]);
         }
+    }
+
+    /// Takes a session out. If it was the last one of a gateway that keeps a set, that gets the empty one.
+    fn leave(&mut self, id: &ConversationId, key: &SessionKey, changes: &mut u64) -> Option<v1::AudienceSet> {
+        let gateway = self.gateways.get_mut(&key.gateway)?;
+        gateway.leave(key.session.0);
+        if !gateway.sessions.is_empty() {
+            return None;
+        }
+        let gateway = self.gateways.remove(&key.gateway)?;
+        let empty = || v1::AudienceSet { conversation_id: id.to_bytes(), version: next(changes), ..Default::default() };
+        gateway.named.is_some().then(empty)
     }
 }
 
 impl AtGateway {
+    fn join(&mut self, session: u64) {
+        if self.sessions.insert(session)
+            && let Some(named) = &mut self.named
+            && !named.left.remove(&session)
+        {
+            named.joined.insert(session);
+        }
+    }
+
+    fn leave(&mut self, session: u64) {
+        if self.sessions.remove(&session)
+            && let Some(named) = &mut self.named
+            && !named.joined.remove(&session)
+        {
+            named.left.insert(session);
+        }
+    }
+
     fn messages(
         &mut self,
         push: &AudiencePush<'_>,
@@ -250,4 +263,159 @@ fn next(changes: &mut u64) -> u64 {
 
 fn to_gateway(message: ToGateway) -> v1::RouterMessage {
     v1::RouterMessage { message: Some(message) }
+}
+
+#[cfg(test)]
+mod tests {
+    use im_proto::SessionId;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Sessions of a gateway beyond which they are a named set here.
+    const NAMED_MIN: usize = 3;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Join(u64),
+        Leave(u64),
+        Push {
+            except: u64,
+        },
+        /// What the router says is lost until the next word, as with a gateway that starts again.
+        Forget,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (1..400_u64).prop_map(Step::Join),
+            3 => (1..12_u64).prop_map(Step::Leave),
+            3 => (1..12_u64).prop_map(Step::Join),
+            4 => (0..12_u64).prop_map(|except| Step::Push { except }),
+            1 => Just(Step::Forget),
+        ]
+    }
+
+    /// The model of a gateway: a set under a version, as SPEC.md says.
+    #[derive(Default)]
+    struct Kept {
+        set: Option<(u64, BTreeSet<u64>)>,
+        greatest: u64,
+    }
+
+    impl Kept {
+        fn take(&mut self, set: &v1::AudienceSet) {
+            assert!(set.version > self.greatest, "version {} after {}", set.version, self.greatest);
+            self.greatest = set.version;
+            let before = match (&self.set, set.from_version) {
+                (_, 0) => BTreeSet::new(),
+                (Some((version, sessions)), from) if *version == from => sessions.clone(),
+                // A delta of a set that it does not have.
+                _ => return,
+            };
+            let left: BTreeSet<u64> = set.left.iter().copied().collect();
+            let mut sessions: BTreeSet<u64> = before.difference(&left).copied().collect();
+            sessions.extend(&set.joined);
+            self.set = (!sessions.is_empty()).then_some((set.version, sessions));
+        }
+
+        /// Who gets a frame for a version; `None` if the set is to be asked for first.
+        fn reached(&self, version: u64) -> Option<&BTreeSet<u64>> {
+            self.set.as_ref().filter(|(kept, _)| *kept == version).map(|(_, sessions)| sessions)
+        }
+    }
+
+    /// Whom the messages of a push reach at a gateway, which asks for what it does not have.
+    fn deliver(
+        kept: &mut Kept,
+        messages: Vec<v1::RouterMessage>,
+        whole: impl FnOnce() -> v1::AudienceSet,
+    ) -> BTreeSet<u64> {
+        let mut whole = Some(whole);
+        for message in messages {
+            match message.message {
+                Some(ToGateway::AudienceSet(set)) => kept.take(&set),
+                Some(ToGateway::Deliver(deliver)) => return deliver.session_ids.into_iter().collect(),
+                Some(ToGateway::AudienceDeliver(deliver)) => {
+                    if kept.reached(deliver.version).is_none()
+                        && let Some(whole) = whole.take()
+                    {
+                        // Those of the whole set are told to sync, the excepted one too.
+                        kept.take(&whole());
+                        return kept.set.iter().flat_map(|(_, sessions)| sessions.clone()).collect();
+                    }
+                    let reached = kept.reached(deliver.version).cloned().unwrap_or_default();
+                    return reached.into_iter().filter(|session| *session != deliver.except_session_id).collect();
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        BTreeSet::new()
+    }
+
+    proptest! {
+        /// Whatever joins, leaves and gets lost: versions only grow, a frame reaches exactly those who follow, and a gateway that has
+        /// the named version has the whole set that is meant by it.
+        #[test]
+        fn a_push_reaches_exactly_those_who_follow(steps in prop::collection::vec(step(), 0..120)) {
+            let (id, gateway) = (ConversationId::from_bytes([3; 16]), InstanceId::parse("g1").unwrap());
+            let (mut audience, mut changes) = (Audience::default(), 0);
+            let (mut kept, mut follow) = (Kept::default(), BTreeSet::new());
+            let frames = Bytes::from_static(b"frame");
+            for step in steps {
+                match step {
+                    Step::Join(session) => {
+                        follow.insert(session);
+                        audience.gateways.entry(gateway.clone()).or_default().join(session);
+                    }
+                    Step::Leave(session) => {
+                        follow.remove(&session);
+                        let key = SessionKey { gateway: gateway.clone(), session: SessionId(session) };
+                        if let Some(empty) = audience.leave(&id, &key, &mut changes) {
+                            prop_assert!(follow.is_empty());
+                            kept.take(&empty);
+                        }
+                    }
+                    Step::Push { except } => {
+                        let push = AudiencePush { conversation: id, frames: &frames, last_seq: 1, except: None };
+                        let Some(at_gateway) = audience.gateways.get_mut(&gateway) else {
+                            prop_assert!(follow.is_empty());
+                            continue;
+                        };
+                        let messages = at_gateway.messages(&push, except, &mut changes, NAMED_MIN);
+                        let had_it = kept.set.is_some() || at_gateway.named.is_none();
+                        let reached = deliver(&mut kept, messages, || at_gateway.whole(&id, &mut changes));
+                        let but_one: BTreeSet<u64> = follow.iter().copied().filter(|session| *session != except).collect();
+                        if had_it {
+                            prop_assert_eq!(&reached, &but_one);
+                        } else {
+                            prop_assert!(but_one.is_subset(&reached) && reached.is_subset(&follow));
+                        }
+                    }
+                    Step::Forget => kept.set = None,
+                }
+                if let Some((_, sessions)) = &kept.set {
+                    let named = audience.gateways.get(&gateway).and_then(|gateway| gateway.named.as_ref());
+                    let (joined, left) = named.map_or((BTreeSet::new(), BTreeSet::new()), |named| {
+                        (named.joined.clone(), named.left.clone())
+                    });
+                    let told: BTreeSet<u64> = follow.difference(&joined).copied().chain(left).collect();
+                    prop_assert_eq!(sessions, &told, "what is to be told makes the one the other");
+                }
+            }
+        }
+
+        /// Parts never give out the same version.
+        #[test]
+        fn versions_of_parts_differ(counts in prop::collection::vec(1..50_usize, 2..6)) {
+            let audiences = Audiences::new();
+            let mut seen = BTreeSet::new();
+            for (part, count) in counts.iter().enumerate() {
+                let mut part = audiences.parts[part].lock();
+                for _ in 0..*count {
+                    prop_assert!(seen.insert(next(&mut part.changes)));
+                }
+            }
+        }
+    }
 }

@@ -17,7 +17,9 @@
 //! back.
 //!
 //! One that joins ten others or more puts none of them over its threshold. So a gateway that has less than half of its share for three
-//! steps, and misses more than 1 % of its capacity, is *filled*: until it has 0.9 of its share, all others shed down to theirs.
+//! steps, and misses more than 1 % of its capacity, is *filled*: until it has 0.9 of its share, all others shed down to theirs. If it
+//! does not get a twentieth of what it misses in 30 steps, clients cannot reach it, whatever it says of itself: it is left out of
+//! everything for ten minutes, then tried again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -48,6 +50,13 @@ const STEP: Duration = Duration::from_secs(1);
 const STEPS_TO_BOUND: u32 = 2;
 /// Steps over the threshold until sessions are moved.
 const STEPS_TO_SHED: u32 = 3;
+/// Steps in which a gateway that is filled must get something: three times what a session that is told to go may take to arrive and
+/// be counted, and ten more.
+const STEPS_TO_FILL: u32 = 30;
+/// The part of what it misses that it must get in these.
+const FILLED_PART: u64 = 20;
+/// Steps for which a gateway that nobody reached is left out.
+const STEPS_LEFT_OUT: u32 = 600;
 /// Sessions that may be sent to a gateway in one step, however small it is.
 const MOVES_MIN: u64 = 8;
 
@@ -80,7 +89,17 @@ pub struct Balance {
     bounded: BTreeSet<InstanceId>,
     /// Steps far below the share in a row.
     starving: BTreeMap<InstanceId, u32>,
-    filling: BTreeSet<InstanceId>,
+    filling: BTreeMap<InstanceId, Filling>,
+    /// Gateways that nobody reached, with the steps until they are tried again.
+    left_out: BTreeMap<InstanceId, u32>,
+}
+
+/// A gateway that gets sessions of all others.
+#[derive(Debug)]
+struct Filling {
+    steps: u32,
+    /// Connections when these steps began.
+    from: u64,
 }
 
 /// With more than this it is over.
@@ -96,13 +115,19 @@ fn slack(capacity: u64) -> u64 {
 impl Balance {
     /// The next step. Gateways that drain take no part: their sessions go anyway.
     pub fn step(&mut self, loads: &BTreeMap<InstanceId, Load>) -> Plan {
+        self.left_out.retain(|_, steps| {
+            *steps -= 1;
+            *steps > 0
+        });
+        let takes_part =
+            |(gateway, load): &(&InstanceId, &Load)| !load.draining && !self.left_out.contains_key(*gateway);
         let loads: BTreeMap<&InstanceId, Load> =
-            loads.iter().filter(|(_, load)| !load.draining).map(|(gateway, load)| (gateway, *load)).collect();
+            loads.iter().filter(takes_part).map(|(gateway, load)| (gateway, *load)).collect();
         self.over.retain(|gateway, _| loads.contains_key(gateway));
         self.shedding.retain(|gateway| loads.contains_key(gateway));
         self.bounded.retain(|gateway| loads.contains_key(gateway));
         self.starving.retain(|gateway, _| loads.contains_key(gateway));
-        self.filling.retain(|gateway| loads.contains_key(gateway));
+        self.filling.retain(|gateway, _| loads.contains_key(gateway));
         let shares = Shares::of(loads.values().copied());
         let mut plan = Plan::default();
         for (gateway, load) in &loads {
@@ -135,13 +160,27 @@ impl Balance {
             let steps = self.starving.entry(gateway.clone()).or_insert(0);
             *steps = steps.saturating_add(1);
             if *steps >= STEPS_TO_SHED {
-                self.filling.insert(gateway.clone());
+                let from = load.connections;
+                self.filling.entry(gateway.clone()).or_insert(Filling { steps: 0, from });
             }
         } else {
             self.starving.remove(gateway);
         }
         if misses <= share / 10 {
             self.filling.remove(gateway);
+        }
+        if let Some(filling) = self.filling.get_mut(gateway) {
+            filling.steps += 1;
+            if filling.steps > STEPS_TO_FILL {
+                let wanted = (share.saturating_sub(filling.from) / FILLED_PART).max(1);
+                let is_reached = load.connections >= filling.from.saturating_add(wanted);
+                *filling = Filling { steps: 0, from: load.connections };
+                if !is_reached {
+                    self.filling.remove(gateway);
+                    self.starving.remove(gateway);
+                    self.left_out.insert(gateway.clone(), STEPS_LEFT_OUT);
+                }
+            }
         }
     }
 
@@ -332,6 +371,29 @@ mod tests {
             let share = load * count as u64 / (count as u64 + 1);
             prop_assert!(before * 10 >= share * 9 - 10, "{before} of {share}");
         }
+    }
+
+    /// Clients cannot reach one of the gateways and come back to where they were: that must end.
+    #[test]
+    fn a_gateway_that_nobody_reaches_is_given_up_and_tried_again_later() {
+        let mut gateways = Gateways::new(&[10_000, 10_000, 10_000, 0], 100_000);
+        let mut told_in = Vec::new();
+        for step in 0..2_000_u32 {
+            let plan = gateways.balance.step(&gateways.loads);
+            if plan.sheds.values().any(|shed| shed.now > 0) {
+                told_in.push(step);
+            }
+        }
+        let tried = STEPS_TO_SHED + STEPS_TO_FILL - 1;
+        let cycle = STEPS_LEFT_OUT + tried;
+        assert!(told_in.contains(&3) && told_in.contains(&(cycle + 3)), "{told_in:?}");
+        let is_trying = |step: &u32| step % cycle <= tried;
+        assert!(told_in.iter().all(is_trying), "{told_in:?}");
+        // Once clients reach it, it gets its share.
+        for _ in 0..1_000 {
+            gateways.second();
+        }
+        assert!(gateways.loads[&name(3)].connections >= 6_750, "{:?}", gateways.loads);
     }
 
     #[test]

@@ -360,7 +360,7 @@ impl Client {
         ConversationId::from_slice(&reply.conversation_id).map_err(|_| CallError::Malformed)
     }
 
-    /// Brings users into a group. The seq of the entry, 0 if all were in already.
+    /// Brings users into a group. The seq of the entry, which names nobody if all were in already.
     pub async fn invite(&self, group: ConversationId, members: &[UserId]) -> Result<u64, CallError> {
         let request = v1::GroupInviteRequest {
             conversation_id: group.to_bytes(),

@@ -37,6 +37,8 @@ async fn the_limits_that_a_client_can_use_are_in_its_welcome() {
     let limits = client.welcome().await.limits.expect("limits");
     assert_eq!((limits.sends_per_second, limits.user_sends_per_second), (5_000, 10_000));
     assert_eq!((limits.frames_per_second, limits.bytes_per_second), (20_000, 8 * 1024 * 1024));
+    // As the user's owner says.
+    assert_eq!((limits.user_sends_per_ten_seconds, limits.user_call_cost_per_ten_seconds), (100_000, 20_000));
 }
 
 #[tokio::test(start_paused = true)]

@@ -250,6 +250,8 @@ impl Bench {
             identity: Some(identity),
             capability: Some(capability(user)),
             sync_version: 5,
+            user_sends_per_ten_seconds: 100_000,
+            user_call_cost_per_ten_seconds: 20_000,
         })
     }
 

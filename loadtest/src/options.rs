@@ -169,11 +169,13 @@ pub enum Scenario {
 }
 
 /// One sender stands for many here: no limit of what one user or connection may do. Limits of addresses do not hold on loopback.
-const RAISED: [&str; 4] = [
+const RAISED: [&str; 6] = [
     "gateway.sends_per_second_max=0",
     "gateway.user_sends_per_second_max=0",
     "gateway.frames_per_second_max=0",
     "gateway.bytes_per_second_max=0B",
+    "router.user_sends_max=0",
+    "router.user_call_cost_max=0",
 ];
 
 /// Members of a group if the options do not say.

@@ -44,13 +44,12 @@ pub fn call(cluster: &Arc<Cluster>, caller: Arc<Caller>, number: u32, request: B
     }
 }
 
-/// A call costs what its method declares, a send by call is a send.
+/// A call costs what its method declares. A send by call is a send, and is charged where it is numbered.
 fn charge(cluster: &Cluster, caller: &Caller, method: Method) -> Result<(), v1::Status> {
-    let (kind, cost) = match method {
-        Method::MessageSend => (Limited::Sends, 1),
-        method => (Limited::Calls, method.cost()),
-    };
-    cluster.user_limits.take(cluster, &caller.user, kind, cost)
+    match method {
+        Method::MessageSend => Ok(()),
+        method => cluster.user_limits.take(cluster, &caller.user, Limited::Calls, method.cost()),
+    }
 }
 
 /// The conversation whose owner answers a call.

@@ -97,8 +97,8 @@ impl RouterConfig {
             large_members: limits::LARGE_MEMBERS,
             named_sessions_min: 16,
             sessions_per_user_max: 64,
-            user_sends_max: 0,
-            user_call_cost_max: 0,
+            user_sends_max: 100_000,
+            user_call_cost_max: 20_000,
             hot: None,
         }
     }

@@ -6,10 +6,12 @@
 mod dedupe;
 mod marks;
 mod outbox;
+mod unwritten;
 
 pub use dedupe::{Dedupe, Seen};
 pub use marks::Marks;
 pub use outbox::Outbox;
+pub use unwritten::Unwritten;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -137,10 +139,12 @@ pub struct Conversation {
     pub waiters: BTreeMap<u64, Vec<Completion>>,
     pub busy: Busy,
     pub outbox: Outbox,
-    /// Entries whose state rows are being written.
-    pub unapplied: BTreeSet<u64>,
+    /// State rows that are being written.
+    pub unwritten: Unwritten,
     /// What `Table::Applied` says.
     pub applied_written: u64,
+    /// The marks, and the cursors before them, are being written.
+    pub marks_writing: bool,
     pub cursors: BTreeMap<UserId, Cursor>,
     pub cursors_dirty: BTreeSet<UserId>,
     pub marks: Marks,
@@ -187,8 +191,9 @@ impl Conversation {
             waiters: BTreeMap::new(),
             busy: Busy::Quiet,
             outbox: Outbox::default(),
-            unapplied: BTreeSet::new(),
+            unwritten: Unwritten::default(),
             applied_written: 0,
+            marks_writing: false,
             cursors: BTreeMap::new(),
             cursors_dirty: BTreeSet::new(),
             marks: Marks::default(),
@@ -209,7 +214,7 @@ impl Conversation {
 
     /// Everything up to here is in the state tables.
     pub fn applied(&self) -> u64 {
-        self.unapplied.first().map_or(self.committed, |first| first.saturating_sub(1).min(self.committed))
+        self.unwritten.first().map_or(self.committed, |first| first.saturating_sub(1).min(self.committed))
     }
 
     /// All effects of entries up to here are done.

@@ -33,7 +33,6 @@ use crate::{
     link_queue::{Acknowledged, LinkQueue, Weighed as _},
     message::{Answer, AnswerValue, ReplyTo},
     placement::Load,
-    user_limits::Limited,
     worker::input::{GatewayInput, Input},
 };
 
@@ -162,18 +161,6 @@ impl GatewayLink {
         }
     }
 
-    /// Answers a send that goes no further.
-    fn refuse_send(&self, send: &v1::SessionSend, message: &v1::Send, status: v1::Status) {
-        let ack = v1::SendAck {
-            client_message_id: message.client_message_id.clone(),
-            conversation_id: send.conversation_id.clone(),
-            status: Some(status),
-            ..v1::SendAck::default()
-        };
-        let result = v1::SendResult { session_id: send.session_id, ack: Some(ack) };
-        self.send(vec![v1::RouterMessage { message: Some(ToGateway::SendResult(result)) }]);
-    }
-
     /// What the gateway said of itself, unless that is long ago.
     pub fn load(&self) -> Option<Load> {
         (*self.load.lock()).filter(|(_, heard)| heard.elapsed() < LOAD_HOLDS).map(|(load, _)| load)
@@ -292,7 +279,7 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
                 inputs.push(GatewayInput::Renew { link: link.clone(), caller, token: renew.token.clone() });
             }
         }
-        FromGateway::Send(send) => dispatch_send(cluster, link, send, inputs),
+        FromGateway::Send(send) => dispatch_send(link, send, inputs),
         FromGateway::Call(call) => dispatch_call(cluster, link, call),
         FromGateway::Signal(signal) => {
             let caller = link.session(SessionId(signal.session_id));
@@ -335,14 +322,11 @@ fn dispatch_open(cluster: &Cluster, link: &Arc<GatewayLink>, open: &v1::SessionO
     }
 }
 
-fn dispatch_send(cluster: &Cluster, link: &Arc<GatewayLink>, send: &v1::SessionSend, inputs: &mut Inputs<'_>) {
+fn dispatch_send(link: &Arc<GatewayLink>, send: &v1::SessionSend, inputs: &mut Inputs<'_>) {
     let Ok(conversation) = ConversationId::from_slice(&send.conversation_id) else { return };
     let Some(message) = &send.send else { return };
     match link.session(SessionId(send.session_id)) {
-        Some(caller) => match cluster.user_limits.take(cluster, &caller.user, Limited::Sends, 1) {
-            Ok(()) => inputs.push(GatewayInput::Send { caller, conversation, send: message.clone() }),
-            Err(status) => link.refuse_send(send, message, status),
-        },
+        Some(caller) => inputs.push(GatewayInput::Send { caller, conversation, send: message.clone() }),
         None => {
             let wanted = v1::CapabilityWanted {
                 session_id: send.session_id,

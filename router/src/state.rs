@@ -87,6 +87,9 @@ pub struct EntryMeta {
     /// The running number of mentions of all, this entry included.
     #[prost(uint64, tag = "4")]
     pub all: u64,
+    /// Of an entry that a call made under an id: what was asked for ([`crate::conversation::Dedupe::call_print`]).
+    #[prost(fixed64, tag = "5")]
+    pub print: u64,
 }
 
 /// The value of `Table::Conversations`.

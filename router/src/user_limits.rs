@@ -2,14 +2,17 @@
 //!
 //! A send or a call is decided on at once, by what this router knows: nothing ever waits for hot state. What was let in is added to the
 //! counts in hot state afterwards, a few times a second, and if these say that the user has had too much in the cluster, this router lets
-//! nothing more of the user in until the window allows it. So
+//! nothing more of the user in until the window allows it. Only what is a 64th of a limit or more is brought there: most users never
+//! come near, and hot state hears nothing of them. So
 //!
 //! - one router alone keeps the limit exactly, over a sliding window;
-//! - several keep it together but for what they let in until the counts came back (a quarter of a second and a round trip);
+//! - several keep it together but for a 64th each, and for what they let in until the counts came back (a quarter of a second and a
+//!   round trip);
 //! - without hot state (gone, slow, flushed) each keeps it for itself: a user who reaches several routers gets at most as many times
 //!   the limit, for as long as it is away and until the end of the window in which it came back.
 //!
-//! What is refused is not counted: whoever waits as long as told is let in.
+//! What is refused is not counted: whoever waits as long as told is let in. A message is counted where it gets its number: a repeat, one
+//! that is refused and one that a gateway sends again are not, and one that was dropped with its number is taken out again.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -19,6 +22,7 @@ use im_proto::{StatusCode, Timestamp, UserId, v1};
 use im_storage::{Charge, HotState as _, Limit};
 use parking_lot::Mutex;
 use tokio::time::{MissedTickBehavior, interval};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::cluster::Cluster;
 
@@ -28,9 +32,14 @@ const WINDOW: Duration = Duration::from_secs(10);
 const ACCOUNT: Duration = Duration::from_millis(250);
 /// Charges under way at a time.
 const CHARGES: usize = 256;
-/// Users that are counted at a time. Of more than that the newcomers are let in uncounted until others are forgotten, within two windows:
-/// nobody sends for a hundred thousand users within twenty seconds on one router whom the gateways have not let in.
-const USERS_MAX: usize = 131_072;
+/// Parts with a lock each: workers and links that count different users rarely meet.
+const PARTS: usize = 16;
+/// Users that are counted at a time in each part, 131,072 in all (150 bytes each). Of more than that the newcomers are let in uncounted
+/// until others are forgotten, within two windows: nobody sends for a hundred thousand users within twenty seconds on one router whom the
+/// gateways have not let in.
+const USERS_MAX: usize = 131_072 / PARTS;
+/// What is less than this part of a limit is not brought to hot state.
+const ACCOUNTED_PART: u32 = 64;
 
 /// What is limited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,6 +70,15 @@ struct Used {
 }
 
 impl Used {
+    fn is_alive(&self, limit: Limit, now: Timestamp) -> bool {
+        self.refused_until > now || limit.window_of(now).abs_diff(self.window) <= 1
+    }
+
+    /// What is to be brought to hot state now.
+    fn take_unaccounted(&mut self, limit: Limit) -> Option<u32> {
+        (self.unaccounted >= accounted_min(limit)).then(|| std::mem::take(&mut self.unaccounted))
+    }
+
     /// When so much is let in, if nothing else is meanwhile.
     fn retry_after(&self, limit: Limit, asked: u64, now: Timestamp) -> Duration {
         let mut wait = Duration::ZERO;
@@ -81,18 +99,41 @@ impl Used {
     }
 }
 
+/// The least that is brought to hot state.
+fn accounted_min(limit: Limit) -> u32 {
+    (limit.amount / ACCOUNTED_PART).max(1)
+}
+
+/// What a user has used of each limit.
+#[derive(Debug, Default)]
+struct UsedByKind {
+    sends: Used,
+    calls: Used,
+}
+
+impl UsedByKind {
+    fn of(&mut self, kind: Limited) -> &mut Used {
+        match kind {
+            Limited::Sends => &mut self.sends,
+            Limited::Calls => &mut self.calls,
+        }
+    }
+}
+
+type Part = HashMap<UserId, UsedByKind, FixedState>;
+
 /// The limits of a router.
 pub struct UserLimits {
     sends: Option<Limit>,
     calls: Option<Limit>,
-    used: Mutex<HashMap<(UserId, Limited), Used, FixedState>>,
+    parts: [Mutex<Part>; PARTS],
 }
 
 impl UserLimits {
     /// 0 is no limit.
     pub fn new(sends_max: u32, call_cost_max: u32) -> Self {
         let limit = |amount| (amount > 0).then_some(Limit { amount, window: WINDOW });
-        Self { sends: limit(sends_max), calls: limit(call_cost_max), used: Mutex::default() }
+        Self { sends: limit(sends_max), calls: limit(call_cost_max), parts: std::array::from_fn(|_| Mutex::default()) }
     }
 
     fn limit(&self, kind: Limited) -> Option<Limit> {
@@ -100,6 +141,11 @@ impl UserLimits {
             Limited::Sends => self.sends,
             Limited::Calls => self.calls,
         }
+    }
+
+    fn part(&self, user: &UserId) -> &Mutex<Part> {
+        let hash = usize::try_from(xxh3_64(user.as_str().as_bytes()) % PARTS as u64).unwrap_or(0);
+        &self.parts[hash]
     }
 
     /// Takes a cost from a user's limit, or says when to come back.
@@ -113,17 +159,23 @@ impl UserLimits {
     }
 
     fn take_at(&self, user: &UserId, kind: Limited, cost: u32, limit: Limit, now: Timestamp) -> Result<(), Duration> {
-        let mut used = self.used.lock();
-        let key = (user.clone(), kind);
-        if used.len() >= USERS_MAX && !used.contains_key(&key) {
-            return Ok(());
+        let mut part = self.part(user).lock();
+        if !part.contains_key(user) {
+            if part.len() >= USERS_MAX {
+                return Ok(());
+            }
+            part.insert(user.clone(), UsedByKind::default());
         }
-        let used = used.entry(key).or_default();
+        let Some(used) = part.get_mut(user) else { return Ok(()) };
+        let used = used.of(kind);
         // A clock that was set back gives an earlier window: then nothing of before counts.
         let window = limit.window_of(now);
         if window != used.window {
             used.previous = if window == used.window.wrapping_add(1) { used.current } else { 0 };
             (used.window, used.current) = (window, 0);
+            if used.unaccounted < accounted_min(limit) {
+                used.unaccounted = 0;
+            }
             if used.refused_until > now.saturating_add(2 * limit.window) {
                 used.refused_until = Timestamp::default();
             }
@@ -144,16 +196,32 @@ impl UserLimits {
         }
     }
 
+    /// Takes out again what was taken lately and came to nothing. What hot state has counted stays counted until its window is over.
+    pub fn give_back(&self, user: &UserId, kind: Limited, cost: u32) {
+        if self.limit(kind).is_some()
+            && let Some(used) = self.part(user).lock().get_mut(user)
+        {
+            let used = used.of(kind);
+            used.current = used.current.saturating_sub(u64::from(cost));
+            used.unaccounted = used.unaccounted.saturating_sub(cost);
+        }
+    }
+
     /// What is to be added to the counts in hot state. Forgets who has not used anything for two windows.
     fn unaccounted(&self, now: Timestamp) -> Vec<(UserId, Limited, u32, Limit)> {
+        let limits = [(Limited::Sends, self.sends), (Limited::Calls, self.calls)];
         let mut charges = Vec::new();
-        self.used.lock().retain(|(user, kind), used| {
-            let Some(limit) = self.limit(*kind) else { return false };
-            if used.unaccounted > 0 {
-                charges.push((user.clone(), *kind, std::mem::take(&mut used.unaccounted), limit));
-            }
-            used.refused_until > now || limit.window_of(now).abs_diff(used.window) <= 1
-        });
+        for part in &self.parts {
+            part.lock().retain(|user, used| {
+                let mut is_alive = false;
+                for (kind, limit) in limits.iter().filter_map(|(kind, limit)| Some((*kind, (*limit)?))) {
+                    let used = used.of(kind);
+                    charges.extend(used.take_unaccounted(limit).map(|cost| (user.clone(), kind, cost, limit)));
+                    is_alive |= used.is_alive(limit, now);
+                }
+                is_alive
+            });
+        }
         // By user, so that a simulation does the same each time.
         charges.sort_by(|one, other| (&one.0, one.1).cmp(&(&other.0, other.1)));
         charges
@@ -161,7 +229,8 @@ impl UserLimits {
 
     /// The cluster's counts of a user are above the limit.
     fn exceeded(&self, user: UserId, kind: Limited, until: Timestamp) {
-        if let Some(used) = self.used.lock().get_mut(&(user, kind)) {
+        if let Some(used) = self.part(&user).lock().get_mut(&user) {
+            let used = used.of(kind);
             used.refused_until = used.refused_until.max(until);
         }
     }
@@ -249,9 +318,38 @@ mod tests {
             assert_eq!(limits.take_at(&user(&format!("u{number}")), Limited::Sends, 1, LIMIT, at(0)), Ok(()));
         }
         assert_eq!(limits.unaccounted(at(0)).len(), 100);
-        assert_eq!(limits.used.lock().len(), 100);
+        let known = || limits.parts.iter().map(|part| part.lock().len()).sum::<usize>();
+        assert_eq!(known(), 100);
         limits.unaccounted(at(30_000));
-        assert!(limits.used.lock().is_empty());
+        assert_eq!(known(), 0);
+    }
+
+    #[test]
+    fn a_small_part_of_a_limit_is_not_brought_to_hot_state() {
+        let limits = UserLimits::new(640, 0);
+        let limit = Limit { amount: 640, window: WINDOW };
+        let take = |now| limits.take_at(&user("alice"), Limited::Sends, 1, limit, now).unwrap();
+        (0..9).for_each(|_| take(at(0)));
+        assert_eq!(limits.unaccounted(at(0)).len(), 0);
+        // What was not brought there in its window is nothing to the next.
+        take(at(10_000));
+        assert_eq!(limits.unaccounted(at(10_000)).len(), 0);
+        (0..9).for_each(|_| take(at(10_000)));
+        assert_eq!(limits.unaccounted(at(10_000)).iter().map(|(.., cost, _)| *cost).collect::<Vec<_>>(), [10]);
+    }
+
+    #[test]
+    fn what_came_to_nothing_is_not_counted() {
+        let limits = UserLimits::new(10, 0);
+        let take = || limits.take_at(&user("alice"), Limited::Sends, 1, LIMIT, at(0));
+        for _ in 0..100 {
+            assert_eq!(take(), Ok(()));
+            limits.give_back(&user("alice"), Limited::Sends, 1);
+        }
+        (0..10).for_each(|_| take().unwrap());
+        assert!(take().is_err());
+        limits.give_back(&user("bob"), Limited::Sends, 1);
+        limits.give_back(&user("alice"), Limited::Calls, 1);
     }
 
     proptest! {

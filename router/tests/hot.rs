@@ -8,10 +8,13 @@ use im_proto::{
     v1::{self, gateway_message::Message as Up, router_message::Message as Down},
 };
 use im_registry::{AnyRegistry, Registry as _, View};
-use im_router::Router;
-use im_storage::{Hot, Memory, MemoryHot, RedisHot, RedisOptions, Store};
+use im_router::{Router, RouterConfig};
+use im_storage::{FaultPlan, Hot, Memory, MemoryHot, RedisHot, RedisOptions, Store};
 
-use crate::support::{CLUSTER, Mesh, TestGateway, World, message, user};
+use crate::{
+    lifecycle::faulty,
+    support::{CLUSTER, Mesh, TestGateway, World, message, to, user},
+};
 
 /// What is told of some users, by their id: whether online.
 async fn read(gateway: &mut TestGateway, session: u64, users: &[&str]) -> BTreeMap<String, bool> {
@@ -131,6 +134,70 @@ async fn without_hot_state_messages_flow_limits_hold_here_and_presence_is_unknow
     gateway.send(1, id, message("bob", "m6", "m6", "", 0)).await;
     assert_eq!(gateway.ack("m6").await.seq, 6);
     assert_eq!(read(&mut gateway, 1, &["alice", "bob"]).await, BTreeMap::new(), "unknown, not offline");
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_a_message_that_gets_a_number_is_taken_from_its_users_limit() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let config = RouterConfig { user_sends_max: 3, append_patience: Duration::from_secs(2), ..world.config("r1") };
+    let router = world.router(config).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    let opened = gateway.open(&world, 1, "alice", "d").await;
+    assert_eq!((opened.user_sends_per_ten_seconds, opened.user_call_cost_per_ten_seconds), (3, 20_000));
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    // What is said again, by a client or by its gateway.
+    for _ in 0..20 {
+        gateway.send(1, id, message("bob", "m1", "m1", "", 0)).await;
+        assert_eq!(gateway.ack("m1").await.seq, 1);
+    }
+    // What is refused: where alice may not write, behind one that never came, with the id of another.
+    let foreign = CLUSTER.direct_id(&user("carol"), &user("bob"));
+    for (id, send, code) in [
+        (foreign, message("x", "m2", "m2", "", 0), StatusCode::NotFound),
+        (id, message("bob", "m2", "m2", "never sent", 1), StatusCode::OutOfOrder),
+        (id, message("bob", "m1", "other", "", 0), StatusCode::PreconditionFailed),
+    ] {
+        for _ in 0..5 {
+            let client_message_id = if send.client_message_id == "m1" { "m1" } else { "m2" };
+            gateway.send(1, id, send.clone()).await;
+            assert_eq!(gateway.ack(client_message_id).await.status.unwrap().code, code.number());
+        }
+    }
+    // What got a number and lost it again, with its owner's epoch.
+    store.set_plan(FaultPlan { refused_permille: 1000, ..FaultPlan::none() });
+    gateway.send(1, id, message("bob", "m2", "m2", "", 1)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    store.set_plan(FaultPlan::none());
+    gateway
+        .expect("send returned", |message| match message {
+            Down::SendReturned(returned) if returned.client_message_id == "m2" => Some(()),
+            _ => None,
+        })
+        .await;
+    // By frame and by call.
+    gateway.send(1, id, message("bob", "m2", "m2", "", 1)).await;
+    assert_eq!(gateway.ack("m2").await.seq, 2);
+    let send = |text: &'static str| v1::SendRequest {
+        target: to(id),
+        client_message_id: text.into(),
+        body: im_proto::body::text(text),
+        known_seq: 2,
+    };
+    for _ in 0..5 {
+        let reply: v1::SendReply = gateway.call(1, Method::MessageSend, &send("m3")).await.unwrap();
+        assert_eq!(reply.seq, 3);
+    }
+    let refused = gateway.call::<v1::SendReply>(1, Method::MessageSend, &send("m4")).await.unwrap_err();
+    assert_eq!(refused.code, StatusCode::RateLimited.number());
+    gateway.send(1, id, message("bob", "m5", "m5", "", 3)).await;
+    assert_eq!(gateway.ack("m5").await.status.unwrap().code, StatusCode::RateLimited.number());
+    gateway.send(1, id, message("bob", "m1", "m1", "", 0)).await;
+    assert_eq!(gateway.ack("m1").await.seq, 1, "what is stored is told to whoever is over the limit");
+    tokio::time::sleep(Duration::from_millis(u64::from(refused.retry_after_ms))).await;
+    gateway.send(1, id, message("bob", "m5", "m5", "", 3)).await;
+    assert_eq!(gateway.ack("m5").await.seq, 4);
 }
 
 /// Two routers with one hot state and a limit of ten sends, once both own shards, and who owns which.

@@ -8,6 +8,7 @@ use im_router::Ended;
 use im_storage::{
     AppendRequest, Batch, Directory as _, FaultPlan, Memory, MessageLog as _, Row, StateWrite, Store, Table,
 };
+use prost::Message as _;
 
 use crate::{
     lifecycle::faulty,
@@ -101,6 +102,75 @@ async fn past_the_lease_deadline_even_that_there_is_nothing_more_waits_for_a_fen
     store.set_plan(FaultPlan::none());
     let nothing: v1::HistoryReply = gateway.call(1, Method::MessageHistory, &beyond).await.unwrap();
     assert_eq!((nothing.head, nothing.entries.len()), (1, 0));
+}
+
+/// An owner that was fenced and does not know it yet: whatever it is asked past its lease, it says nothing of what it remembers.
+#[tokio::test(start_paused = true)]
+async fn past_the_lease_deadline_no_answer_and_no_refusal_comes_from_memory_alone() {
+    // Each question finds out that the router is fenced, so each gets a world of its own.
+    for question in ["read", "read of a stranger", "signal", "signal of a stranger", "send of a stranger", "invitation"]
+    {
+        let world = World::new(Store::from(Memory::new()));
+        let handle = world.registry.handle("r1", world.environment.clone());
+        let first = world.router_on(world.config("r1"), handle.clone().into()).await;
+        let mut gateway = world.gateway("g1", &first).await;
+        gateway.open(&world, 1, "alice", "d").await;
+        gateway.open(&world, 2, "carol", "d").await;
+        let create =
+            v1::GroupCreateRequest { key: "k".into(), name: "team".to_owned(), members: vec!["bob".to_owned()] };
+        let created: v1::GroupCreateReply = gateway.call(1, Method::GroupCreate, &create).await.unwrap();
+        let id = im_proto::ConversationId::from_slice(&created.conversation_id).unwrap();
+        let read = v1::MarkReadRequest { target: to(id), seq: 1 };
+        gateway.call::<v1::MarkReadReply>(1, Method::ConversationMarkRead, &read).await.unwrap();
+        handle.set_reach(Reach::Refused);
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        let second = world.router(world.config("r2")).await;
+        let mut other = world.gateway("g2", &second).await;
+        other.open(&world, 1, "alice", "d").await;
+        let invite = v1::GroupInviteRequest {
+            conversation_id: id.to_bytes(),
+            members: vec!["carol".to_owned()],
+            ..v1::GroupInviteRequest::default()
+        };
+        other.call::<v1::GroupInviteReply>(1, Method::GroupInvite, &invite).await.unwrap();
+        assert!(first.ended().borrow().is_none(), "it does not know yet");
+        let signal = v1::SignalRequest {
+            target: to(id),
+            signal: Some(v1::signal_request::Signal::Typing(v1::Typing::default())),
+        };
+        let session_id = if question.ends_with("stranger") { 2 } else { 1 };
+        let call = |method: Method, request: Vec<u8>| {
+            let call = v1::Call { request_id: 900, method: method.number(), request: request.into() };
+            v1::gateway_message::Message::Call(v1::SessionCall { session_id, call: Some(call) })
+        };
+        gateway.gather().await;
+        gateway.inbox.clear();
+        match question {
+            "send of a stranger" => gateway.send(2, id, message("x", "c1", "hello", "", 0)).await,
+            "invitation" => {
+                let nobody_new = v1::GroupInviteRequest { members: vec!["bob".to_owned()], ..invite };
+                gateway.push(vec![call(Method::GroupInvite, nobody_new.encode_to_vec())]).await;
+            }
+            "read" | "read of a stranger" => {
+                gateway.push(vec![call(Method::ConversationMarkRead, read.encode_to_vec())]).await;
+            }
+            _ => gateway.push(vec![call(Method::ConversationSignal, signal.encode_to_vec())]).await,
+        }
+        let mut ended = first.ended();
+        let why = ended.wait_for(Option::is_some).await.unwrap().clone();
+        assert_eq!(why, Some(Ended::Fenced), "{question}");
+        gateway.gather().await;
+        let unavailable = |reply: &v1::CallReply| {
+            reply.status.as_ref().is_some_and(|status| status.code == StatusCode::Unavailable.number())
+        };
+        for told in &gateway.inbox {
+            match told {
+                Down::CallReply(reply) => assert!(unavailable(reply), "{question}: {reply:?}"),
+                Down::SendResult(_) | Down::Deliver(_) => panic!("{question}: {told:?}"),
+                _ => {}
+            }
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]

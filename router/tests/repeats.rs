@@ -244,3 +244,92 @@ async fn a_repeated_invitation_or_leave_has_the_effect_of_one_also_at_the_next_o
     let reply: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &again).await.unwrap();
     assert_eq!(reply.seq, 4);
 }
+
+/// An id names one send or call of its user in a conversation: whatever else comes under it is refused, at the next owner too.
+#[tokio::test(start_paused = true)]
+async fn a_reused_id_for_another_call_is_refused_also_at_the_next_owner() {
+    let world = World::new(Store::from(Memory::new()));
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    gateway.open(&world, 2, "bob", "d").await;
+    let id = group(&mut gateway, &["bob"]).await;
+    let invite = |members: &[&str], client_message_id: &'static str| v1::GroupInviteRequest {
+        conversation_id: id.to_bytes(),
+        members: members.iter().map(|&name| name.to_owned()).collect(),
+        client_message_id: client_message_id.into(),
+    };
+    let leave = |client_message_id: &'static str| v1::GroupLeaveRequest {
+        conversation_id: id.to_bytes(),
+        client_message_id: client_message_id.into(),
+    };
+    // Bob is in already, which is nothing to the repetition.
+    let made = invite(&["carol", "bob", "dave"], "i1");
+    let reply: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &made).await.unwrap();
+    assert_eq!(reply.seq, 2);
+    gateway.send(1, id, message("x", "m1", "hello", "", 0)).await;
+    assert_eq!(gateway.ack("m1").await.seq, 3);
+    // Ids are their users' own.
+    let of_bob: v1::GroupLeaveReply = gateway.call(2, Method::GroupLeave, &leave("i1")).await.unwrap();
+    assert_eq!(of_bob.seq, 4);
+    let refused = StatusCode::PreconditionFailed.number();
+    for (router, next) in [("r1", "r2"), ("r2", "")] {
+        for other in [invite(&["carol"], "i1"), invite(&["carol", "bob", "dave", "eve"], "i1"), invite(&["eve"], "m1")]
+        {
+            let answer = gateway.call::<v1::GroupInviteReply>(1, Method::GroupInvite, &other).await;
+            assert_eq!(answer.map_err(|status| status.code), Err(refused), "{other:?} at {router}");
+        }
+        for reused in ["i1", "m1"] {
+            let answer = gateway.call::<v1::GroupLeaveReply>(1, Method::GroupLeave, &leave(reused)).await;
+            assert_eq!(answer.map_err(|status| status.code), Err(refused), "{reused} at {router}");
+        }
+        let answer = gateway.call::<v1::GroupInviteReply>(2, Method::GroupInvite, &invite(&["eve"], "i1")).await;
+        assert_eq!(answer.map_err(|status| status.code), Err(refused), "at {router}");
+        gateway.send(1, id, message("x", "i1", "hello", "", 0)).await;
+        assert_eq!(refusal(&mut gateway, "i1").await, refused);
+        let again: v1::GroupInviteReply =
+            gateway.call(1, Method::GroupInvite, &invite(&["dave", "carol", "bob", "bob"], "i1")).await.unwrap();
+        assert_eq!(again.seq, 2, "the same users are the same call");
+        if next.is_empty() {
+            break;
+        }
+        assert!(first.stop(Duration::from_secs(30)).await);
+        let router = Box::leak(Box::new(world.router(world.config(next)).await));
+        gateway = world.gateway("g2", router).await;
+        gateway.open(&world, 1, "alice", "d").await;
+        gateway.open(&world, 2, "bob", "d").await;
+    }
+    let members = v1::GroupMembersRequest { conversation_id: id.to_bytes(), ..v1::GroupMembersRequest::default() };
+    let reply: v1::GroupMembersReply = gateway.call(1, Method::GroupMembers, &members).await.unwrap();
+    assert_eq!(reply.total, 3, "alice, carol, dave");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_repetition_of_an_invitation_that_changed_nothing_brings_nobody_back() {
+    let world = World::new(Store::from(Memory::new()));
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    gateway.open(&world, 2, "bob", "d").await;
+    let id = group(&mut gateway, &["bob", "carol"]).await;
+    let invite = v1::GroupInviteRequest {
+        conversation_id: id.to_bytes(),
+        members: vec!["bob".to_owned()],
+        client_message_id: "i1".into(),
+    };
+    let reply: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &invite).await.unwrap();
+    assert_eq!(reply.seq, 2);
+    let leave = v1::GroupLeaveRequest { conversation_id: id.to_bytes(), client_message_id: "l1".into() };
+    gateway.call::<v1::GroupLeaveReply>(2, Method::GroupLeave, &leave).await.unwrap();
+    let members = v1::GroupMembersRequest { conversation_id: id.to_bytes(), ..v1::GroupMembersRequest::default() };
+    let reply: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &invite).await.unwrap();
+    assert_eq!(reply.seq, 2);
+    assert!(first.stop(Duration::from_secs(30)).await);
+    let second = world.router(world.config("r2")).await;
+    let mut gateway = world.gateway("g2", &second).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    let reply: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &invite).await.unwrap();
+    assert_eq!(reply.seq, 2);
+    let reply: v1::GroupMembersReply = gateway.call(1, Method::GroupMembers, &members).await.unwrap();
+    assert_eq!(reply.total, 2, "who has left stays out");
+}

@@ -235,8 +235,11 @@ impl World {
 
     /// A registered gateway with a link to a router.
     pub async fn gateway(&self, name: &str, router: &Router) -> TestGateway {
+        self.gateway_on(name, router, self.registry.handle(name, self.environment.clone()).into()).await
+    }
+
+    pub async fn gateway_on(&self, name: &str, router: &Router, registry: AnyRegistry) -> TestGateway {
         let id = InstanceId::parse(name).unwrap();
-        let registry = AnyRegistry::from(self.registry.handle(name, self.environment.clone()));
         let instance = Instance {
             id: id.clone(),
             boot: BootId(5),
@@ -327,9 +330,22 @@ impl TestGateway {
     }
 
     pub async fn open(&mut self, world: &World, session: u64, user: &str, device: &str) -> v1::SessionOpened {
+        self.open_on(world, session, user, device, "terminal").await
+    }
+
+    /// A session of a device of a platform, whose client began to connect just now.
+    pub async fn open_on(
+        &mut self,
+        world: &World,
+        session: u64,
+        user: &str,
+        device: &str,
+        platform: &str,
+    ) -> v1::SessionOpened {
         let open = v1::SessionOpen {
             session_id: session,
-            token: world.token(user, device, "terminal"),
+            token: world.token(user, device, platform),
+            opened_at_ms: world.environment.clock.now().as_millis(),
             ..v1::SessionOpen::default()
         };
         self.push(vec![Up::Open(open)]).await;

@@ -193,7 +193,7 @@ pub(super) enum Group {
         #[arg(value_parser = parse_user)]
         members: Vec<UserId>,
     },
-    /// Bring others into a group, and print the seq of that entry; 0 if all were in already.
+    /// Bring others into a group, and print the seq of that entry, which names nobody if all were in already.
     #[command(after_help = "Example: im --as alice group invite 00112233445566778899aabbccddeeff @dave")]
     Invite {
         /// The conversation id of the group.

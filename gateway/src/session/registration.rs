@@ -80,7 +80,7 @@ impl Session {
         state.registered = Some(from);
         state.registered_under = opening.sent_under;
         state.presented = opening.sent_to.into_iter().collect();
-        let welcome = self.welcome(shared, opening.version, opened.sync_version, &identity);
+        let welcome = self.welcome(shared, opening.version, opened, &identity);
         // Live before the frame can be seen, so that nothing is refused that the client sends after it.
         self.live.store(true, std::sync::atomic::Ordering::Release);
         shared.metrics.sessions.increment(1.0);
@@ -92,7 +92,7 @@ impl Session {
         }
     }
 
-    fn welcome(&self, shared: &Shared, version: u32, sync_version: u64, identity: &v1::Identity) -> Frame {
+    fn welcome(&self, shared: &Shared, version: u32, opened: &v1::SessionOpened, identity: &v1::Identity) -> Frame {
         let config = &shared.config;
         let narrow = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let self_id = self.user().map(|user| shared.secret.self_id(user));
@@ -110,8 +110,10 @@ impl Session {
                 user_sends_per_second: config.user_sends_per_second_max,
                 frames_per_second: config.frames_per_second_max,
                 bytes_per_second: narrow(config.bytes_per_second_max),
+                user_sends_per_ten_seconds: opened.user_sends_per_ten_seconds,
+                user_call_cost_per_ten_seconds: opened.user_call_cost_per_ten_seconds,
             }),
-            sync_version,
+            sync_version: opened.sync_version,
             user_id: identity.user_id.clone(),
             device_id: identity.device_id.clone(),
             platform: identity.platform.clone(),

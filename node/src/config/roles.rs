@@ -47,8 +47,8 @@ impl Default for RouterTuning {
             resync_spread: Duration::from_millis(500),
             link_queue_bytes_max: 64 * 1024 * 1024,
             sessions_per_user_max: 64,
-            user_sends_max: 0,
-            user_call_cost_max: 0,
+            user_sends_max: 100_000,
+            user_call_cost_max: 20_000,
         }
     }
 }
@@ -310,20 +310,20 @@ pub fn router(tuning: &mut RouterTuning) -> [Setting<'_>; 13] {
         ),
         setting(
             "router.sessions_per_user_max",
-            "Sessions of one user at a time; the oldest has to go.\n\
+            "Sessions of one user at a time; one more is refused as overloaded.\n\
              64: a person has a handful, a bot one a process; every message to the user costs one copy each.",
             Slot::Count(&mut tuning.sessions_per_user_max, 1..=4096),
         ),
         setting(
             "router.user_sends_max",
-            "Messages of one user in ten seconds, in the whole cluster (counted in Redis); more are answered rate limited.\n\
-             0: no limit, so that a bot works out of the box. 200 suits people: nobody types faster.",
+            "Messages of one user in ten seconds, in the whole cluster (counted in Redis); more are answered rate limited. 0: no limit.\n\
+             100,000: ten seconds of what one gateway lets a user send. 200 would suit people: nobody types faster.",
             Slot::Rate(&mut tuning.user_sends_max, 0..=1_000_000),
         ),
         setting(
             "router.user_call_cost_max",
-            "The cost of one user's calls in ten seconds, in the whole cluster; what a call costs is in the method table.\n\
-             0: no limit. 2000 suits people: a first sync of 5,000 conversations with their history takes 500 within seconds.",
+            "The cost of one user's calls in ten seconds, in the whole cluster; what a call costs is in the method table. 0: no limit.\n\
+             20,000: a first sync of 5,000 conversations with the history of each takes 5,100, and four devices may do so at once.",
             Slot::Rate(&mut tuning.user_call_cost_max, 0..=1_000_000),
         ),
     ]
@@ -335,24 +335,54 @@ mod tests {
 
     use super::*;
 
+    /// Keys and defaults of the table behind a heading of docs/limits.md.
+    fn documented(prefix: &str) -> BTreeMap<String, String> {
+        let text = include_str!("../../../docs/limits.md");
+        let header = format!("| key (`{prefix}.`) |");
+        let table = text.lines().skip_while(|line| !line.starts_with(&header)).take_while(|line| line.starts_with('|'));
+        let rows = table.filter_map(|line| line.strip_prefix("| `"));
+        rows.filter_map(|row| {
+            let mut cells = row.split(" | ");
+            Some((format!("{prefix}.{}", cells.next()?.trim_end_matches('`')), cells.next()?.to_owned()))
+        })
+        .collect()
+    }
+
     #[test]
     fn the_table_of_limits_says_what_is_configured() {
-        let text = include_str!("../../../docs/limits.md");
-        let rows = text.lines().filter_map(|line| line.strip_prefix("| `"));
-        let documented: BTreeMap<String, &str> = rows
-            .filter_map(|row| {
-                let mut cells = row.split(" | ");
-                Some((format!("gateway.{}", cells.next()?.trim_end_matches('`')), cells.next()?))
-            })
-            .collect();
-        let mut config = GatewayConfig::new("");
-        let settings: BTreeMap<_, _> =
-            gateway(&mut config).iter().map(|setting| (setting.key.to_owned(), setting.slot.to_string())).collect();
-        for (key, default) in &documented {
-            assert_eq!(settings.get(key).map(String::as_str), Some(*default), "{key}");
+        let (mut config, mut tuning) = (GatewayConfig::new(""), RouterTuning::default());
+        let gateway = gateway(&mut config).map(|setting| (setting.key.to_owned(), setting.slot.to_string()));
+        let router = router(&mut tuning).map(|setting| (setting.key.to_owned(), setting.slot.to_string()));
+        for (prefix, settings) in [("gateway", Vec::from(gateway)), ("router", Vec::from(router))] {
+            let (settings, documented) = (BTreeMap::from_iter(settings), documented(prefix));
+            assert!(!documented.is_empty(), "docs/limits.md has no table for {prefix}");
+            for (key, default) in &documented {
+                assert_eq!(settings.get(key), Some(default), "{key}");
+            }
+            let is_limit = |key: &&String| {
+                let ends = ["per_second_max", "connections_max", "_sends_max", "_cost_max", "_user_max"];
+                ends.iter().any(|end| key.ends_with(end))
+            };
+            for key in settings.keys().filter(is_limit) {
+                assert!(documented.contains_key(key), "docs/limits.md has no row for {key}");
+            }
         }
-        for key in settings.keys().filter(|key| key.ends_with("per_second_max") || key.ends_with("connections_max")) {
-            assert!(documented.contains_key(key), "docs/limits.md has no row for {key}");
-        }
+    }
+
+    #[test]
+    fn limits_of_users_are_on_by_default_in_the_library_and_the_command_alike() {
+        use im_proto::{
+            BootId, InstanceId,
+            key::{ClusterSecret, RouterSecret},
+        };
+        let (cluster, router) = (ClusterSecret::new([7; 32]), RouterSecret::new([9; 32]));
+        let config = RouterConfig::new(InstanceId::parse("r").unwrap(), BootId(1), cluster, router);
+        let tuning = RouterTuning::default();
+        assert_eq!(
+            (tuning.user_sends_max, tuning.user_call_cost_max),
+            (config.user_sends_max, config.user_call_cost_max)
+        );
+        let per_second = GatewayConfig::new("").user_sends_per_second_max;
+        assert_eq!(tuning.user_sends_max, 10 * per_second, "ten seconds of what one gateway lets a user send");
     }
 }

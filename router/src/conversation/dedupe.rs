@@ -4,18 +4,21 @@
 //! stay in the processor's cache however many conversations are busy, and the table is four bytes an entry: with entries in the table
 //! itself each insertion missed the cache several times.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use hashbrown::HashTable;
-use im_proto::{Timestamp, UserId, limits};
+use im_proto::{Timestamp, UserId, limits, v1::EntryKind};
+use im_storage::Row;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
+
+use crate::state;
 
 /// What was sent under a client message id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
     pub seq: u64,
     pub sent_at: Timestamp,
-    /// XXH3-64 of the body, `None` if the entry was read back without its body.
+    /// What was sent, as [`Dedupe::print`] says; `None` if the entry was read back without its body.
     pub body_hash: Option<u64>,
 }
 
@@ -55,6 +58,28 @@ impl Dedupe {
     /// XXH3-64 of a body.
     pub fn body_hash(body: &[u8]) -> u64 {
         xxh3_64(body)
+    }
+
+    /// What a call asks for under its id, whatever comes of it: XXH3-64 of its name and its operands, in order, each behind a zero byte.
+    pub fn call_print<'a>(name: &str, operands: impl IntoIterator<Item = &'a str>) -> u64 {
+        let operands: BTreeSet<&str> = operands.into_iter().collect();
+        let mut input = name.as_bytes().to_vec();
+        for operand in operands {
+            input.push(0);
+            input.extend_from_slice(operand.as_bytes());
+        }
+        xxh3_64(&input).max(1)
+    }
+
+    /// What an entry was sent as: the hash of its body, or what the call asked for that made it.
+    pub fn print(row: &Row) -> u64 {
+        match row.kind {
+            EntryKind::Event => match state::meta(row).print {
+                0 => Self::body_hash(&row.body),
+                print => print,
+            },
+            _ => Self::body_hash(&row.body),
+        }
     }
 
     /// What was sent under a key, if it is remembered.

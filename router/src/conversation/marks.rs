@@ -16,6 +16,9 @@ pub const GATHER: Duration = Duration::from_millis(500);
 /// Signals that a conversation passes on in a second, from all its members together: with a thousand who type at once each needs to be
 /// seen typing by nobody.
 const SIGNALS_OF_ALL_MAX: u32 = 64;
+/// Read cursors of one conversation that are being written: as many as wait where a large group reads on at once and the store takes 100
+/// ms. Beyond it `MarkRead` is overloaded.
+const READS_WRITING_MAX: usize = 1024;
 const SECOND: Duration = Duration::from_secs(1);
 
 /// Read beside the log, and gone with the conversation.
@@ -25,6 +28,10 @@ pub struct Marks {
     received: BTreeMap<UserId, u64>,
     /// Received cursors to be written.
     unwritten: BTreeSet<UserId>,
+    /// A write of received cursors is under way: the next one waits for it.
+    writing: bool,
+    /// Writes of read cursors that are under way.
+    reads_writing: usize,
     /// Whose cursors have moved since the others were told.
     untold: BTreeSet<UserId>,
     told: Option<Instant>,
@@ -80,7 +87,7 @@ impl Marks {
 
     /// Nothing waits to be told or written.
     pub fn is_settled(&self) -> bool {
-        self.untold.is_empty() && self.unwritten.is_empty()
+        self.untold.is_empty() && self.unwritten.is_empty() && !self.writing && self.reads_writing == 0
     }
 
     /// Whose cursors have moved.
@@ -89,9 +96,30 @@ impl Marks {
         std::mem::take(&mut self.untold)
     }
 
-    /// Whose received cursors are to be written.
-    pub fn take_unwritten(&mut self) -> BTreeSet<UserId> {
+    /// Whose received cursors are to be written now; nobody's while a write is under way.
+    pub fn begin_writing(&mut self) -> BTreeSet<UserId> {
+        if self.writing {
+            return BTreeSet::new();
+        }
+        self.writing = !self.unwritten.is_empty();
         std::mem::take(&mut self.unwritten)
+    }
+
+    /// What was under way is stored.
+    pub fn written(&mut self) {
+        self.writing = false;
+    }
+
+    /// Begins a write of a read cursor; `false` if there are too many.
+    pub fn begin_read(&mut self) -> bool {
+        let has_room = self.reads_writing < READS_WRITING_MAX;
+        self.reads_writing += usize::from(has_room);
+        has_room
+    }
+
+    /// A read cursor is stored.
+    pub fn read_written(&mut self) {
+        self.reads_writing -= 1;
     }
 
     /// Whether a user may send a signal now; takes it from the rates if so.
@@ -141,5 +169,24 @@ mod tests {
         assert!(marks.receive(&user, 6));
         assert_eq!(marks.due_at(now), Some(now + GATHER));
         assert!(!marks.is_settled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn received_cursors_are_written_one_write_at_a_time() {
+        let (alice, bob) = (UserId::parse("alice").unwrap(), UserId::parse("bob").unwrap());
+        let mut marks = Marks::default();
+        assert!(marks.begin_writing().is_empty() && marks.is_settled());
+        marks.receive(&alice, 5);
+        assert_eq!(marks.begin_writing().len(), 1);
+        marks.take_untold(Instant::now());
+        assert!(!marks.is_settled(), "it may yet fail");
+        marks.receive(&alice, 6);
+        marks.receive(&bob, 6);
+        assert!(marks.begin_writing().is_empty());
+        marks.written();
+        assert_eq!(marks.begin_writing().len(), 2);
+        marks.take_untold(Instant::now());
+        marks.written();
+        assert!(marks.is_settled());
     }
 }

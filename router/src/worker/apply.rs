@@ -58,21 +58,29 @@ impl Context {
     pub fn apply_consequences(&mut self, conversation: &mut Conversation, seq: u64, consequences: Consequences) {
         let Consequences { writes, effects, .. } = consequences;
         if !writes.is_empty() {
-            conversation.unapplied.insert(seq);
-            let (id, epoch) = (conversation.id, conversation.epoch);
-            self.write_state(writes, move |worker| {
-                if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
-                    && conversation.epoch == epoch
-                {
-                    conversation.unapplied.remove(&seq);
-                    conversation.mentions_unwritten.remove(&seq);
-                }
-            });
+            conversation.unwritten.push(seq, writes);
+            self.write_entries(conversation);
         }
         for effect in effects {
             conversation.outbox.push(effect);
         }
         self.send_effects(conversation);
+    }
+
+    /// Writes the rows that wait, unless a write of this conversation is under way.
+    fn write_entries(&self, conversation: &mut Conversation) {
+        let Some(writes) = conversation.unwritten.begin() else { return };
+        let (id, epoch) = (conversation.id, conversation.epoch);
+        self.write_state(writes, move |worker| {
+            if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
+                && conversation.epoch == epoch
+            {
+                for seq in conversation.unwritten.stored() {
+                    conversation.mentions_unwritten.remove(&seq);
+                }
+                worker.context.write_entries(conversation);
+            }
+        });
     }
 
     /// Sends the effects that none of the same target precedes.
@@ -103,7 +111,7 @@ impl Context {
             }
             return;
         }
-        if conversation.queue.len() >= self.cluster.config.conversation_queue_max {
+        if conversation.queue.len() >= self.cluster.config.conversation_queue_max || conversation.unwritten.is_full() {
             // The outbox of the other log sends it again.
             return self.cluster.answer(reply_to, Err(overloaded()));
         }

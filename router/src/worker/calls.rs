@@ -60,7 +60,7 @@ impl Context {
             }
             Method::ConversationSignal => {
                 let request = decode!(v1::SignalRequest);
-                self.call_signal(conversation, &call.caller, request, reply_to);
+                self.call_signal(conversation, call.caller, request, reply_to);
             }
             Method::PresenceRead => {
                 let request = decode!(v1::PresenceReadRequest);

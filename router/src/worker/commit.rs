@@ -17,6 +17,7 @@ use crate::{
     message::{AnswerValue, unavailable},
     ownership::RaiseRequest,
     state::{self, Consequences},
+    user_limits::Limited,
 };
 
 /// First pause before a batch is handed to the store again.
@@ -286,11 +287,18 @@ impl Context {
         if let Some(in_flight) = &in_flight {
             self.tokens.remove(&in_flight.token);
         }
-        let flying =
-            in_flight.into_iter().flat_map(|in_flight| in_flight.entries).filter_map(|(_, completion)| completion);
-        let queued = std::mem::take(&mut conversation.queue).into_iter().filter_map(|entry| entry.completion);
-        let waiting = std::mem::take(&mut conversation.waiters).into_values().flatten();
-        for completion in flying.chain(queued).chain(waiting) {
+        let flying = in_flight.into_iter().flat_map(|in_flight| in_flight.entries);
+        let queued = std::mem::take(&mut conversation.queue).into_iter().map(|entry| (entry.sender, entry.completion));
+        for (sender, completion) in flying.chain(queued) {
+            if let Some(caller) = sender {
+                // It is charged when it comes again.
+                self.cluster.user_limits.give_back(&caller.user, Limited::Sends, 1);
+            }
+            if let Some(completion) = completion {
+                self.give_up(id, completion);
+            }
+        }
+        for completion in std::mem::take(&mut conversation.waiters).into_values().flatten() {
             self.give_up(id, completion);
         }
         if let Some(lookups) = conversation.lookups.take() {

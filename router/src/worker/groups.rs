@@ -9,12 +9,15 @@ use im_proto::{
 };
 use prost::Message as _;
 
-use super::{Context, waiting::Request};
+use super::{
+    Context,
+    waiting::{Request, Slot},
+};
 use crate::{
     caller::Caller,
     conversation::{Assigned, Completion, Conversation, Dedupe, ReplyKind, Seen},
     message::{AnswerValue, Call, ReplyTo, overloaded},
-    state::Kind,
+    state::{EntryMeta, Kind},
 };
 
 /// Members of one answer.
@@ -25,6 +28,15 @@ struct Made {
     event: Event,
     /// The call's `client_message_id`; empty if it has none.
     id: Bytes,
+    /// What was asked for under that id; 0 if it has none.
+    print: u64,
+    kind: ReplyKind,
+}
+
+/// What a call asks for under its id.
+struct Asked<'a> {
+    id: &'a Bytes,
+    print: u64,
     kind: ReplyKind,
 }
 
@@ -61,11 +73,13 @@ impl Context {
             creator: caller.user.to_string(),
             members: std::iter::once(caller.user.to_string()).chain(others).collect(),
         };
-        let made = Made { event: Event::GroupCreated(created), id: Bytes::new(), kind: ReplyKind::GroupCreate };
+        let (event, kind) = (Event::GroupCreated(created), ReplyKind::GroupCreate);
+        let made = Made { event, id: Bytes::new(), print: 0, kind };
         self.assign_event(conversation, caller, made, reply_to);
     }
 
-    /// Adds users who are not in the group yet.
+    /// Adds users who are not in the group yet. If all are and the call has an id, an entry that names nobody remembers it: whoever leaves
+    /// before its repetition comes stays out.
     pub fn group_invite(
         &mut self,
         conversation: &mut Conversation,
@@ -75,9 +89,9 @@ impl Context {
     ) {
         let caller = call.caller.clone();
         let id = request.client_message_id.clone();
-        let Some(reply_to) = self.unless_made(conversation, &caller, &id, ReplyKind::GroupInvite, reply_to) else {
-            return;
-        };
+        let print = Dedupe::call_print("invite", request.members.iter().map(String::as_str));
+        let asked = Asked { id: &id, print, kind: ReplyKind::GroupInvite };
+        let Some((call, reply_to)) = self.unless_made(conversation, call, &asked, reply_to) else { return };
         if conversation.deciding.kind != Kind::Group || !conversation.is_member(&caller.user) {
             return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
         }
@@ -87,7 +101,7 @@ impl Context {
         };
         let new: Vec<String> =
             members.iter().filter(|user| !conversation.is_member(user)).map(UserId::to_string).collect();
-        if new.is_empty() {
+        if new.is_empty() && id.is_empty() {
             let reply = v1::GroupInviteReply { seq: 0 }.encode_to_vec();
             return self.answer_settled(conversation, call, reply_to, reply.into());
         }
@@ -95,7 +109,7 @@ impl Context {
             return self.refuse_call(conversation, call, reply_to, StatusCode::TooLarge);
         }
         let joined = v1::MembersJoined { invited_by: caller.user.to_string(), members: new };
-        let made = Made { event: Event::MembersJoined(joined), id, kind: ReplyKind::GroupInvite };
+        let made = Made { event: Event::MembersJoined(joined), id, print, kind: ReplyKind::GroupInvite };
         self.assign_event(conversation, &caller, made, reply_to);
     }
 
@@ -109,9 +123,9 @@ impl Context {
     ) {
         let caller = call.caller.clone();
         let id = request.client_message_id.clone();
-        let Some(reply_to) = self.unless_made(conversation, &caller, &id, ReplyKind::GroupLeave, reply_to) else {
-            return;
-        };
+        let print = Dedupe::call_print("leave", []);
+        let asked = Asked { id: &id, print, kind: ReplyKind::GroupLeave };
+        let Some((call, reply_to)) = self.unless_made(conversation, call, &asked, reply_to) else { return };
         if conversation.deciding.kind != Kind::Group {
             return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
         }
@@ -122,7 +136,7 @@ impl Context {
             return self.refuse_call(conversation, call, reply_to, StatusCode::Forbidden);
         }
         let left = v1::MemberLeft { user_id: caller.user.to_string() };
-        let made = Made { event: Event::MemberLeft(left), id, kind: ReplyKind::GroupLeave };
+        let made = Made { event: Event::MemberLeft(left), id, print, kind: ReplyKind::GroupLeave };
         self.assign_event(conversation, &caller, made, reply_to);
     }
 
@@ -163,35 +177,67 @@ impl Context {
     }
 
     /// Answers a call that was made before under its id: whoever was invited and has left again stays out, and who has left is told so
-    /// again. Gives `reply_to` back if it is new, as far as the newest entries tell.
+    /// again. The same id for anything else is refused. Gives the call back if it is new, as far as the newest entries tell.
     fn unless_made(
         &mut self,
         conversation: &mut Conversation,
-        caller: &Caller,
-        id: &Bytes,
-        kind: ReplyKind,
+        call: Call,
+        asked: &Asked<'_>,
         reply_to: ReplyTo,
-    ) -> Option<ReplyTo> {
-        if id.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
+    ) -> Option<(Call, ReplyTo)> {
+        if asked.id.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
             self.cluster.answer(reply_to, Err(StatusCode::Malformed.to_status()));
             return None;
         }
-        let seen = (!id.is_empty()).then(|| conversation.dedupe.get(Dedupe::key(&caller.user, id))).flatten();
-        let Some(seen) = seen else { return Some(reply_to) };
-        self.when_committed(conversation, seen.seq, Completion::Reply { reply_to, kind });
+        let key = Dedupe::key(&call.caller.user, asked.id);
+        let seen = (!asked.id.is_empty()).then(|| conversation.dedupe.get(key)).flatten();
+        let Some(seen) = seen else { return Some((call, reply_to)) };
+        match seen.body_hash {
+            None => self.read_made(conversation, key, seen.seq, call, reply_to),
+            Some(print) if print == asked.print => {
+                let done = Completion::Reply { reply_to, kind: asked.kind };
+                self.when_committed(conversation, seen.seq, done);
+            }
+            // What is not committed may yet be nothing.
+            Some(_) if seen.seq > conversation.committed => {
+                let again = Completion::Again(Box::new(Request::Call { call, reply_to }));
+                conversation.waiters.entry(seen.seq).or_default().push(again);
+            }
+            Some(_) => {
+                self.cluster.metrics.calls_refused.increment(1);
+                self.cluster.answer(reply_to, Err(StatusCode::PreconditionFailed.to_status()));
+            }
+        }
         None
     }
 
+    /// The entry was read back without its body: read it whole, then decide about the call again.
+    fn read_made(&self, conversation: &Conversation, key: u128, seq: u64, call: Call, reply_to: ReplyTo) {
+        let (store, id) = (self.store.clone(), conversation.id);
+        let read = async move { store.read_range(id, seq, seq, 1).await };
+        self.then(read, move |worker, outcome| {
+            let row = outcome.ok().and_then(|rows| rows.into_iter().next()).map(|stored| stored.row);
+            let Some(row) = row else { return worker.context.refuse(reply_to) };
+            if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id) {
+                conversation.dedupe.set_body_hash(key, Dedupe::print(&row), row.sent_at);
+            }
+            worker.request(id, Request::Call { call, reply_to });
+        });
+    }
+
     fn assign_event(&mut self, conversation: &mut Conversation, caller: &Arc<Caller>, made: Made, reply_to: ReplyTo) {
-        if conversation.queue.len() >= self.cluster.config.conversation_queue_max {
+        if conversation.queue.len() >= self.cluster.config.conversation_queue_max || conversation.unwritten.is_full() {
             return self.cluster.answer(reply_to, Err(overloaded()));
         }
-        let Made { event, id, kind } = made;
+        let Made { event, id, print, kind } = made;
         let (sender, body) = (Some(caller.user.clone()), body::event(event));
-        let row = self.next_row(conversation, EntryKind::Event, sender, &id, body, Bytes::new());
+        let meta = match id.is_empty() {
+            true => Bytes::new(),
+            false => EntryMeta { print, ..EntryMeta::default() }.encode_to_vec().into(),
+        };
+        let row = self.next_row(conversation, EntryKind::Event, sender, &id, body, meta);
         if !id.is_empty() {
-            let body_hash = Some(Dedupe::body_hash(&row.body));
-            let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash };
+            let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash: Some(print) };
             conversation.dedupe.insert(Dedupe::key(&caller.user, &id), seen, conversation.committed);
         }
         let completion = Some(Completion::Reply { reply_to, kind });
@@ -206,7 +252,7 @@ impl Context {
             return conversation.waiters.entry(conversation.last_event).or_default().push(again);
         }
         self.cluster.metrics.calls_refused.increment(1);
-        self.cluster.answer(reply_to, Err(status.to_status()));
+        self.answer_read(reply_to, Err(status.to_status()));
     }
 
     fn answer_settled(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo, reply: Bytes) {
@@ -214,7 +260,7 @@ impl Context {
             let again = Completion::Again(Box::new(Request::Call { call, reply_to }));
             return conversation.waiters.entry(conversation.last_event).or_default().push(again);
         }
-        self.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply)));
+        self.answer_read(reply_to, Ok(AnswerValue::Reply(reply)));
     }
 
     fn when_committed(&mut self, conversation: &mut Conversation, seq: u64, completion: Completion) {

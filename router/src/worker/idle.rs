@@ -87,6 +87,7 @@ impl Context {
             && conversation.is_settled()
             && conversation.outbox.is_empty()
             && conversation.applied() == conversation.committed
+            && !conversation.marks_writing
         {
             self.end_burst(conversation, since);
         }
@@ -95,6 +96,7 @@ impl Context {
     /// The applied marks are far behind.
     pub fn wants_marks(&self, conversation: &Conversation) -> bool {
         conversation.committed >= conversation.applied_written + APPLIED_EVERY
+            && !conversation.marks_writing
             && conversation.applied().min(conversation.outbox_done()) >= conversation.applied_written + APPLIED_EVERY
     }
 
@@ -129,15 +131,17 @@ impl Context {
             && conversation.waiters.is_empty()
             && conversation.cursors_dirty.is_empty()
             && conversation.outbox.is_empty()
-            && conversation.unapplied.is_empty()
+            && conversation.unwritten.is_empty()
             && conversation.marks.is_settled()
             && conversation.last_use.elapsed() >= self.stays(conversation)
     }
 
-    /// Cursors first, confirmed, then the applied marks: an open moves the senders' own cursors again for all entries above the mark.
+    /// Cursors first, confirmed, then the applied marks: an open moves the senders' own cursors again for all entries above the mark. One
+    /// such write at a time.
     fn write_marks(&mut self, conversation: &mut Conversation, then: impl FnOnce(&mut Worker) + Send + 'static) {
         let (applied, outbox) = (conversation.applied(), conversation.outbox_done());
         conversation.applied_written = applied.min(outbox);
+        conversation.marks_writing = true;
         let dirty = std::mem::take(&mut conversation.cursors_dirty);
         let cursors: Vec<StateWrite> = dirty.iter().filter_map(|user| cursor_write(conversation, user)).collect();
         let partition = conversation.id.to_bytes();
@@ -150,7 +154,16 @@ impl Context {
         };
         // The head row goes with them, so that an open in the middle of a long burst begins near its end.
         let marks = vec![mark(APPLIED, applied), mark(OUTBOX, outbox), head_write(conversation)];
-        self.write_state(cursors, move |worker| worker.context.write_state(marks, then));
+        let (id, epoch) = (conversation.id, conversation.epoch);
+        let written = move |worker: &mut Worker| {
+            if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
+                && conversation.epoch == epoch
+            {
+                conversation.marks_writing = false;
+            }
+            then(worker);
+        };
+        self.write_state(cursors, move |worker| worker.context.write_state(marks, written));
     }
 
     /// Head row first, confirmed; then the busy row goes, with the head as timestamp.

@@ -16,7 +16,7 @@ use crate::{
     caller::Caller,
     conversation::Conversation,
     deadline::StoreCalls,
-    message::{AnswerValue, ReplyTo},
+    message::{AnswerValue, ReplyTo, unavailable},
     state::ListValue,
 };
 
@@ -85,7 +85,13 @@ impl Context {
         let rows = conversation.settled.list.iter().filter(|(_, row)| !row.left());
         let own: BTreeSet<ConversationId> = rows.map(|(id, _)| *id).collect();
         let (cluster, store, caller) = (self.cluster.clone(), self.store.clone(), caller.user.clone());
+        let fence = self.past_lease().then(|| self.fence.clone());
         let answer = async move {
+            if let Some(fence) = fence
+                && !fence.clean().await
+            {
+                return cluster.answer(reply_to, Err(unavailable()));
+            }
             let users: Vec<UserId> = users.into_iter().collect();
             let known = cluster.hot.presence(&users).await;
             let shares = |user: &UserId| {

@@ -18,7 +18,7 @@ use crate::{
     caller::Caller,
     conversation::{Busy, Conversation, Cursor},
     deadline::StoreCalls,
-    message::{AnswerValue, Delivery, ReplyTo, ShardMessage, unavailable},
+    message::{AnswerValue, Delivery, ReplyTo, ShardMessage, overloaded, unavailable},
     state::{CursorValue, Kind},
 };
 
@@ -85,7 +85,7 @@ impl Context {
     /// Moves a user's read cursor to an entry, and answers once it is stored.
     pub fn mark_read(&mut self, conversation: &mut Conversation, user: &UserId, seq: u64, reply_to: ReplyTo) {
         if !conversation.settled.members.contains_key(user) {
-            return self.cluster.answer(reply_to, Err(StatusCode::NotFound.to_status()));
+            return self.answer_read(reply_to, Err(StatusCode::NotFound.to_status()));
         }
         self.with_cursors(conversation, user, move |context, conversation, user| {
             let Some(conversation) = conversation else { return context.refuse(reply_to) };
@@ -111,6 +111,9 @@ impl Context {
     }
 
     fn move_read(&mut self, conversation: &mut Conversation, user: &UserId, to: Cursor, reply_to: ReplyTo) {
+        if !conversation.marks.begin_read() {
+            return self.cluster.answer(reply_to, Err(overloaded()));
+        }
         let moved = to.seq > conversation.cursor(user).seq && conversation.move_cursor(user, to);
         if moved {
             conversation.marks.moved(user);
@@ -120,12 +123,18 @@ impl Context {
         let (facts, head) = (Facts::of(conversation, user), conversation.committed);
         let unread = conversation.committed_counted.saturating_sub(cursor.counted);
         let writes: Vec<_> = super::idle::cursor_write(conversation, user).into_iter().collect();
-        if conversation.busy == Busy::Quiet {
-            // No mark is written before the next burst, so none can overtake this write.
+        if matches!(conversation.busy, Busy::Quiet | Busy::Ending) {
+            // No mark is written before the next burst, so none can overtake this write. One that is being written at the end of a burst
+            // covers what was dirty when that began.
             conversation.cursors_dirty.remove(user);
         }
-        let (id, user) = (conversation.id, user.clone());
+        let (id, epoch, user) = (conversation.id, conversation.epoch, user.clone());
         self.write_state(writes, move |worker| {
+            if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
+                && conversation.epoch == epoch
+            {
+                conversation.marks.read_written();
+            }
             let store = worker.context.store.clone();
             let read = async move { heads::mentions(&store, id, &user, cursor, head, &facts).await };
             worker.context.then(read, move |worker, outcome| {
@@ -133,7 +142,8 @@ impl Context {
                     let reply = v1::MarkReadReply { read_seq: cursor.seq, unread, mentions: mentions.count };
                     AnswerValue::Reply(reply.encode_to_vec().into())
                 });
-                worker.context.cluster.answer(reply_to, answer);
+                // Who has gone on since may know of more that is unread.
+                worker.context.answer_read(reply_to, answer);
             });
         });
     }
@@ -168,18 +178,32 @@ impl Context {
                 self.tell_user(user, frames.freeze());
             }
         }
-        let unwritten = conversation.marks.take_unwritten();
-        let writes: Vec<StateWrite> = unwritten
-            .into_iter()
-            .map(|user| StateWrite {
-                table: Table::Cursors,
-                partition: conversation.id.to_bytes(),
-                key: received_key(&user),
-                value: Some(Bytes::new()),
-                timestamp: conversation.marks.received(&user),
-            })
-            .collect();
-        self.write_state(writes, |_| {});
+        self.write_received(conversation);
+    }
+
+    /// Writes the received cursors that have moved, unless a write of this conversation is under way: then they go with the next one.
+    fn write_received(&self, conversation: &mut Conversation) {
+        let unwritten = conversation.marks.begin_writing();
+        if unwritten.is_empty() {
+            return;
+        }
+        let write = |user: UserId| StateWrite {
+            table: Table::Cursors,
+            partition: conversation.id.to_bytes(),
+            key: received_key(&user),
+            value: Some(Bytes::new()),
+            timestamp: conversation.marks.received(&user),
+        };
+        let writes: Vec<StateWrite> = unwritten.into_iter().map(write).collect();
+        let (id, epoch) = (conversation.id, conversation.epoch);
+        self.write_state(writes, move |worker| {
+            if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
+                && conversation.epoch == epoch
+            {
+                conversation.marks.written();
+                worker.context.write_received(conversation);
+            }
+        });
     }
 
     /// Frames for one user's own devices.

@@ -101,6 +101,11 @@ impl Context {
             return self.read_repeated(conversation, caller, send, answer, seen);
         };
         if body_hash != Dedupe::body_hash(&send.body) {
+            if seen.seq > conversation.committed {
+                // What is not committed may yet be nothing.
+                let again = Completion::Again(Box::new(Request::Send { caller, send, answer }));
+                return conversation.waiters.entry(seen.seq).or_default().push(again);
+            }
             let status = StatusCode::PreconditionFailed.to_status();
             return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
         }
@@ -133,7 +138,7 @@ impl Context {
                 return worker.request(id, Request::Send { caller, send, answer });
             };
             let Some(row) = row else { return worker.context.give_back(id, Request::Send { caller, send, answer }) };
-            let body_hash = Dedupe::body_hash(&row.body);
+            let body_hash = Dedupe::print(&row);
             let key = Dedupe::key(&caller.user, &send.client_message_id);
             conversation.dedupe.set_body_hash(key, body_hash, row.sent_at);
             let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash: Some(body_hash) };

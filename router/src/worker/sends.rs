@@ -20,6 +20,7 @@ use crate::{
     conversation::{Assigned, Completion, Conversation, Dedupe, ReplyKind, Seen},
     message::{AnswerValue, overloaded},
     state::{EntryMeta, Kind},
+    user_limits::Limited,
 };
 
 /// Whether somebody may write into a conversation.
@@ -75,13 +76,19 @@ impl Context {
         if !send.after.is_empty() && conversation.dedupe.get(Dedupe::key(&caller.user, &send.after)).is_none() {
             return self.seek_predecessor(conversation, caller, send, answer);
         }
-        if conversation.queue.len() >= self.cluster.config.conversation_queue_max {
+        let is_full = conversation.queue.len() >= self.cluster.config.conversation_queue_max;
+        // Mentions have rows of their own; messages without any go on.
+        if is_full || (conversation.unwritten.is_full() && !body::names(&send.body).users.is_empty()) {
             let status = overloaded();
             return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
         }
         let named = names_well(conversation, &caller, &send);
         if named != Ok(()) {
             return self.refuse_names(conversation, caller, send, answer, named);
+        }
+        // Here and nowhere before: what is repeated, refused or sent again by a gateway costs its user nothing.
+        if let Err(status) = self.cluster.user_limits.take(&self.cluster, &caller.user, Limited::Sends, 1) {
+            return self.answer_send(conversation, &caller, send.client_message_id, answer, status);
         }
         self.cluster.metrics.sends_accepted.increment(1);
         self.assign_message(conversation, key, caller, send, answer);
@@ -263,10 +270,24 @@ impl Context {
                     status: Some(status),
                     ..v1::SendAck::default()
                 };
-                self.ack(caller, ack);
+                self.ack_read(caller, ack);
             }
-            SendAnswer::Reply(reply_to) => self.cluster.answer(reply_to, Err(status)),
+            SendAnswer::Reply(reply_to) => self.answer_read(reply_to, Err(status)),
         }
+    }
+
+    /// A refusal rests on what is in memory, like [`Self::answer_read`].
+    fn ack_read(&mut self, caller: &Caller, ack: v1::SendAck) {
+        if !self.past_lease() {
+            return self.ack(caller, ack);
+        }
+        let (fence, caller) = (self.fence.clone(), caller.clone());
+        self.then(async move { fence.clean().await }, move |worker, is_owner| {
+            // Else the router has ended, and the gateway asks the next owner.
+            if is_owner {
+                worker.context.ack(&caller, ack);
+            }
+        });
     }
 
     /// Sends an ack to the session that sent the message.

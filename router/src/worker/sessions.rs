@@ -11,7 +11,7 @@ use im_proto::{
     token::TokenError,
     v1::{self, router_message::Message as ToGateway},
 };
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{Context, Worker, following::Following, presence::Mirror, shedding::Shedding};
 use crate::{
@@ -46,6 +46,8 @@ enum Recorded {
     Kept,
     /// A later session of the same device is recorded.
     Outdated,
+    /// A later session of another device of the same exclusive platform is recorded.
+    Displaced,
     /// The user has too many.
     Refused,
 }
@@ -94,7 +96,7 @@ impl Users {
             let stays = !gone(live);
             if !stays {
                 one_less(&mut self.on_gateways, &live.key.gateway);
-                self.shedding.forget(&live.key);
+                self.shedding.forget(&live.key, Instant::now());
                 entry.following.keys().for_each(|id| cluster.audiences.remove(cluster, id, user, &live.key));
             }
             stays
@@ -209,17 +211,20 @@ fn refuse(link: &GatewayLink, session_id: u64, error: &TokenError) {
 impl Context {
     /// Records a session and ends those that it takes the place of. A session of the same device that was opened later stays: a
     /// Hello may be slow on its way, and after a move the gateways announce in any order, among them sessions whose clients have
-    /// long come back elsewhere.
+    /// long come back elsewhere. The same holds for two devices of an exclusive platform of which one is announced.
     fn record(&mut self, caller: &Caller, arrival: Arrival) -> Recorded {
         let Some(key) = caller.session.clone() else { return Recorded::Refused };
         let gateway = key.gateway.clone();
         let shard = self.cluster.shard_of(&caller.self_id);
         let user = self.users.entry(&caller.user, shard);
         let exclusive = EXCLUSIVE_PLATFORMS.contains(&caller.platform.as_str());
-        let is_newer =
-            |live: &Live| live.device == caller.device && live.key != key && live.opened_at > caller.opened_at;
-        if user.sessions.iter().any(is_newer) {
-            return Recorded::Outdated;
+        let is_newer = |live: &&Live| live.key != key && live.opened_at > caller.opened_at;
+        let has_place = |live: &&Live| {
+            let is_same = exclusive && arrival == Arrival::Announced && live.platform == caller.platform;
+            live.device == caller.device || is_same
+        };
+        if let Some(newer) = user.sessions.iter().filter(has_place).find(is_newer) {
+            return if newer.device == caller.device { Recorded::Outdated } else { Recorded::Displaced };
         }
         let (mut kicked, before) = (Vec::new(), user.sessions.len());
         let mut gone = Vec::new();
@@ -252,7 +257,7 @@ impl Context {
         self.cluster.metrics.sessions.decrement(replaced as f64);
         for key in &gone {
             one_less(&mut self.users.on_gateways, &key.gateway);
-            self.users.shedding.forget(key);
+            self.users.shedding.forget(key, Instant::now());
         }
         if room {
             self.users.presence.changed(&caller.user);
@@ -261,9 +266,7 @@ impl Context {
         for (key, same_device) in kicked {
             // Which of two announced sessions of one device its client has left only clocks tell: whoever is wronged may come back.
             let may_come_back = same_device && arrival == Arrival::Announced;
-            let status = if may_come_back { StatusCode::TimedOut } else { StatusCode::KickedByAnotherDevice };
-            let status = Some(status.to_status());
-            self.tell_session(&key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
+            self.kick(&key, if may_come_back { StatusCode::TimedOut } else { StatusCode::KickedByAnotherDevice });
         }
         if room { Recorded::Kept } else { Recorded::Refused }
     }
@@ -272,8 +275,14 @@ impl Context {
         let Some(key) = &caller.session else { return };
         let identity = caller.to_identity();
         let capability = Some(self.cluster.config.router_secret.capability(&identity));
-        let opened =
-            v1::SessionOpened { session_id: key.session.0, identity: Some(identity), capability, sync_version };
+        let opened = v1::SessionOpened {
+            session_id: key.session.0,
+            identity: Some(identity),
+            capability,
+            sync_version,
+            user_sends_per_ten_seconds: self.cluster.config.user_sends_max,
+            user_call_cost_per_ten_seconds: self.cluster.config.user_call_cost_max,
+        };
         self.tell_session(key, ToGateway::Opened(opened));
     }
 
@@ -300,13 +309,19 @@ impl Context {
             Recorded::Kept => self.resync(&key.gateway.clone(), vec![key.session.0]),
             // It gets no pushes here: its client, if there still is one, has to come again.
             Recorded::Outdated | Recorded::Refused => self.come_again(&caller),
+            Recorded::Displaced => self.kick(key, StatusCode::KickedByAnotherDevice),
         }
     }
 
     /// Ends a session that is not recorded; its client may connect again.
     pub fn come_again(&mut self, caller: &Caller) {
-        let Some(key) = &caller.session else { return };
-        let status = Some(StatusCode::TimedOut.to_status());
+        if let Some(key) = &caller.session {
+            self.kick(key, StatusCode::TimedOut);
+        }
+    }
+
+    fn kick(&mut self, key: &SessionKey, why: StatusCode) {
+        let status = Some(why.to_status());
         self.tell_session(key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
     }
 

@@ -3,7 +3,10 @@
 //! Only users of this worker's shards are moved, and of what a gateway has too much only the part that this worker's sessions are of the
 //! gateway's. First go those whom placement sends to a gateway with room; only when a whole round has found too few does anybody else.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 use im_proto::{
     InstanceId, SessionId, StatusCode, UserId,
@@ -23,6 +26,8 @@ use crate::{
 const WEIGHED_MAX: usize = 32_768;
 /// Whoever was told to go and has not gone after this long may be told again.
 const GOING: Duration = Duration::from_secs(30);
+/// For so long a gateway may still count a session that has gone: the second of its report, that of the step, and one for the way.
+const COUNTED: Duration = Duration::from_secs(3);
 /// Over this long those of one step go.
 const SPREAD: Duration = Duration::from_secs(1);
 /// Into so many parts they are divided for that.
@@ -33,6 +38,8 @@ const PARTS: usize = 8;
 pub struct Shedding {
     /// Who was told to go, and when.
     told: BTreeMap<SessionKey, Instant>,
+    /// Which gateways those have left who were told to, lately, and when: the loads do not say so yet.
+    left: VecDeque<(Instant, InstanceId)>,
     /// Where to go on.
     after: Option<UserId>,
     /// A whole round found too few who belong elsewhere.
@@ -41,12 +48,25 @@ pub struct Shedding {
 
 impl Shedding {
     /// A session is gone.
-    pub fn forget(&mut self, key: &SessionKey) {
-        self.told.remove(key);
+    pub fn forget(&mut self, key: &SessionKey, now: Instant) {
+        if self.told.remove(key).is_some() {
+            self.left.push_back((now, key.gateway.clone()));
+        }
     }
 
+    /// Forgets who was told long ago, and who has left for long.
+    fn sweep(&mut self, now: Instant) {
+        self.told.retain(|_, at| now.duration_since(*at) < GOING);
+        while self.left.front().is_some_and(|(at, _)| now.duration_since(*at) >= COUNTED) {
+            self.left.pop_front();
+        }
+    }
+
+    /// Sessions that a gateway's load still counts, and that go or have gone.
     fn told_of(&self, gateway: &InstanceId) -> u64 {
-        self.told.keys().filter(|key| key.gateway == *gateway).count() as u64
+        let going = self.told.keys().map(|key| &key.gateway);
+        let left = self.left.iter().map(|(_, gateway)| gateway);
+        going.chain(left).filter(|of| *of == gateway).count() as u64
     }
 }
 
@@ -57,7 +77,7 @@ impl Context {
     /// Tells some sessions to go elsewhere.
     pub fn shed(&mut self, moves: &Moves) {
         let now = self.now();
-        self.users.shedding.told.retain(|_, at| now.duration_since(*at) < GOING);
+        self.users.shedding.sweep(now);
         let mut quotas: BTreeMap<InstanceId, u64> = BTreeMap::new();
         for (gateway, shed) in &moves.sheds {
             let quota = self.quota(gateway, shed);
@@ -151,4 +171,27 @@ fn target(user: &UserId, from: &InstanceId, moves: &Moves, anybody: bool) -> Opt
         by_zone.then_with(|| score(one, *one_capacity).total_cmp(&score(other, *other_capacity)))
     });
     best.filter(|(_, (_, _, has_room))| *has_room).map(|(place, _)| place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_just_gone_still_counts_until_the_loads_can_say_so() {
+        let gateway = |name: &str| InstanceId::parse(name).unwrap();
+        let key = |session| SessionKey { gateway: gateway("g1"), session: SessionId(session) };
+        let (mut shedding, now) = (Shedding::default(), Instant::now());
+        shedding.told.extend((1..=4).map(|session| (key(session), now)));
+        // Who was not told to go is no part of what was to go.
+        shedding.forget(&key(9), now);
+        (1..=2).for_each(|session| shedding.forget(&key(session), now));
+        assert_eq!((shedding.told_of(&gateway("g1")), shedding.told_of(&gateway("g2"))), (4, 0));
+        shedding.sweep(now + Duration::from_millis(2_999));
+        assert_eq!(shedding.told_of(&gateway("g1")), 4);
+        shedding.sweep(now + COUNTED);
+        assert_eq!(shedding.told_of(&gateway("g1")), 2);
+        shedding.sweep(now + GOING);
+        assert_eq!(shedding.told_of(&gateway("g1")), 0);
+    }
 }

@@ -1,6 +1,6 @@
 //! Ephemeral signals: to members only, never stored, no ack, no number; so many a second of each user.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use im_proto::{ConversationId, StatusCode, frame, limits, v1};
 use prost::Message as _;
@@ -15,6 +15,9 @@ use crate::{
     message::{AnswerValue, ReplyTo},
 };
 
+/// When a signal that is one too many may be tried again.
+const SECOND: Duration = Duration::from_secs(1);
+
 impl Worker {
     /// A signal of a client. One to a conversation that is not open opens it: whoever types is about to send.
     pub fn take_signal(&mut self, caller: Arc<Caller>, id: ConversationId, signal: v1::Signal) {
@@ -27,13 +30,12 @@ impl Worker {
 }
 
 impl Context {
-    /// A signal of a client; nobody waits for an answer.
+    /// A signal of a client; nobody waits for an answer. Past the lease deadline it is dropped: it is worth nothing after a fence read,
+    /// and of those that wait for one there may be any number.
     pub fn signal(&mut self, conversation: &mut Conversation, caller: &Caller, signal: v1::Signal) {
-        let passed = signal
-            .signal
-            .ok_or(StatusCode::Malformed)
-            .and_then(|signal| self.pass_signal(conversation, caller, signal));
-        if passed.is_err() {
+        let signal = signal.signal.filter(|_| !self.past_lease());
+        let passed = signal.is_some_and(|signal| self.pass_signal(conversation, caller, signal).is_ok());
+        if !passed {
             self.cluster.metrics.signals_dropped.increment(1);
         }
     }
@@ -42,19 +44,42 @@ impl Context {
     pub fn call_signal(
         &mut self,
         conversation: &mut Conversation,
-        caller: &Caller,
+        caller: Arc<Caller>,
         request: v1::SignalRequest,
         reply_to: ReplyTo,
     ) {
         use v1::{signal::Signal, signal_request::Signal as Asked};
-        let passed = match request.signal {
-            Some(Asked::Typing(typing)) => self.pass_signal(conversation, caller, Signal::Typing(typing)),
-            Some(Asked::Custom(custom)) => self.pass_signal(conversation, caller, Signal::Custom(custom)),
-            None => Err(StatusCode::Malformed),
+        let signal = match request.signal {
+            Some(Asked::Typing(typing)) => Signal::Typing(typing),
+            Some(Asked::Custom(custom)) => Signal::Custom(custom),
+            None => return self.cluster.answer(reply_to, Err(StatusCode::Malformed.to_status())),
         };
-        let answer = match passed {
+        if !self.past_lease() {
+            return self.pass_and_answer(conversation, &caller, signal, reply_to);
+        }
+        // Another owner may have gone on since, with other members.
+        let (fence, id) = (self.fence.clone(), conversation.id);
+        self.then(async move { fence.clean().await }, move |worker, is_owner| {
+            let Worker { context, conversations } = worker;
+            match conversations.get_mut(&id) {
+                Some(Slot::Open(conversation)) if is_owner => {
+                    context.pass_and_answer(conversation, &caller, signal, reply_to);
+                }
+                _ => context.refuse(reply_to),
+            }
+        });
+    }
+
+    fn pass_and_answer(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: &Caller,
+        signal: v1::signal::Signal,
+        reply_to: ReplyTo,
+    ) {
+        let answer = match self.pass_signal(conversation, caller, signal) {
             Ok(()) => Ok(AnswerValue::Reply(v1::SignalReply {}.encode_to_vec().into())),
-            Err(StatusCode::RateLimited) => Err(StatusCode::RateLimited.retry_after(std::time::Duration::from_secs(1))),
+            Err(StatusCode::RateLimited) => Err(StatusCode::RateLimited.retry_after(SECOND)),
             Err(code) => Err(code.to_status()),
         };
         self.cluster.answer(reply_to, answer);

@@ -15,8 +15,11 @@ use crate::{
     worker::{fan_out, idle::HeadValue, receipts},
 };
 
-/// Rows of the cursors of a small conversation, of those included who have left it. If there are more the others' are left out.
+/// Rows of the cursors of a small conversation that are read at once, of those included who have left it. If there are more, those of its
+/// members are read one by one.
 const CURSOR_ROWS_MAX: usize = 8 * limits::RECEIPT_MEMBERS_MAX;
+/// Reads of the members of a small group, of those included who have left it: 32,768. Members behind so many are not shown.
+const MEMBER_READS_MAX: usize = 64;
 
 /// What the owner knows of a conversation at one moment.
 #[derive(Clone, Debug, Default)]
@@ -137,18 +140,21 @@ impl Draft {
         }
     }
 
-    /// The user's own cursor and those of the others in one read.
+    /// The user's own cursor and those of the others: in one read, unless so many have come and gone that they do not fit.
     async fn cursors(&mut self, store: &StoreCalls, user: &UserId) -> Result<(), StoreError> {
-        let rows = store.scan(Table::Cursors, self.id.as_bytes(), None, CURSOR_ROWS_MAX).await?;
+        let mut rows = store.scan(Table::Cursors, self.id.as_bytes(), None, CURSOR_ROWS_MAX).await?;
         let mut others = match std::mem::take(&mut self.facts.others) {
             Others::Members(others) => others,
             Others::Group => read_members(store, self.id, user).await?,
             Others::Peer | Others::Nobody => rows.iter().filter_map(|row| other_of(row, user)).collect(),
         };
         if rows.len() == CURSOR_ROWS_MAX {
-            let row = store.read(Table::Cursors, self.id.as_bytes(), user.as_str().as_bytes()).await?;
-            self.read_to(row);
-            return Ok(());
+            let mut keys = Vec::with_capacity(2 * others.len() + 2);
+            for user in others.keys().chain([user]) {
+                keys.extend([Bytes::copy_from_slice(user.as_str().as_bytes()), receipts::received_key(user)]);
+            }
+            let reads = keys.into_iter().map(|key| read_cursor(store, self.id, key));
+            rows = super::at_a_time(reads).await?.into_iter().flatten().collect();
         }
         for row in rows {
             let (key, is_received) = key_of(&row);
@@ -184,6 +190,10 @@ impl Draft {
     }
 }
 
+async fn read_cursor(store: &StoreCalls, id: ConversationId, key: Bytes) -> Result<Option<StateRow>, StoreError> {
+    store.read(Table::Cursors, id.as_bytes(), &key).await
+}
+
 /// Whose cursor a row is, and whether it is the received one.
 fn key_of(row: &StateRow) -> (&[u8], bool) {
     row.key.strip_suffix(&[0]).map_or((row.key.as_ref(), false), |user| (user, true))
@@ -201,16 +211,22 @@ async fn read_members(
     id: ConversationId,
     user: &UserId,
 ) -> Result<BTreeMap<UserId, v1::MemberCursor>, StoreError> {
-    let rows = store.scan(Table::Members, id.as_bytes(), None, CURSOR_ROWS_MAX).await?;
-    Ok(rows
-        .into_iter()
-        .filter_map(|row| {
+    let (mut members, mut after) = (BTreeMap::new(), None);
+    for _ in 0..MEMBER_READS_MAX {
+        let rows = store.scan(Table::Members, id.as_bytes(), after.as_deref(), CURSOR_ROWS_MAX).await?;
+        let is_last = rows.len() < CURSOR_ROWS_MAX;
+        after = rows.last().map(|row| row.key.clone());
+        members.extend(rows.into_iter().filter_map(|row| {
             let member = std::str::from_utf8(&row.key).ok().and_then(|key| UserId::parse(key).ok())?;
             let value = MemberValue::decode(row.value).ok().filter(|value| !value.left)?;
             let (user_id, read_seq) = (member.to_string(), value.joined_seq);
             (member != *user).then_some((member, v1::MemberCursor { user_id, read_seq, received_seq: read_seq }))
-        })
-        .collect())
+        }));
+        if is_last {
+            break;
+        }
+    }
+    Ok(members)
 }
 
 /// Unread mentions.

@@ -1,8 +1,8 @@
 //! `imd up`: all roles in one process, from an empty directory to a clean stop.
 //!
-//! Order of a start: if there is no data directory yet, see that the ports are free; take the data directory, create or read keys, listen, open the store, start the roles, say so. Whatever fails
-//! before the store is opened is the environment's fault and exits 2. Order of a stop: no longer ready, clients told and drained,
-//! shards given up, store closed.
+//! Order of a start: if there is no data directory yet, see that the ports are free; take the data directory, create or read keys,
+//! listen, open the store, start the roles, say so. Whatever fails before the store is opened is the environment's fault and exits 2.
+//! Order of a stop: no longer ready, clients told and drained, shards given up, store closed.
 
 mod announce;
 mod connector;

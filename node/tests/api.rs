@@ -10,17 +10,17 @@ use tonic::{Code, Request, transport::Channel};
 
 use crate::server::{ANY, Server};
 
-async fn channel(server: &Server) -> Channel {
+pub async fn channel(server: &Server) -> Channel {
     Channel::from_shared(format!("http://{}", server.address("api"))).unwrap().connect().await.unwrap()
 }
 
-fn as_user<T>(token: &str, message: T) -> Request<T> {
+pub fn as_user<T>(token: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
     request
 }
 
-fn to(target: v1::target::Target) -> Option<v1::Target> {
+pub fn to(target: v1::target::Target) -> Option<v1::Target> {
     Some(v1::Target { target: Some(target) })
 }
 

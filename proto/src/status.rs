@@ -2,6 +2,9 @@
 
 use crate::v1;
 
+/// The metadata in which an answer over gRPC carries the number of its status, beside the code of gRPC, which says less.
+pub const GRPC_METADATA: &str = "im-status";
+
 /// What the receiver of a status may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {

@@ -72,8 +72,11 @@ pub fn conversation_of(
         Method::ConversationSync | Method::PresenceRead => Ok(caller.self_id),
         Method::GroupCreate => {
             let request = decode!(v1::GroupCreateRequest);
-            if request.key.is_empty() || request.key.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
+            if request.key.is_empty() {
                 return Err(StatusCode::Malformed);
+            }
+            if request.key.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
+                return Err(StatusCode::TooLarge);
             }
             Ok(cluster.config.cluster_secret.group_id(&caller.user, &request.key))
         }

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use im_proto::{
     FILE_DESCRIPTOR_SET, StatusCode, Timestamp,
     method::Method,
+    status::GRPC_METADATA,
     v1::{
         self, conversation_service_server as conversation, group_service_server as group,
         message_service_server as message, placement_service_server as placement_server,
@@ -130,7 +131,7 @@ impl Api {
     }
 }
 
-/// The gRPC code of a status, its number in the metadata `im-status`.
+/// The gRPC code of a status, its number in the metadata.
 fn to_grpc(status: &v1::Status) -> Status {
     let code = match StatusCode::from_number(status.code) {
         Some(StatusCode::Malformed | StatusCode::TooLarge) => Code::InvalidArgument,
@@ -149,7 +150,7 @@ fn to_grpc(status: &v1::Status) -> Status {
         _ => Code::Internal,
     };
     let mut out = Status::new(code, status.text.clone());
-    out.metadata_mut().insert("im-status", status.code.into());
+    out.metadata_mut().insert(GRPC_METADATA, status.code.into());
     out
 }
 

@@ -90,9 +90,10 @@ impl Context {
 
     fn call_send(&mut self, conversation: &mut Conversation, call: &Call, reply_to: ReplyTo) -> Result<(), ReplyTo> {
         let Ok(request) = v1::SendRequest::decode(call.request.clone()) else { return Err(reply_to) };
-        let id_bytes = request.client_message_id.len();
-        if id_bytes == 0 || id_bytes > limits::CLIENT_MESSAGE_ID_BYTES_MAX || body::validate(&request.body).is_err() {
-            return Err(reply_to);
+        if let Err(status) = well_formed(&request) {
+            self.cluster.metrics.calls_refused.increment(1);
+            self.cluster.answer(reply_to, Err(status.to_status()));
+            return Ok(());
         }
         let peer = match request.target.and_then(|target| target.target) {
             Some(v1::target::Target::PeerUserId(peer)) => UserId::parse(&peer).ok(),
@@ -108,5 +109,14 @@ impl Context {
         };
         self.send(conversation, call.caller.clone(), send, SendAnswer::Reply(reply_to));
         Ok(())
+    }
+}
+
+/// What a gateway checks of a `Send`.
+fn well_formed(request: &v1::SendRequest) -> Result<(), StatusCode> {
+    match request.client_message_id.len() {
+        0 => Err(StatusCode::Malformed),
+        bytes if bytes > limits::CLIENT_MESSAGE_ID_BYTES_MAX => Err(StatusCode::TooLarge),
+        _ => body::validate(&request.body).map_err(|error| error.status()),
     }
 }

@@ -186,7 +186,7 @@ impl Context {
         reply_to: ReplyTo,
     ) -> Option<(Call, ReplyTo)> {
         if asked.id.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
-            self.cluster.answer(reply_to, Err(StatusCode::Malformed.to_status()));
+            self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
             return None;
         }
         let key = Dedupe::key(&call.caller.user, asked.id);

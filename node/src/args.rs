@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
-use im_proto::ShardCount;
+use im_proto::{ConversationId, ShardCount};
 
 use crate::config;
 
@@ -134,10 +134,16 @@ pub struct SimulateArguments {
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
     /// Routers, gateways, load, who owns how many shards.
-    #[command(after_help = "Example:\n  imd cluster status --etcd http://127.0.0.1:2379 --secrets ./cluster")]
+    #[command(after_help = "Example:\n  imd cluster status --etcd http://127.0.0.1:2379 --secrets ./cluster --shards")]
     Status {
         #[command(flatten)]
         tool: ToolArguments,
+        /// Each shard by its owner, with epoch and next owner.
+        #[arg(long)]
+        shards: bool,
+        /// Which router owns this conversation (`im list` prints ids).
+        #[arg(long, value_name = "ID")]
+        conversation: Option<ConversationId>,
         /// As one JSON object.
         #[arg(long)]
         json: bool,

@@ -11,7 +11,7 @@ mod incarnation;
 mod registration;
 pub mod registry;
 pub mod router;
-mod status;
+pub mod status;
 pub mod store;
 
 use anyhow::Context as _;

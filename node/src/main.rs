@@ -54,8 +54,9 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Up(options) => up::run(load(&options.overrides(), Process::Up)?, options.watch),
         Command::Router(options) => cluster::router::run(load(&options.overrides(), Process::Router)?),
         Command::Gateway(options) => cluster::gateway::run(load(&options.overrides(), Process::Gateway)?),
-        Command::Cluster(ClusterCommand::Status { tool, json }) => {
-            cluster::admin::status(&load(&tool.overrides(), Process::Tool)?.config, json)
+        Command::Cluster(ClusterCommand::Status { tool, json, shards, conversation }) => {
+            let details = cluster::status::Details { shards, conversation };
+            cluster::admin::status(&load(&tool.overrides(), Process::Tool)?.config, json, details)
         }
         Command::Cluster(ClusterCommand::Recover(tool)) => {
             cluster::admin::recover(&load(&tool.overrides(), Process::Tool)?.config)

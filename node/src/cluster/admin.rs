@@ -6,7 +6,8 @@ use im_storage::MessageLog as _;
 
 use super::{
     files::{Files, Identity},
-    registry, run_tool, status,
+    registry, run_tool,
+    status::{self, Details},
     store::Place,
 };
 use crate::{config::Config, failure::Failure, print};
@@ -22,13 +23,13 @@ fn prepare(config: &Config) -> Result<Identity, Failure> {
 }
 
 /// One view of the whole cluster.
-pub fn status(config: &Config, json: bool) -> Result<(), Failure> {
+pub fn status(config: &Config, json: bool, details: Details) -> Result<(), Failure> {
     let identity = prepare(config)?;
     let text = run_tool(async |environment| {
         let registry = registry::connect(&config.cluster, &identity.cluster.cluster_id, None, environment).await?;
         let record = registry.cluster_record().await.map_err(Failure::operation)?;
         let view = AnyRegistry::from(registry).view().borrow().clone();
-        let status = status::gather(&identity, &view, record.map(|record| record.generation)).await;
+        let status = status::gather(&identity, &view, record.map(|record| record.generation), details).await;
         if json { status.to_json() } else { Ok(status.to_text()) }
     })?;
     print(&text)

@@ -1,8 +1,10 @@
 //! What `imd cluster status` shows: the registry's view, and what each process says of itself at `/metrics`.
 
+mod owners;
+
 use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 
-use im_proto::{InstanceId, shard::rendezvous_owner};
+use im_proto::{ConversationId, InstanceId, ShardCount};
 use im_registry::{Instance, Role, View};
 use serde::Serialize;
 use tokio::{
@@ -20,6 +22,15 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 /// Far above what a process has to say of itself.
 const ANSWER_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
+/// What is asked for besides.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Details {
+    /// Each shard with its owner and epoch.
+    pub shards: bool,
+    /// Who owns this conversation.
+    pub conversation: Option<ConversationId>,
+}
+
 /// The whole cluster at a moment.
 #[derive(Debug, Serialize)]
 pub struct Status {
@@ -28,6 +39,10 @@ pub struct Status {
     routers: Vec<Router>,
     gateways: Vec<Gateway>,
     shards: Shards,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owners: Option<Vec<owners::Owner>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    conversation: Option<owners::Conversation>,
 }
 
 #[derive(Debug, Serialize)]
@@ -73,14 +88,25 @@ struct Shards {
 }
 
 /// Asks all processes at once.
-pub async fn gather(identity: &Identity, view: &View, generation: Option<u64>) -> Status {
+pub async fn gather(identity: &Identity, view: &View, generation: Option<u64>, details: Details) -> Status {
     let mut asking = JoinSet::new();
     for instance in view.instances.values() {
         let (id, address) = (instance.id.clone(), address_of(instance, "http"));
         asking.spawn(async move { (id, metrics(address).await) });
     }
-    let answers: BTreeMap<InstanceId, Option<Numbers>> = asking.join_all().await.into_iter().collect();
-    let answer = |instance: &Instance| answers.get(&instance.id).and_then(Option::as_ref);
+    let answers = asking.join_all().await.into_iter().filter_map(|(id, numbers)| Some((id, numbers?))).collect();
+    assemble((&identity.cluster.cluster_id[..], identity.shards), view, generation, &answers, details)
+}
+
+/// `answers` are of those that gave one.
+fn assemble(
+    (cluster, count): (&str, ShardCount),
+    view: &View,
+    generation: Option<u64>,
+    answers: &BTreeMap<InstanceId, Numbers>,
+    details: Details,
+) -> Status {
+    let answer = |instance: &Instance| answers.get(&instance.id);
     let number = |instance: &Instance, name: &str| answer(instance).and_then(|numbers| numbers.get(name)).copied();
     let process = |instance: &Instance| Process {
         id: instance.id.to_string(),
@@ -107,25 +133,30 @@ pub async fn gather(identity: &Identity, view: &View, generation: Option<u64>) -
         sessions: number(instance, "im_gateway_sessions_count"),
         links_up: number(instance, "im_gateway_links_up_count"),
     });
-    let (routers, gateways) = (routers.collect(), gateways.collect());
-    let cluster = identity.cluster.cluster_id.clone();
-    Status { cluster, generation, routers, gateways, shards: shards(identity, view) }
+    Status {
+        cluster: cluster.to_owned(),
+        generation,
+        routers: routers.collect(),
+        gateways: gateways.collect(),
+        shards: shards(count, view),
+        owners: details.shards.then(|| owners::all(view)),
+        conversation: details.conversation.map(|id| owners::of(id, count, view)),
+    }
 }
 
-fn shards(identity: &Identity, view: &View) -> Shards {
-    let routers: Vec<&InstanceId> =
-        view.of_role(Role::Router).filter(|router| !router.draining).map(|router| &router.id).collect();
+fn shards(count: ShardCount, view: &View) -> Shards {
+    let takers = owners::Takers::of(view);
     let (mut moving, mut without_owner) = (Vec::new(), Vec::new());
-    for shard in identity.shards.shards() {
+    for shard in count.shards() {
         match view.owner(shard) {
             None => without_owner.push(shard.0),
-            Some(owner) if rendezvous_owner(shard, routers.iter().copied()) != Some(owner) => moving.push(shard.0),
+            Some(owner) if takers.next_owner(shard, owner).is_some() => moving.push(shard.0),
             Some(_) => {}
         }
     }
     let epochs = || view.claims.values().map(|claim| claim.epoch.0);
     Shards {
-        total: identity.shards.get(),
+        total: count.get(),
         owned: view.claims.len(),
         moving,
         without_owner,
@@ -201,6 +232,12 @@ impl Status {
             Some((least, greatest)) => writeln!(text, ", epochs {least} to {greatest}"),
             None => writeln!(text),
         };
+        for owner in self.owners.iter().flatten() {
+            owner.write(&mut text);
+        }
+        if let Some(conversation) = &self.conversation {
+            conversation.write(&mut text);
+        }
         text
     }
 }
@@ -228,7 +265,111 @@ fn shown(numbers: &[(&str, Option<f64>)]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use im_proto::{BootId, Epoch, ShardId};
+    use im_registry::{Claim, Endpoint};
+
     use super::*;
+
+    fn id(name: &str) -> InstanceId {
+        InstanceId::parse(name).unwrap()
+    }
+
+    fn instance(role: Role, name: &str, transport: &str, zone: &str, draining: bool) -> Instance {
+        let endpoint = Endpoint { transport: transport.to_owned(), address: format!("10.0.0.7:7{}", name.len()) };
+        let (zone, version) = (zone.to_owned(), "0.1.0".to_owned());
+        Instance { id: id(name), boot: BootId(1), role, endpoints: vec![endpoint], zone, version, draining }
+    }
+
+    /// Two routers and one that leaves; nobody has the last shard.
+    fn view() -> View {
+        let mut view = View::default();
+        for instance in [
+            instance(Role::Router, "router-one", "link", "a", false),
+            instance(Role::Router, "router-three", "link", "", false),
+            instance(Role::Router, "router-leaving", "link", "", true),
+            instance(Role::Gateway, "gateway-one", "tcp", "a", false),
+            instance(Role::Gateway, "gateway-silent", "tcp", "", true),
+        ] {
+            view.instances.insert(instance.id.clone(), instance);
+        }
+        for (shard, owner, revision) in [
+            (0, "router-one", 5),
+            (1, "router-one", 5),
+            (2, "router-one", 5),
+            (3, "router-three", 9),
+            (4, "router-leaving", 4),
+            (5, "router-leaving", 4),
+            (6, "router-one", 12),
+        ] {
+            let claim = Claim {
+                shard: ShardId(shard),
+                owner: id(owner),
+                epoch: Epoch::new(1, revision),
+                predecessors: Vec::new(),
+            };
+            view.claims.insert(claim.shard, claim);
+        }
+        view
+    }
+
+    fn shown(details: Details) -> Status {
+        let numbers = |said: &[(&str, f64)]| said.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        let answers = BTreeMap::from([
+            (id("router-one"), numbers(&[("im_router_sessions", 12.0), ("im_router_conversations_open", 3.0)])),
+            (id("router-leaving"), numbers(&[("im_router_entries_committed_total", 70_000.0)])),
+            (id("gateway-one"), numbers(&[("im_gateway_connections_count", 13.0), ("im_gateway_links_up_count", 3.0)])),
+        ]);
+        let cluster = ("main", ShardCount::new(8).unwrap());
+        assemble(cluster, &view(), Some(1), &answers, details)
+    }
+
+    #[test]
+    fn the_cluster_is_shown_with_loads_moves_and_epochs() {
+        let conversation = Some(ConversationId::from_bytes([7; 16]));
+        assert_eq!(shown(Details { shards: true, conversation }).to_text(), include_str!("status/golden.txt"));
+    }
+
+    #[test]
+    fn nothing_more_is_said_than_what_was_asked_for() {
+        let plain = shown(Details::default());
+        let golden = include_str!("status/golden.txt");
+        assert!(golden.starts_with(&plain.to_text()));
+        let json: serde_json::Value = serde_json::from_str(&plain.to_json().unwrap()).unwrap();
+        assert_eq!((&json["owners"], &json["conversation"]), (&serde_json::Value::Null, &serde_json::Value::Null));
+    }
+
+    #[test]
+    fn each_shard_has_its_owner_and_its_epoch_as_json() {
+        let status = shown(Details { shards: true, conversation: None });
+        let json: serde_json::Value = serde_json::from_str(&status.to_json().unwrap()).unwrap();
+        let mut found = BTreeMap::new();
+        for owner in json["owners"].as_array().unwrap() {
+            for claim in owner["claims"].as_array().unwrap() {
+                let (shard, epoch) = (claim["shard"].as_u64().unwrap(), claim["epoch"].as_u64().unwrap());
+                found.insert(shard, (owner["router"].as_str().unwrap().to_owned(), epoch));
+            }
+        }
+        let view = view();
+        let claims = view.claims.values();
+        let expected: BTreeMap<_, _> =
+            claims.map(|claim| (u64::from(claim.shard.0), (claim.owner.to_string(), claim.epoch.0))).collect();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_cluster_that_has_not_begun_is_told_from_one_without_shards() {
+        let nothing = assemble(
+            ("main", ShardCount::new(8).unwrap()),
+            &View::default(),
+            None,
+            &BTreeMap::new(),
+            Details { shards: true, conversation: Some(ConversationId::from_bytes([7; 16])) },
+        );
+        let text = nothing.to_text();
+        assert!(text.starts_with("cluster main, not begun in this etcd"), "{text}");
+        assert!(text.contains("shards: 0 of 8 owned, 0 moving, 8 without owner\n"), "{text}");
+        assert!(text.ends_with(", without owner\n"), "{text}");
+    }
 
     #[test]
     fn numbers_are_read_out_of_metrics() {

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use im_proto::{ConversationId, InstanceId};
 
 use crate::{
-    Directory, Embedded, Faulty, Inventory, Memory, MessageLog, Scylla, SimHandle,
+    Directory, Embedded, Faulty, Insistent, Inventory, Memory, MessageLog, Scylla, SimHandle,
     model::{
         AppendDone, AppendRequest, BucketId, Fence, Page, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
     },
@@ -18,6 +18,7 @@ pub enum Store {
     /// One client's view of a simulated cluster.
     Sim(SimHandle),
     Faulty(Faulty),
+    Insistent(Insistent),
     /// ScyllaDB or Cassandra.
     Scylla(Scylla),
 }
@@ -46,6 +47,12 @@ impl From<Faulty> for Store {
     }
 }
 
+impl From<Insistent> for Store {
+    fn from(store: Insistent) -> Self {
+        Self::Insistent(store)
+    }
+}
+
 impl From<Scylla> for Store {
     fn from(store: Scylla) -> Self {
         Self::Scylla(store)
@@ -60,6 +67,7 @@ macro_rules! delegate {
             Self::Embedded($store) => $call,
             Self::Sim($store) => $call,
             Self::Faulty($store) => $call,
+            Self::Insistent($store) => $call,
             Self::Scylla($store) => $call,
         }
     };

@@ -66,13 +66,18 @@ pub(super) async fn warnings(
     for node in nodes {
         let name = node.address.to_string();
         let policy = SingleTargetLoadBalancingPolicy::new(NodeIdentifier::Node(node.clone()), None);
-        match commit_log_sync(session, policy).await {
-            Ok(mode) if matches!(mode.as_str(), "batch" | "group") => {}
-            Ok(mode) => warnings.push(Warning::CommitLogNotSynced { node: name, mode }),
-            Err(reason) => warnings.push(Warning::CommitLogUnknown { node: name, reason }),
-        }
+        warnings.extend(commit_log(name, commit_log_sync(session, policy).await));
     }
     Ok(warnings)
+}
+
+/// From what a node says its `commitlog_sync` is, or why it did not say.
+fn commit_log(node: String, said: Result<String, String>) -> Option<Warning> {
+    match said {
+        Ok(mode) if matches!(mode.as_str(), "batch" | "group") => None,
+        Ok(mode) => Some(Warning::CommitLogNotSynced { node, mode }),
+        Err(reason) => Some(Warning::CommitLogUnknown { node, reason }),
+    }
 }
 
 /// From the options of a keyspace: `class`, and a number of copies for each data centre or for all.
@@ -137,5 +142,23 @@ mod tests {
         assert_eq!(warned(&[class, ("datacenter1", "1")], 1), 1);
         assert_eq!(warned(&[class, ("datacenter1", "3")], 1), 1);
         assert_eq!(warned(&[("class", "SimpleStrategy"), ("replication_factor", "2")], 1), 2);
+    }
+
+    #[test]
+    fn a_node_that_answers_before_its_disk_is_warned_of_and_so_is_one_that_does_not_say() {
+        let said = |mode: Result<&str, &str>| {
+            commit_log("10.0.0.7:9042".to_owned(), mode.map(str::to_owned).map_err(str::to_owned))
+        };
+        for mode in ["batch", "group"] {
+            assert_eq!(said(Ok(mode)), None, "{mode}");
+        }
+        // Whatever a later version calls it, only the two are known to be safe.
+        for mode in ["periodic", "", "BATCH", "batched"] {
+            let warning = said(Ok(mode)).unwrap().to_string();
+            assert!(warning.starts_with(&format!("node 10.0.0.7:9042 has commitlog_sync: {mode};")), "{warning}");
+            assert!(warning.contains("loses acknowledged messages"), "{warning}");
+        }
+        let warning = said(Err("no such table")).unwrap().to_string();
+        assert!(warning.contains("10.0.0.7:9042 does not say") && warning.ends_with("no such table"), "{warning}");
     }
 }

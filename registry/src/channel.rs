@@ -4,17 +4,20 @@
 //!
 //! ```ignore
 //! let channel = BalancedChannel::new(registry.view(), ChannelOptions::new(Role::Router, "api"), environment);
-//! let mut client = ImApiClient::new(channel.clone());
+//! let mut messages = MessageServiceClient::new(channel.clone());
 //! ```
+//!
+//! `examples/api.rs` is a whole program.
 //!
 //! - Each call goes to the less loaded of two random instances ([power of two choices](https://doi.org/10.1109/71.963420)).
 //! - A call for which no connection could be made was not sent, and goes to another instance. One that may have arrived is repeated
 //!   only if the caller put [`Idempotent`] into its extensions. Both within the retry budget.
 //! - Each call ends by its deadline: the caller's (`Request::set_timeout`) or the channel's. A stream that is meant to stay has
 //!   [`LongLived`] in its extensions and only the caller's, if any.
-//! - An instance that fails several times in a row, or cannot be connected to, gets no calls for a while.
+//! - An instance that fails several times in a row, or cannot be connected to, gets no calls for a while. A router that answers the
+//!   status `unavailable` is not failing: it says that somebody else, the owner or the store, cannot answer now.
 //!
-//! It does not send calls to a *certain* instance (an owner of a shard): links do that.
+//! It does not send calls to a *certain* instance (an owner of a shard): links do that (docs/adr/0006).
 
 mod body;
 mod budget;
@@ -32,7 +35,7 @@ use std::{
 };
 
 use http::{HeaderMap, HeaderValue, Request, Response};
-use im_proto::environment::Environment;
+use im_proto::{StatusCode, environment::Environment, status::GRPC_METADATA};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout_at},
@@ -152,10 +155,10 @@ impl BalancedChannel {
                 Err(failure) => failure,
             };
             self.members.metrics().failures.increment(1);
-            let outcome = if failure.unsent { Outcome::NotConnected } else { Outcome::Failed };
-            self.members.note(&member, outcome);
+            self.members.note(&member, failure.outcome);
             tried.push(member);
-            let repeatable = tape.is_whole() && (failure.unsent || idempotent);
+            let unsent = failure.outcome == Outcome::NotConnected;
+            let repeatable = tape.is_whole() && (unsent || idempotent);
             let late = deadline.is_some_and(|deadline| deadline <= Instant::now());
             if !repeatable || late || tried.len() >= options.attempts {
                 return failure.answer;
@@ -189,16 +192,16 @@ impl BalancedChannel {
         let response = match answered {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => {
-                let unsent = was_not_sent(&error);
-                return Err(Failure { unsent, answer: Err(Status::from_error(Box::new(error))) });
+                let outcome = if was_not_sent(&error) { Outcome::NotConnected } else { Outcome::Failed };
+                return Err(Failure { outcome, answer: Err(Status::from_error(Box::new(error))) });
             }
             Err(_) => {
                 let status = Status::deadline_exceeded(format!("{} did not answer in time", member.id));
-                return Err(Failure { unsent: false, answer: Err(status) });
+                return Err(Failure { outcome: Outcome::Failed, answer: Err(status) });
             }
         };
         if is_unavailable(response.headers()) {
-            return Err(Failure { unsent: false, answer: Ok(response) });
+            return Err(Failure { outcome: outcome_of(response.headers()), answer: Ok(response) });
         }
         let sleep = deadline.map(|deadline| Box::pin(sleep_until(deadline)));
         let members = self.members.clone();
@@ -220,10 +223,10 @@ impl Service<Request<Body>> for BalancedChannel {
     }
 }
 
-/// An attempt that told something bad about its instance.
+/// An attempt without the answer that was asked for.
 struct Failure {
-    /// No byte of it left this process.
-    unsent: bool,
+    /// What it tells of the instance. If it could not be connected to, no byte of the call left this process.
+    outcome: Outcome,
     /// What the caller gets if this was the last attempt.
     answer: Result<Response<Body>, Status>,
 }
@@ -262,6 +265,14 @@ fn was_not_sent(error: &(dyn Error + 'static)) -> bool {
 fn is_unavailable(headers: &HeaderMap) -> bool {
     let code = headers.get("grpc-status").map(|value| Code::from_bytes(value.as_bytes()));
     code == Some(Code::Unavailable)
+}
+
+/// What the end of a call tells of the instance that answered. One that names the status `unavailable` is well and speaks of others:
+/// while the shards of a dead router have no owner, every router answers so, and to leave them for it would leave nobody.
+fn outcome_of(headers: &HeaderMap) -> Outcome {
+    let of_others = StatusCode::Unavailable.number();
+    let named = headers.get(GRPC_METADATA).and_then(|value| value.to_str().ok()?.parse::<u32>().ok());
+    if is_unavailable(headers) && named != Some(of_others) { Outcome::Failed } else { Outcome::Answered }
 }
 
 const TIMEOUT_HEADER: &str = "grpc-timeout";

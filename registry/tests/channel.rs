@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use im_registry::{BalancedChannel, ChannelOptions, Endpoint, Idempotent, Instance, LongLived, Role, View};
+use im_proto::{StatusCode, status::GRPC_METADATA};
+use im_registry::{
+    BalancedChannel, ChannelOptions, Endpoint, Idempotent, Instance, LongLived, Role, View, channel::Ejection,
+};
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::{Builder, Runtime},
@@ -33,6 +36,8 @@ struct Fake {
     address: SocketAddr,
     calls: Arc<AtomicU32>,
     unavailable: Arc<AtomicBool>,
+    /// It is not the one that is unavailable, as the status in its answers says.
+    speaks_of_others: Arc<AtomicBool>,
     runtime: Option<Runtime>,
 }
 
@@ -43,11 +48,19 @@ impl Fake {
 
     async fn start_at(address: SocketAddr) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-        let (calls, unavailable) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
-        let (counted, refusing) = (calls.clone(), unavailable.clone());
+        let calls = Arc::new(AtomicU32::new(0));
+        let (unavailable, speaks_of_others) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (counted, refusing, of_others) = (calls.clone(), unavailable.clone(), speaks_of_others.clone());
         let intercept = move |request: Request<()>| {
             counted.fetch_add(1, Ordering::Relaxed);
-            if refusing.load(Ordering::Relaxed) { Err(Status::unavailable("on purpose")) } else { Ok(request) }
+            if !refusing.load(Ordering::Relaxed) {
+                return Ok(request);
+            }
+            let mut status = Status::unavailable("on purpose");
+            if of_others.load(Ordering::Relaxed) {
+                status.metadata_mut().insert(GRPC_METADATA, StatusCode::Unavailable.number().into());
+            }
+            Err(status)
         };
         let (_, service) = tonic_health::server::health_reporter();
         let health = InterceptedService::new(service, intercept);
@@ -56,7 +69,7 @@ impl Fake {
         let address = listener.local_addr().expect("an address");
         let serving = Server::builder().add_service(health).serve_with_incoming(TcpListenerStream::new(listener));
         runtime.spawn(serving);
-        Self { address, calls, unavailable, runtime: Some(runtime) }
+        Self { address, calls, unavailable, speaks_of_others, runtime: Some(runtime) }
     }
 
     /// Every connection ends and nobody listens any more.
@@ -245,7 +258,11 @@ async fn what_may_have_arrived_is_repeated_only_if_it_is_idempotent() {
     let (one, two) = (Fake::start().await, Fake::start().await);
     one.unavailable.store(true, Ordering::Relaxed);
     let registered = Registered::new([of("a", &one), of("b", &two)]);
-    let channel = registered.channel(options());
+    // Longer than the test takes on any machine.
+    let long = Duration::from_secs(600);
+    let options =
+        ChannelOptions { ejection: Ejection { first: long, longest: long, ..Ejection::default() }, ..options() };
+    let channel = registered.channel(options.clone());
     let mut refused = 0;
     for _ in 0..50 {
         match call(&channel, request()).await {
@@ -258,11 +275,33 @@ async fn what_may_have_arrived_is_repeated_only_if_it_is_idempotent() {
     }
     assert_eq!(refused, one.taken(), "each of them was told to its caller");
     assert_eq!(refused, 3, "three in a row, then it is ejected");
-    let channel = registered.channel(options());
+    let channel = registered.channel(options);
     for _ in 0..50 {
         call(&channel, idempotent()).await.expect("the other one answers");
     }
     assert_eq!(one.taken(), 3);
+}
+
+#[tokio::test]
+async fn an_instance_that_says_that_others_are_unavailable_keeps_its_calls() {
+    let (one, two) = (Fake::start().await, Fake::start().await);
+    for flag in [&one.unavailable, &one.speaks_of_others] {
+        flag.store(true, Ordering::Relaxed);
+    }
+    let registered = Registered::new([of("a", &one), of("b", &two)]);
+    let channel = registered.channel(options());
+    let mut told = 0;
+    for _ in 0..50 {
+        if let Err(status) = call(&channel, request()).await {
+            assert_eq!(status.code(), Code::Unavailable);
+            told += 1;
+        }
+    }
+    assert_eq!(told, one.taken(), "each of them was told to its caller");
+    assert!(told > 10, "it goes on being asked: {told}");
+    for _ in 0..10 {
+        call(&channel, idempotent()).await.expect("the other one answers");
+    }
 }
 
 #[tokio::test]

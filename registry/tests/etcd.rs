@@ -1,6 +1,6 @@
 //! The etcd backend on a real etcd. `deploy/test.sh` runs these with the address in IM_TEST_ETCD.
 
-use std::time::Duration;
+use std::{process::Stdio, time::Duration};
 
 use im_proto::{Epoch, ShardId};
 use im_registry::{
@@ -8,6 +8,7 @@ use im_registry::{
     Role, conformance,
 };
 use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
     process::Command,
     time::{Instant, sleep, timeout},
 };
@@ -15,7 +16,7 @@ use tokio::{
 use crate::{
     cluster::{Cluster, claim, eventually},
     proxy::Way,
-    support::{id, instance, router},
+    support::{Numbers, id, instance, router},
 };
 
 #[tokio::test]
@@ -128,7 +129,13 @@ async fn a_registration_that_somebody_deleted_comes_back() {
 async fn a_view_that_loses_more_than_half_is_held_back() {
     let cluster = Cluster::new().await;
     let options = EtcdOptions { hold: Duration::from_secs(3), ..cluster.options(&cluster.members) };
-    let watching = cluster.connect(options).await;
+    let numbers = Numbers::default();
+    let watching = {
+        // One thread: the handles of this registry alone are made meanwhile.
+        let _recording = metrics::set_default_local_recorder(&numbers);
+        cluster.connect(options).await
+    };
+    let alarm = || (numbers.counter("im_registry_views_held_back_total"), numbers.gauge("im_registry_instances_held"));
     let acting = cluster.registry("a").await;
     let mut leases: Vec<Lease> = Vec::new();
     for name in ["a", "b", "c", "d", "e"] {
@@ -142,8 +149,15 @@ async fn a_view_that_loses_more_than_half_is_held_back() {
     }
     eventually(&mut view, |view| view.instances.len() == 3).await;
     assert!(gone_at.elapsed() < Duration::from_secs(2), "half may go at once");
+    let held = async {
+        while alarm() != (1, 2.0) {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(2), held).await.unwrap_or_else(|_| panic!("the alarm is not raised: {:?}", alarm()));
     eventually(&mut view, |view| view.instances.len() == 1).await;
     assert!(gone_at.elapsed() >= Duration::from_secs(3), "the others are held");
+    assert_eq!(alarm(), (1, 0.0), "it was one alarm, and it is over");
 }
 
 #[tokio::test]
@@ -246,6 +260,41 @@ async fn the_example_in_python_lists_the_gateways() {
     assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
     let expected = "gateway-1\tdraining\ta\ttcp=127.0.0.1:7100 quic=127.0.0.1:7101\n";
     assert_eq!(String::from_utf8_lossy(&listed.stdout), expected);
+}
+
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn the_example_in_python_follows_the_gateways() {
+    let cluster = Cluster::new().await;
+    let registry = cluster.registry("a").await;
+    let gateway = |name: &str, draining| {
+        let endpoint = Endpoint { transport: "tcp".to_owned(), address: "127.0.0.1:7100".to_owned() };
+        Instance { endpoints: vec![endpoint], draining, ..instance(Role::Gateway, name) }
+    };
+    registry.register(gateway("gateway-1", false), conformance::TTL).await.expect("register");
+    let mut watching = Command::new("python3")
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/gateways.py"))
+        .args(["--etcd", &cluster.members[0], "--cluster", &cluster.id, "--watch"])
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("python3 is installed");
+    let mut lines = BufReader::new(watching.stdout.take().expect("it is piped")).lines();
+    let mut says = async |expected: &str| {
+        let line = timeout(Duration::from_secs(20), lines.next_line()).await.expect("it is told in time");
+        assert_eq!(line.expect("readable").expect("it goes on"), expected);
+    };
+    says("gateway-1\tlive\t-\ttcp=127.0.0.1:7100").await;
+    let lease = registry.register(gateway("gateway-2", false), conformance::TTL).await.expect("register");
+    says("gateway-2\tlive\t-\ttcp=127.0.0.1:7100").await;
+    registry.register(router("router-1"), conformance::TTL).await.expect("register");
+    registry.update(&lease, gateway("gateway-2", true)).await.expect("update");
+    says("gateway-2\tdraining\t-\ttcp=127.0.0.1:7100").await;
+    registry.revoke(&lease).await.expect("revoke");
+    says("gateway-2\tgone").await;
+    // A lease that nobody renews ends by itself.
+    drop(registry);
+    says("gateway-1\tgone").await;
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! What every test needs: an environment and things to register.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -13,6 +14,8 @@ use im_proto::{
     environment::{Clock, Environment, Random, Spawn, Task},
 };
 use im_registry::{Instance, Role};
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// Real or paused time, whichever the runtime has.
@@ -75,4 +78,40 @@ pub fn instance(role: Role, name: &str) -> Instance {
 
 pub fn router(name: &str) -> Instance {
     instance(Role::Router, name)
+}
+
+/// Metrics by name, of what is made while it is the recorder.
+#[derive(Default)]
+pub struct Numbers(Mutex<BTreeMap<String, Arc<AtomicU64>>>);
+
+impl Numbers {
+    pub fn counter(&self, name: &str) -> u64 {
+        self.0.lock().get(name).unwrap_or_else(|| panic!("no metric {name}")).load(Ordering::Relaxed)
+    }
+
+    pub fn gauge(&self, name: &str) -> f64 {
+        f64::from_bits(self.counter(name))
+    }
+
+    fn of(&self, key: &Key) -> Arc<AtomicU64> {
+        self.0.lock().entry(key.name().to_owned()).or_default().clone()
+    }
+}
+
+impl Recorder for Numbers {
+    fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+    fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+    fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+    fn register_counter(&self, key: &Key, _: &Metadata<'_>) -> Counter {
+        Counter::from_arc(self.of(key))
+    }
+
+    fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
+        Gauge::from_arc(self.of(key))
+    }
+
+    fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
+        Histogram::noop()
+    }
 }

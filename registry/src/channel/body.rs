@@ -145,8 +145,7 @@ impl http_body::Body for Watched {
             Some(Err(_)) => self.tell(Outcome::Failed),
             Some(Ok(frame)) => {
                 if let Some(trailers) = frame.trailers_ref() {
-                    let unavailable = super::is_unavailable(trailers);
-                    self.tell(if unavailable { Outcome::Failed } else { Outcome::Answered });
+                    self.tell(super::outcome_of(trailers));
                 }
             }
         }

@@ -27,7 +27,7 @@ impl Default for Ejection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Answered,
-    /// No answer, or "unavailable".
+    /// No answer, or "unavailable" as the word of the instance about itself.
     Failed,
     /// There was nobody to send to.
     NotConnected,

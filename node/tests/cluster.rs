@@ -34,6 +34,11 @@ fn service(variable: &str) -> String {
     })
 }
 
+/// Copies of each row: `IM_TEST_CQL_REPLICATION`, or one on each of the nodes, at most three.
+fn replication(nodes: &str) -> String {
+    std::env::var("IM_TEST_CQL_REPLICATION").unwrap_or_else(|_| nodes.split(',').count().min(3).to_string())
+}
+
 /// One cluster at a time: two of them on two cores would measure patience.
 pub async fn alone() -> MutexGuard<'static, ()> {
     static ONE: OnceLock<Mutex<()>> = OnceLock::new();
@@ -58,7 +63,7 @@ impl Cluster {
         Self { folder, secrets, etcd: service("IM_TEST_ETCD"), cql: None }
     }
 
-    fn on_etcd_and_cql() -> Self {
+    pub fn on_etcd_and_cql() -> Self {
         Self::on_etcd().with_keyspace()
     }
 
@@ -106,18 +111,41 @@ impl Cluster {
         self.folder.path().join(name).to_str().unwrap().to_owned()
     }
 
-    fn secrets(&self) -> String {
+    pub fn etcd(&self) -> &str {
+        &self.etcd
+    }
+
+    /// The cluster's name in etcd.
+    pub fn id(&self) -> String {
+        let text = std::fs::read(self.secrets.join("cluster.json")).unwrap();
+        let cluster: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        cluster["cluster_id"].as_str().unwrap().to_owned()
+    }
+
+    pub fn secrets(&self) -> String {
         self.secrets.to_str().unwrap().to_owned()
     }
 
-    fn data(&self, name: &str) -> PathBuf {
+    pub fn data(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     fn apply(&self) -> Output {
         let (cql, keyspace) = self.cql.clone().unwrap();
         let secrets = self.secrets();
-        imd(&["schema", "apply", "--cql", &cql, "--keyspace", &keyspace, "--secrets", &secrets, "--replication", "1"])
+        let copies = replication(&cql);
+        imd(&[
+            "schema",
+            "apply",
+            "--cql",
+            &cql,
+            "--keyspace",
+            &keyspace,
+            "--secrets",
+            &secrets,
+            "--replication",
+            &copies,
+        ])
     }
 
     fn common(&self, name: &str) -> Vec<String> {
@@ -168,7 +196,7 @@ impl Cluster {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    fn token(&self, user: &str) -> String {
+    pub fn token(&self, user: &str) -> String {
         let key = self.secrets.join("keys/signing.pk8");
         let output = imd(&["token", "--user", user, "--expires", "1h", "--key", key.to_str().unwrap()]);
         stdout(&output).trim().to_owned()
@@ -308,7 +336,7 @@ async fn hear(mut events: tokio::sync::mpsc::Receiver<Event>, from: String) -> V
     heard
 }
 
-fn text_of(body: &bytes::Bytes) -> String {
+pub fn text_of(body: &bytes::Bytes) -> String {
     let decoded = <im_proto::v1::Body as prost::Message>::decode(body.clone()).unwrap();
     match decoded.content {
         Some(im_proto::v1::body::Content::Text(text)) => text.text,

@@ -10,6 +10,7 @@ mod metrics;
 mod migration;
 mod process;
 mod server;
+mod service;
 mod tidy;
 mod transfer;
 

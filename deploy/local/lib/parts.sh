@@ -34,6 +34,8 @@ choose_ports() {
     local port
     take_lock 7 "${TMPDIR:-/tmp}/im-local-services.$(id -u).lock"
     for ((base = $1; base < 32000; base += 100)); do
+        # Those who listen in network namespaces are not seen here; their bridge is.
+        [ ! -e "/sys/class/net/im$((base / 100))" ] || continue
         for port in $(ports); do
             ! port_taken "$port" || continue 2
         done

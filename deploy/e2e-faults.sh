@@ -61,7 +61,7 @@ for name in "${names[@]}"; do
         late+=("$name")
         continue
     fi
-    deploy/local/faults --quick --times 1 --lease "$lease" --rate 200 --pairs 6 --out "$work/faults" "$name" | tail -n "$lines"
+    deploy/local/faults --quick --times 1 --lease "$lease" --rate 200 --pairs 12 --out "$work/faults" "$name" | tail -n "$lines"
     lines=1
 done
 summary="faults: $((${#names[@]} - ${#cannot[@]} - ${#late[@]})) of ${#names[@]}, every promise held, in $SECONDS s"

@@ -70,6 +70,8 @@ struct State {
     capability: Box<[u8]>,
     expires_at: Timestamp,
     kept: VecDeque<KeptSend>,
+    /// Sends that were forwarded, one that was forwarded again counted again.
+    attempts: u64,
     /// Kept sends that no link has taken.
     waiting: usize,
     calls: Vec<PendingCall>,

@@ -186,10 +186,7 @@ async fn a_refusal_of_the_owner_reaches_its_client_alone() {
     let (mut bystander, _) = bench.login(&mut router, "bystander").await;
     client.send(ClientFrame::Send(send(bench.conversation_in(1, 0), "m"))).await;
     let forwarded = router.next_send().await;
-    let FromRouter::SendResult(mut result) = result(&forwarded, 0) else { unreachable!() };
-    let ack = result.ack.as_mut().expect("an ack");
-    ack.status = Some(StatusCode::PreconditionFailed.to_status());
-    router.say(FromRouter::SendResult(result)).await;
+    router.say(refusal(&forwarded, StatusCode::PreconditionFailed)).await;
     assert_eq!(status_of(client.ack().await.status.as_ref()), Some(StatusCode::PreconditionFailed));
     client.is_alive().await;
     bystander.is_alive().await;

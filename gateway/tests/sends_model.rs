@@ -182,7 +182,8 @@ impl World {
         let messages = back.into_values().map(|send| {
             let client_message_id = send.send.expect("a send").client_message_id;
             let (session_id, conversation_id) = (send.session_id, send.conversation_id);
-            FromRouter::SendReturned(v1::SendReturned { session_id, conversation_id, client_message_id })
+            let attempt = send.attempt;
+            FromRouter::SendReturned(v1::SendReturned { session_id, conversation_id, client_message_id, attempt })
         });
         self.routers[router].say_all(messages.collect()).await;
     }

@@ -30,7 +30,7 @@ pub use v1::{
 use self::surroundings::Dialled;
 pub use self::{
     client::{Client, encode, status_of},
-    router::{Router, deliver, result},
+    router::{Router, deliver, refusal, result},
     surroundings::{Counts, environment},
 };
 

@@ -34,7 +34,7 @@ use crate::{
 #[derive(Debug)]
 pub enum Completion {
     /// A `SendAck` to the session that sent it.
-    Ack { caller: Arc<Caller>, client_message_id: Bytes },
+    Ack { caller: Arc<Caller>, client_message_id: Bytes, attempt: u64 },
     /// The reply to an api call.
     Reply { reply_to: ReplyTo, kind: ReplyKind },
     /// An effect of another log's entry was appended.

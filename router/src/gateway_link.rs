@@ -326,12 +326,16 @@ fn dispatch_send(link: &Arc<GatewayLink>, send: &v1::SessionSend, inputs: &mut I
     let Ok(conversation) = ConversationId::from_slice(&send.conversation_id) else { return };
     let Some(message) = &send.send else { return };
     match link.session(SessionId(send.session_id)) {
-        Some(caller) => inputs.push(GatewayInput::Send { caller, conversation, send: message.clone() }),
+        Some(caller) => {
+            let (attempt, send) = (send.attempt, message.clone());
+            inputs.push(GatewayInput::Send { caller, conversation, attempt, send });
+        }
         None => {
             let wanted = v1::CapabilityWanted {
                 session_id: send.session_id,
                 conversation_id: send.conversation_id.clone(),
                 client_message_id: message.client_message_id.clone(),
+                attempt: send.attempt,
             };
             link.send(vec![v1::RouterMessage { message: Some(ToGateway::CapabilityWanted(wanted)) }]);
         }

@@ -209,7 +209,9 @@ impl Worker {
             return self.context.refuse_gateway(input);
         }
         match input {
-            GatewayInput::Send { caller, conversation, send } => self.take_send(caller, conversation, send),
+            GatewayInput::Send { caller, conversation, attempt, send } => {
+                self.take_send(caller, conversation, attempt, send);
+            }
             GatewayInput::Signal { caller, conversation, signal } => self.take_signal(caller, conversation, signal),
             GatewayInput::Received { caller, conversation, seq } => self.take_received(caller, conversation, seq),
             GatewayInput::Open { link, open, .. } => self.open_session(link, &open),

@@ -122,6 +122,34 @@ async fn a_session_that_comes_with_a_capability_is_told_to_sync_and_one_without_
 }
 
 #[tokio::test(start_paused = true)]
+async fn every_answer_to_a_send_names_the_attempt() {
+    let world = World::new(Store::from(Memory::new()));
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    let foreign = CLUSTER.direct_id(&user("bob"), &user("carol"));
+    // Stored, stored before, refused by the owner, of a session that the router does not know.
+    gateway.attempt(1, id, message("bob", "m1", "hi", "", 0), 7).await;
+    gateway.attempt(1, id, message("bob", "m1", "hi", "", 0), 8).await;
+    gateway.attempt(1, foreign, message("carol", "m2", "hi", "", 0), 9).await;
+    gateway.attempt(77, id, message("bob", "m3", "hi", "", 0), 10).await;
+    let mut attempts = Vec::new();
+    for _ in 0..4 {
+        let answered = gateway.expect("an answer", |message| match message {
+            Down::SendResult(result) => Some((result.attempt, result.ack.as_ref().and_then(|ack| ack.status.clone()))),
+            Down::CapabilityWanted(wanted) => Some((wanted.attempt, None)),
+            _ => None,
+        });
+        let (attempt, status) = answered.await;
+        attempts.push((attempt, status.map(|status| status.code)));
+    }
+    attempts.sort_unstable();
+    let refused = Some(StatusCode::NotFound.number());
+    assert_eq!(attempts, [(7, None), (8, None), (9, refused), (10, None)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_same_device_takes_the_place_of_its_older_session() {
     let world = World::new(Store::from(Memory::new()));
     let router = world.router(world.config("r1")).await;

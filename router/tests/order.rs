@@ -97,7 +97,7 @@ async fn fates(gateway: &mut TestGateway, count: usize) -> Vec<(u64, String, Fat
                 Down::SendReturned(v1::SendReturned { session_id, client_message_id, .. }) => {
                     Some((*session_id, client_message_id.clone(), Fate::Returned))
                 }
-                Down::SendResult(v1::SendResult { session_id, ack: Some(ack) }) => {
+                Down::SendResult(v1::SendResult { session_id, ack: Some(ack), .. }) => {
                     let fate = match &ack.status {
                         None => Fate::At(ack.seq),
                         Some(status) if status.code == StatusCode::OutOfOrder.number() => Fate::OutOfOrder,

@@ -357,7 +357,13 @@ impl TestGateway {
     }
 
     pub async fn send(&mut self, session: u64, id: ConversationId, send: v1::Send) {
-        let send = v1::SessionSend { session_id: session, conversation_id: id.to_bytes(), send: Some(send) };
+        self.attempt(session, id, send, 0).await;
+    }
+
+    /// A send with the gateway's number of the try.
+    pub async fn attempt(&mut self, session: u64, id: ConversationId, send: v1::Send, attempt: u64) {
+        let conversation_id = id.to_bytes();
+        let send = v1::SessionSend { session_id: session, conversation_id, send: Some(send), attempt };
         self.push(vec![Up::Send(send)]).await;
     }
 

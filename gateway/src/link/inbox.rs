@@ -28,8 +28,7 @@ impl<'a> Inbox<'a> {
         let (shared, token) = (self.shared, self.token);
         match &message.message {
             Some(Message::SendResult(result)) => {
-                let Some(ack) = &result.ack else { return };
-                self.on(result.session_id, |session, wakers| session.send_result(shared, token, ack, wakers));
+                self.on(result.session_id, |session, wakers| session.send_result(shared, token, result, wakers));
             }
             Some(Message::Deliver(deliver)) => {
                 let wakers = &mut self.wakers;

@@ -1,6 +1,9 @@
 //! Kept sends: forwarded to the owner of their conversation's shard, and again when it moves, until the owner answers.
 //!
 //! Per conversation the order of sending is kept. The gateway answers only for what it never forwarded (over a limit, malformed).
+//!
+//! What is forwarded again may come twice to an owner that had it already, and between the two its state may change. Attempts are
+//! numbered, and only the answer to the last one can refuse: what an owner does later with an earlier one would contradict it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,6 +26,8 @@ pub(super) struct KeptSend {
     send: v1::Send,
     /// Where it went last; `None` while it waits for a link.
     via: Option<LinkToken>,
+    /// The number of that attempt.
+    attempt: u64,
     /// How often its router asked for the capability.
     wanted: u8,
     /// When it was read, if its way is measured.
@@ -36,7 +41,7 @@ const OVERLOADED_RETRY: Duration = Duration::from_millis(100);
 
 impl KeptSend {
     pub fn new(conversation: ConversationId, shard: ShardId, send: v1::Send, timed: Option<Instant>) -> Self {
-        Self { conversation, shard, send, via: None, wanted: 0, timed }
+        Self { conversation, shard, send, via: None, attempt: 0, wanted: 0, timed }
     }
 
     fn message(&self, session: u64) -> Message {
@@ -45,7 +50,13 @@ impl KeptSend {
             Some(v1::send::Target::ConversationId(id)) => id.clone(),
             _ => self.conversation.to_bytes(),
         };
-        Message::Send(v1::SessionSend { session_id: session, conversation_id, send: Some(self.send.clone()) })
+        let (send, attempt) = (Some(self.send.clone()), self.attempt);
+        Message::Send(v1::SessionSend { session_id: session, conversation_id, send, attempt })
+    }
+
+    /// An answer is that to the last attempt. A router of an older release does not number it: then it has to come the same way.
+    fn is_answered(&self, from: LinkToken, attempt: u64) -> bool {
+        if attempt == 0 { self.via == Some(from) } else { self.via.is_some() && self.attempt == attempt }
     }
 
     fn is(&self, conversation: &[u8], client_message_id: &[u8]) -> bool {
@@ -89,12 +100,17 @@ impl Session {
         match link.filter(|link| !behind && link.is_up()) {
             Some(link) => {
                 self.present(state, link, gather);
-                gather.add(link, kept.message(self.id.0));
-                kept.via = Some(link.token());
+                self.forward(&mut state.attempts, link, &mut kept, gather);
             }
             None => state.waiting += 1,
         }
         state.kept.push_back(kept);
+    }
+
+    fn forward(&self, attempts: &mut u64, link: &Arc<Link>, kept: &mut KeptSend, gather: &mut Gather) {
+        *attempts += 1;
+        (kept.attempt, kept.via) = (*attempts, Some(link.token()));
+        gather.add(link, kept.message(self.id.0));
     }
 
     /// Forwards everything that is not where it belongs.
@@ -102,16 +118,14 @@ impl Session {
         let mut kept = std::mem::take(&mut state.kept);
         for send in &mut kept {
             let Some(link) = routes.owner(send.shard) else { continue };
-            let token = link.token();
-            if send.via == Some(token) {
+            if send.via == Some(link.token()) {
                 continue;
             }
             send.via = None;
             if link.is_up() {
                 shared.metrics.sends_again.increment(1);
                 self.present(state, link, gather);
-                gather.add(link, send.message(self.id.0));
-                send.via = Some(token);
+                self.forward(&mut state.attempts, link, send, gather);
             }
         }
         state.waiting = kept.iter().filter(|send| send.via.is_none()).count();
@@ -119,12 +133,13 @@ impl Session {
     }
 
     /// An owner's answer.
-    pub fn send_result(&self, shared: &Shared, from: LinkToken, ack: &v1::SendAck, wakers: &mut Wakers) {
+    pub fn send_result(&self, shared: &Shared, from: LinkToken, result: &v1::SendResult, wakers: &mut Wakers) {
+        let Some(ack) = &result.ack else { return };
         let mut state = self.lock();
         let position = state.kept.iter().position(|kept| kept.is(&ack.conversation_id, &ack.client_message_id));
         let Some(position) = position else { return };
-        // That it is durable is true whoever says so. A refusal counts only from the owner that has it now.
-        if ack.status.is_some() && state.kept[position].via != Some(from) {
+        // That it is durable is true whoever says so. A refusal counts only of the last attempt, from the owner that has it now.
+        if ack.status.is_some() && !state.kept[position].is_answered(from, result.attempt) {
             return;
         }
         let kept = state.kept.remove(position);
@@ -144,7 +159,8 @@ impl Session {
         let kept = state
             .kept
             .iter_mut()
-            .find(|kept| kept.via == Some(from) && kept.is(&returned.conversation_id, &returned.client_message_id));
+            .filter(|kept| kept.is_answered(from, returned.attempt))
+            .find(|kept| kept.is(&returned.conversation_id, &returned.client_message_id));
         if let Some(kept) = kept {
             kept.via = None;
             state.waiting += 1;
@@ -162,11 +178,12 @@ impl Session {
         self.present(&mut state, link, &mut gather);
         let send = kept
             .iter_mut()
-            .find(|kept| kept.via == Some(from) && kept.is(&wanted.conversation_id, &wanted.client_message_id));
+            .filter(|kept| kept.is_answered(from, wanted.attempt))
+            .find(|kept| kept.is(&wanted.conversation_id, &wanted.client_message_id));
         if let Some(send) = send {
             send.wanted = send.wanted.saturating_add(1);
             if send.wanted <= WANTED_AT_ONCE_MAX {
-                gather.add(link, send.message(self.id.0));
+                self.forward(&mut state.attempts, link, send, &mut gather);
             } else {
                 send.via = None;
                 state.waiting += 1;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use im_proto::{
-    InstanceId, frame,
+    InstanceId, StatusCode, frame,
     link::channel::{LinkItem, RouterEnd},
     v1,
 };
@@ -146,7 +146,14 @@ pub fn result(send: &v1::SessionSend, seq: u64) -> FromRouter {
         sent_at_ms: 1,
         status: None,
     };
-    FromRouter::SendResult(v1::SendResult { session_id: send.session_id, ack: Some(ack) })
+    FromRouter::SendResult(v1::SendResult { session_id: send.session_id, ack: Some(ack), attempt: send.attempt })
+}
+
+/// The owner refuses that try.
+pub fn refusal(send: &v1::SessionSend, code: StatusCode) -> FromRouter {
+    let FromRouter::SendResult(mut result) = result(send, 0) else { unreachable!() };
+    result.ack.as_mut().expect("an ack").status = Some(code.to_status());
+    FromRouter::SendResult(result)
 }
 
 /// A live message for sessions, with a body of this many bytes.

@@ -309,7 +309,9 @@ impl Context {
 
     fn give_up(&mut self, id: ConversationId, completion: Completion) {
         match completion {
-            Completion::Ack { caller, client_message_id } => self.return_send(&caller, id, client_message_id),
+            Completion::Ack { caller, client_message_id, attempt } => {
+                self.return_send(&caller, id, client_message_id, attempt);
+            }
             Completion::Reply { reply_to, .. } | Completion::Effect { reply_to, .. } => {
                 self.cluster.answer(reply_to, Err(unavailable()));
             }
@@ -336,7 +338,7 @@ fn complete(
 /// Tells whoever waits for a committed entry.
 pub fn complete_at(context: &mut Context, id: &ConversationId, seq: u64, sent_at: Timestamp, completion: Completion) {
     match completion {
-        Completion::Ack { caller, client_message_id } => {
+        Completion::Ack { caller, client_message_id, attempt } => {
             let ack = v1::SendAck {
                 client_message_id,
                 conversation_id: id.to_bytes(),
@@ -344,7 +346,7 @@ pub fn complete_at(context: &mut Context, id: &ConversationId, seq: u64, sent_at
                 sent_at_ms: sent_at.as_millis(),
                 status: None,
             };
-            context.ack(&caller, ack);
+            context.ack(&caller, ack, attempt);
         }
         Completion::Reply { reply_to, kind } => {
             context.cluster.answer(reply_to, Ok(Context::entry_reply(id, seq, sent_at, kind)));

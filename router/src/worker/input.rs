@@ -61,6 +61,8 @@ pub enum GatewayInput {
     Send {
         caller: Arc<Caller>,
         conversation: ConversationId,
+        /// The gateway's number of this try.
+        attempt: u64,
         send: v1::Send,
     },
     Signal {

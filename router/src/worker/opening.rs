@@ -193,14 +193,14 @@ impl Context {
     fn refuse_request(&mut self, id: &ConversationId, request: Request) {
         use super::waiting::SendAnswer;
         match request {
-            Request::Send { caller, send, answer: SendAnswer::Session } => {
+            Request::Send { caller, send, answer: SendAnswer::Session { attempt } } => {
                 let ack = im_proto::v1::SendAck {
                     client_message_id: send.client_message_id,
                     conversation_id: id.to_bytes(),
                     status: Some(crate::message::unavailable()),
                     ..im_proto::v1::SendAck::default()
                 };
-                self.ack(&caller, ack);
+                self.ack(&caller, ack, attempt);
             }
             request => self.give_back(*id, request),
         }

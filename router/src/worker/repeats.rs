@@ -111,7 +111,9 @@ impl Context {
         }
         self.is_stored(conversation, Dedupe::key(&caller.user, &send.client_message_id));
         let completion = match answer {
-            SendAnswer::Session => Completion::Ack { caller, client_message_id: send.client_message_id },
+            SendAnswer::Session { attempt } => {
+                Completion::Ack { caller, client_message_id: send.client_message_id, attempt }
+            }
             SendAnswer::Reply(reply_to) => Completion::Reply { reply_to, kind: ReplyKind::Send },
         };
         if seen.seq > conversation.committed {

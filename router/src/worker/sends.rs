@@ -35,14 +35,14 @@ enum Permission {
 
 impl Worker {
     /// A `Send` frame.
-    pub fn take_send(&mut self, caller: Arc<Caller>, id: ConversationId, send: v1::Send) {
+    pub fn take_send(&mut self, caller: Arc<Caller>, id: ConversationId, attempt: u64, send: v1::Send) {
         let peer = match &send.target {
             Some(v1::send::Target::PeerUserId(peer)) => UserId::parse(peer).ok(),
             _ => None,
         };
         let v1::Send { client_message_id, body, after, known_seq, .. } = send;
         let send = SendRequest { peer, client_message_id, body, after, known_seq, was_member: false };
-        self.request(id, Request::Send { caller, send, answer: SendAnswer::Session });
+        self.request(id, Request::Send { caller, send, answer: SendAnswer::Session { attempt } });
     }
 }
 
@@ -116,8 +116,8 @@ impl Context {
         let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash: Some(Dedupe::body_hash(&row.body)) };
         conversation.dedupe.insert(key, seen, conversation.committed);
         let completion = match answer {
-            SendAnswer::Session => {
-                Completion::Ack { caller: caller.clone(), client_message_id: send.client_message_id }
+            SendAnswer::Session { attempt } => {
+                Completion::Ack { caller: caller.clone(), client_message_id: send.client_message_id, attempt }
             }
             SendAnswer::Reply(reply_to) => Completion::Reply { reply_to, kind: ReplyKind::Send },
         };
@@ -263,37 +263,37 @@ impl Context {
     ) {
         self.is_refused(conversation, caller, &client_message_id);
         match answer {
-            SendAnswer::Session => {
+            SendAnswer::Session { attempt } => {
                 let ack = v1::SendAck {
                     client_message_id,
                     conversation_id: conversation.id.to_bytes(),
                     status: Some(status),
                     ..v1::SendAck::default()
                 };
-                self.ack_read(caller, ack);
+                self.ack_read(caller, ack, attempt);
             }
             SendAnswer::Reply(reply_to) => self.answer_read(reply_to, Err(status)),
         }
     }
 
     /// A refusal rests on what is in memory, like [`Self::answer_read`].
-    fn ack_read(&mut self, caller: &Caller, ack: v1::SendAck) {
+    fn ack_read(&mut self, caller: &Caller, ack: v1::SendAck, attempt: u64) {
         if !self.past_lease() {
-            return self.ack(caller, ack);
+            return self.ack(caller, ack, attempt);
         }
         let (fence, caller) = (self.fence.clone(), caller.clone());
         self.then(async move { fence.clean().await }, move |worker, is_owner| {
             // Else the router has ended, and the gateway asks the next owner.
             if is_owner {
-                worker.context.ack(&caller, ack);
+                worker.context.ack(&caller, ack, attempt);
             }
         });
     }
 
     /// Sends an ack to the session that sent the message.
-    pub fn ack(&mut self, caller: &Caller, ack: v1::SendAck) {
+    pub fn ack(&mut self, caller: &Caller, ack: v1::SendAck, attempt: u64) {
         if let Some(key) = &caller.session {
-            let result = v1::SendResult { session_id: key.session.0, ack: Some(ack) };
+            let result = v1::SendResult { session_id: key.session.0, ack: Some(ack), attempt };
             self.tell_session(key, ToGateway::SendResult(result));
         }
     }

@@ -304,7 +304,9 @@ impl Context {
     pub fn give_back(&mut self, id: ConversationId, request: Request) {
         match request {
             Request::Send { caller, send, answer } => match answer {
-                super::waiting::SendAnswer::Session => self.return_send(&caller, id, send.client_message_id),
+                super::waiting::SendAnswer::Session { attempt } => {
+                    self.return_send(&caller, id, send.client_message_id, attempt);
+                }
                 super::waiting::SendAnswer::Reply(reply_to) => self.cluster.answer(reply_to, Err(unavailable())),
             },
             Request::Effect { reply_to, .. } | Request::Call { reply_to, .. } => {
@@ -318,18 +320,18 @@ impl Context {
     }
 
     /// Tells a gateway to keep a send and try the conversation's owner.
-    pub fn return_send(&mut self, caller: &Caller, id: ConversationId, client_message_id: bytes::Bytes) {
+    pub fn return_send(&mut self, caller: &Caller, id: ConversationId, client_message_id: bytes::Bytes, attempt: u64) {
         let Some(key) = &caller.session else { return };
-        let returned =
-            v1::SendReturned { session_id: key.session.0, conversation_id: id.to_bytes(), client_message_id };
+        let (session_id, conversation_id) = (key.session.0, id.to_bytes());
+        let returned = v1::SendReturned { session_id, conversation_id, client_message_id, attempt };
         self.tell_session(key, ToGateway::SendReturned(returned));
     }
 
     /// A gateway's input for a shard that is not active here.
     pub fn refuse_gateway(&mut self, input: GatewayInput) {
         match input {
-            GatewayInput::Send { caller, conversation, send, .. } => {
-                self.return_send(&caller, conversation, send.client_message_id);
+            GatewayInput::Send { caller, conversation, attempt, send } => {
+                self.return_send(&caller, conversation, send.client_message_id, attempt);
             }
             GatewayInput::Open { link, open, .. } => {
                 link.forget_session(im_proto::SessionId(open.session_id));

@@ -47,7 +47,10 @@ pub struct SendRequest {
 /// Who gets the outcome of a send.
 #[derive(Debug)]
 pub enum SendAnswer {
-    Session,
+    /// `attempt` is its gateway's number of this try.
+    Session {
+        attempt: u64,
+    },
     Reply(ReplyTo),
 }
 

@@ -4,18 +4,25 @@
 //! - `have` is the highest seq up to which the application got every entry from where it began to follow; it moves by one entry,
 //!   in order, and only when the entry was taken by the event queue.
 //! - A followed conversation with `have < head` is `behind` until a fetch or the entries kept ahead have closed the gap.
+//! - So is one whose join came after a sync that did not have it, until history was asked: a push between what was received and the
+//!   sync may be lost, and nothing else tells of it.
 //!
 //! It does no I/O: the caller fetches what [`Conversations::next_fetch`] names. Entries beyond a gap are kept only up to a bound;
 //! what is dropped is fetched.
+
+mod follow;
+mod page;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
-use im_proto::{ConversationId, StatusCode, UserId, v1};
+use im_proto::{ConversationId, StatusCode, UserId};
 use tokio::time::Instant;
 
+use self::follow::{Conversation, Fetch, Follow};
+pub(crate) use self::page::HistoryPage;
 use crate::{
     config::{FollowAll, Target},
     error::Status,
@@ -29,32 +36,6 @@ const AHEAD_TOTAL_MAX: usize = 4096;
 const FETCHES_MAX: usize = 4;
 /// Waiting time after a fetch that failed or brought nothing.
 const FETCH_RETRY: Duration = Duration::from_millis(500);
-
-#[derive(Default)]
-struct Conversation {
-    /// The highest seq known to exist.
-    head: u64,
-    follow: Option<Follow>,
-}
-
-struct Follow {
-    /// `None` until it is known where to begin.
-    have: Option<u64>,
-    /// Entries beyond a gap.
-    ahead: BTreeMap<u64, Entry>,
-    /// Whether the application gets the entries. The user's own log is followed for the list's sake even if it does not.
-    deliver: bool,
-    fetch: Fetch,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fetch {
-    Idle,
-    InFlight,
-    Waiting(Instant),
-    /// The server refuses; tried again after the next sync or join.
-    Refused,
-}
 
 /// History that is missing.
 #[derive(Debug, PartialEq, Eq)]
@@ -183,12 +164,12 @@ impl Conversations {
         self.judge(id);
     }
 
-    /// The conversation exists, the user came in at `joined_seq`.
-    pub(crate) fn joined(&mut self, id: ConversationId, joined_seq: u64) {
+    /// The conversation exists, the user came in at `joined_seq`, says the entry `own_seq` of the own log.
+    pub(crate) fn joined(&mut self, id: ConversationId, joined_seq: u64, own_seq: u64) {
         let start = self.start(0, joined_seq);
         let conversation = self.known.entry(id).or_default();
         conversation.head = conversation.head.max(joined_seq);
-        self.begin(id, start);
+        self.begin(id, start, own_seq);
     }
 
     /// A row of a sync.
@@ -196,13 +177,14 @@ impl Conversations {
         let start = self.start(head, joined_seq);
         let conversation = self.known.entry(id).or_default();
         conversation.head = conversation.head.max(head);
-        self.begin(id, start);
+        self.begin(id, start, 0);
     }
 
     /// The user left; what came before may still be read. Followed again after the next join.
     pub(crate) fn left(&mut self, id: ConversationId, head: u64) {
         let conversation = self.known.entry(id).or_default();
         conversation.head = conversation.head.max(head);
+        conversation.joined_by = None;
         self.judge(id);
     }
 
@@ -215,12 +197,13 @@ impl Conversations {
         }
     }
 
-    fn begin(&mut self, id: ConversationId, start: Option<u64>) {
+    fn begin(&mut self, id: ConversationId, start: Option<u64>, by: u64) {
         let own_log = self.own_log == Some(id);
         let Some(conversation) = self.known.get_mut(&id) else { return };
         if start.is_some() && conversation.follow.is_none() {
             conversation.follow = Some(Follow::new(None, true));
         }
+        conversation.is_joined(by);
         if let Some(follow) = &mut conversation.follow {
             if follow.fetch == Fetch::Refused {
                 follow.fetch = Fetch::Idle;
@@ -241,6 +224,13 @@ impl Conversations {
         };
         self.synced_once = true;
         let Some(id) = self.own_log else { return };
+        let others: Vec<ConversationId> = self.known.keys().copied().filter(|other| *other != id).collect();
+        for other in others {
+            if let Some(conversation) = self.known.get_mut(&other) {
+                conversation.is_synced(version);
+            }
+            self.judge(other);
+        }
         let Some(conversation) = self.known.get_mut(&id) else { return };
         conversation.head = conversation.head.max(version);
         if let Some(follow) = &mut conversation.follow {
@@ -322,9 +312,7 @@ impl Conversations {
     /// Notes whether a conversation is behind.
     fn judge(&mut self, id: ConversationId) {
         let is_behind = self.known.get(&id).is_some_and(|conversation| {
-            conversation.follow.as_ref().is_some_and(|follow| {
-                follow.fetch == Fetch::Idle && follow.have.is_some_and(|have| have < conversation.head)
-            })
+            conversation.follow.as_ref().is_some_and(|follow| follow.is_behind(conversation.head))
         });
         if is_behind {
             self.behind.insert(id);
@@ -352,7 +340,7 @@ impl Conversations {
                 continue;
             }
             let follow = self.known.get_mut(&id).and_then(|conversation| conversation.follow.as_mut())?;
-            follow.fetch = Fetch::InFlight;
+            follow.asks();
             self.fetching += 1;
             let from = follow.have.unwrap_or(0) + 1;
             self.judge(id);
@@ -407,6 +395,7 @@ impl Conversations {
             return;
         };
         let until = now + FETCH_RETRY;
+        follow.asks_again();
         follow.fetch = Fetch::Waiting(until);
         self.waiting.insert((until, id));
     }
@@ -455,43 +444,10 @@ impl Conversations {
         self.fetching = 0;
         let ids: Vec<ConversationId> = self.known.keys().copied().collect();
         for id in ids {
-            if let Some(follow) = self.known.get_mut(&id).and_then(|conversation| conversation.follow.as_mut())
-                && follow.fetch == Fetch::InFlight
-            {
-                follow.fetch = Fetch::Idle;
+            if let Some(follow) = self.known.get_mut(&id).and_then(|conversation| conversation.follow.as_mut()) {
+                follow.asks_again();
             }
             self.judge(id);
-        }
-    }
-}
-
-impl Follow {
-    fn new(have: Option<u64>, deliver: bool) -> Self {
-        Self { have, ahead: BTreeMap::new(), deliver, fetch: Fetch::Idle }
-    }
-}
-
-/// A history reply whose entries were parsed.
-#[derive(Debug)]
-pub(crate) struct HistoryPage {
-    pub(crate) conversation: Option<ConversationId>,
-    pub(crate) entries: Vec<Entry>,
-    pub(crate) head: u64,
-    pub(crate) first_seq: u64,
-}
-
-impl HistoryPage {
-    /// Entries that break the protocol end the page: what follows is asked for again.
-    pub(crate) fn from_wire(reply: v1::HistoryReply, me: Option<&UserId>) -> Self {
-        let entries = reply.entries.into_iter().map_while(|entry| {
-            let gone_reason = entry.gone_reason;
-            entry.message.and_then(|message| Entry::from_wire(message, gone_reason, me))
-        });
-        Self {
-            conversation: ConversationId::from_slice(&reply.conversation_id).ok(),
-            entries: entries.collect(),
-            head: reply.head,
-            first_seq: reply.first_seq,
         }
     }
 }

@@ -153,7 +153,7 @@ impl Core {
                 v1::system_event::Event::ConversationJoined(joined) => {
                     let Ok(id) = ConversationId::from_slice(&joined.conversation_id) else { continue };
                     self.learn_peer(&joined.peer_user_id, id, now);
-                    self.conversations.joined(id, joined.joined_seq);
+                    self.conversations.joined(id, joined.joined_seq, entry.seq);
                 }
                 v1::system_event::Event::ConversationLeft(left) => {
                     if let Ok(id) = ConversationId::from_slice(&left.conversation_id) {

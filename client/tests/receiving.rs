@@ -5,10 +5,10 @@ use std::time::Duration;
 use im_client::{Client, Event, FollowAll, Position, Target};
 use im_proto::{
     ConversationId, StatusCode, body,
-    v1::{self, server_frame},
+    v1::{self, server_frame, system_event},
 };
 
-use crate::server::{Connection, Events, Server, conversation, joined, message, own_log, row};
+use crate::server::{Connection, Events, Server, conversation, joined, message, own_event, own_log, row};
 
 const QUIET: Duration = Duration::from_secs(5);
 
@@ -196,8 +196,79 @@ async fn a_conversation_that_comes_to_be_during_the_first_sync_is_followed_too()
         let mut entries = events.entries(2).await;
         entries.sort();
         assert_eq!(entries, [(conversation(2), 1), (own_log(), 1)], "{follow_all:?}");
+        // What came before the answer is not promised, and the answer does not have it.
+        let (id, request) = connection.expect_history().await;
+        assert_eq!(request.from, 2);
+        connection.reply_history(id, conversation(2), 2..=1, 1).await;
         connection.expect_silence(QUIET).await;
     }
+}
+
+/// A sync cannot tell of what is lost in a conversation that is not on the list yet.
+#[tokio::test(start_paused = true)]
+async fn what_was_lost_before_the_word_that_a_conversation_exists_is_read_at_that_word() {
+    let server = Server::new();
+    let mut config = server.config();
+    config.follow_all = FollowAll::FromNow;
+    let client = Client::start(config);
+    let mut events = Events::of(&client);
+    let mut connection = server.accept().await;
+    connection.sync(2, vec![row(conversation(1), 3)]).await;
+    connection.push(conversation(2), 1).await;
+    // The second message is lost, and the sync says nothing of it.
+    connection.send(server_frame::Frame::Resync(v1::Resync { reason: 1, spread_ms: 100 })).await;
+    connection.sync(2, vec![]).await;
+    connection.send(server_frame::Frame::Message(joined(3, conversation(2), "bob"))).await;
+    let (id, request) = connection.expect_history().await;
+    assert_eq!(request.from, 2);
+    // Asked until it is answered.
+    connection.refuse_call(id, StatusCode::Unavailable).await;
+    let (_, request) = connection.expect_history().await;
+    assert_eq!(request.from, 2);
+    drop(connection);
+    let mut connection = server.accept().await;
+    connection.sync(3, vec![]).await;
+    let (id, request) = connection.expect_history().await;
+    assert_eq!(request.from, 2);
+    connection.reply_history(id, conversation(2), 2..=2, 2).await;
+    let mut entries = events.entries(3).await;
+    entries.sort();
+    assert_eq!(entries, [(conversation(2), 1), (conversation(2), 2), (own_log(), 3)]);
+    connection.expect_silence(QUIET).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_lost_before_the_word_that_one_is_in_a_group_again_is_read_at_that_word() {
+    let server = Server::new();
+    let mut config = server.config();
+    config.follow_all = FollowAll::FromNow;
+    let client = Client::start(config);
+    let mut events = Events::of(&client);
+    let mut connection = server.accept().await;
+    connection.sync(2, vec![row(conversation(1), 3)]).await;
+    let left = v1::ConversationLeft { conversation_id: conversation(1).to_bytes(), left_seq: 4 };
+    connection.push(conversation(1), 4).await;
+    let left = own_event(3, system_event::Event::ConversationLeft(left));
+    connection.send(server_frame::Frame::Message(left)).await;
+    // In it again by entry 5, then 6 is lost; the list is older.
+    connection.push(conversation(1), 5).await;
+    connection.send(server_frame::Frame::Resync(v1::Resync { reason: 1, spread_ms: 100 })).await;
+    connection.sync(3, vec![v1::ConversationRow { left: true, left_seq: 4, ..row(conversation(1), 4) }]).await;
+    let back = v1::ConversationJoined {
+        conversation_id: conversation(1).to_bytes(),
+        kind: v1::ConversationKind::Group.into(),
+        joined_seq: 5,
+        ..v1::ConversationJoined::default()
+    };
+    let back = own_event(4, system_event::Event::ConversationJoined(back));
+    connection.send(server_frame::Frame::Message(back)).await;
+    let (id, request) = connection.expect_history().await;
+    assert_eq!(request.from, 6);
+    connection.reply_history(id, conversation(1), 6..=6, 6).await;
+    let entries = events.entries(5).await;
+    let of = |id| entries.iter().filter(|entry| entry.0 == id).map(|entry| entry.1).collect::<Vec<u64>>();
+    assert_eq!((of(conversation(1)), of(own_log())), (vec![4, 5, 6], vec![3, 4]));
+    connection.expect_silence(QUIET).await;
 }
 
 #[tokio::test(start_paused = true)]

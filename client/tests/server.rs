@@ -339,11 +339,12 @@ pub fn joined(own_seq: u64, id: ConversationId, peer: &str) -> v1::Message {
         joined_seq: 1,
         ..v1::ConversationJoined::default()
     };
-    v1::Message {
-        body: body::event(v1::system_event::Event::ConversationJoined(joined)),
-        kind: v1::EntryKind::Event.into(),
-        ..message(own_log(), own_seq)
-    }
+    own_event(own_seq, v1::system_event::Event::ConversationJoined(joined))
+}
+
+/// An entry of one's own log: something about the conversation list.
+pub fn own_event(own_seq: u64, event: v1::system_event::Event) -> v1::Message {
+    v1::Message { body: body::event(event), kind: v1::EntryKind::Event.into(), ..message(own_log(), own_seq) }
 }
 
 /// The events of a client.

@@ -52,6 +52,7 @@ class Client:
         self.server, self.token, self.ca, self.on_entry = server, token, ca, on_entry
         self.have, self.version, self.rows = {}, 0, {}  # conversation -> seq without a gap below; of the last sync [6]
         self.direct = {}  # peer -> conversation
+        self.joins = []  # conversations that the own log named, to be read [6.6]
         self.acked = {}  # conversation -> seqs of own entries beyond `have`: no `Message` comes for these [5]
         self.pending = []  # in the order in which they were made
         self.resyncs = 0
@@ -213,6 +214,17 @@ class Client:
             for entry in answer.entries:
                 self._take(entry.message)
 
+    def _catch_up(self, conversation):
+        """Duty 6: what came before a sync that did not know of the conversation may be lost, and only its head tells."""
+        while True:
+            try:
+                head = self.history(conversation, self.have.get(conversation, 0) + 1, limit=1).head
+                return self._fetch(conversation, head)
+            except Refusal as refusal:
+                if refusal.code not in RETRY_LATER:
+                    return  # no longer in it
+                time.sleep(0.2)
+
     def _on_message(self, entry):
         if self.syncing:
             return self.live.append(entry)
@@ -221,6 +233,10 @@ class Client:
             self._fetch(entry.conversation_id, entry.seq - 1)
             self.syncing = False
         self._take(entry)
+        while self.joins and not self.syncing:
+            self.syncing = True
+            self._catch_up(self.joins.pop(0))
+            self.syncing = False
         while self.live and not self.syncing:
             self._on_message(self.live.pop(0))
 
@@ -229,6 +245,10 @@ class Client:
         if entry.seq > self.have.get(entry.conversation_id, 0):
             if entry.sender == self.user:
                 self._stored(entry.client_message_id, entry.seq)
+            if entry.conversation_id == self.own_log and entry.seq > self.version:
+                event = body_pb2.Body.FromString(entry.body).event
+                if event.WhichOneof("event") == "conversation_joined":
+                    self.joins.append(event.conversation_joined.conversation_id)
             self.on_entry(entry)
             self._received(entry.conversation_id, entry.seq)
 

@@ -5,6 +5,7 @@
 //! and saw goes to the history checker of the load harness.
 
 mod chance;
+mod dialer;
 mod executor;
 mod faults;
 mod judge;
@@ -56,6 +57,8 @@ pub struct Report {
     pub sent: u64,
     pub acknowledged: u64,
     pub shown: u64,
+    /// Entries whose sends were refused, and stored by an earlier connection's try.
+    pub stored_late: u64,
     /// Simulated.
     pub lasted: Duration,
     /// Faults by their kind.
@@ -75,6 +78,7 @@ pub fn run(seed: u64, print: bool) -> Report {
         sent: 0,
         acknowledged: 0,
         shown: 0,
+        stored_late: 0,
         lasted: Duration::ZERO,
         faults: BTreeMap::new(),
     };
@@ -95,6 +99,7 @@ async fn simulate(seed: u64, print: bool) -> Report {
         sent: 0,
         acknowledged: 0,
         shown: 0,
+        stored_late: 0,
         lasted: Duration::ZERO,
         faults: BTreeMap::new(),
     };
@@ -111,6 +116,7 @@ async fn simulate(seed: u64, print: bool) -> Report {
     report.broken = executor.run(whole(world.clone(), people.clone())).await;
     let record = std::mem::take(&mut *people.record.lock());
     (report.sent, report.acknowledged, report.shown) = (record.sent, record.acks, record.shown_entries);
+    report.stored_late = record.stored_late;
     report.broken.extend(record.broken);
     let verdict = record.history.judge();
     if !verdict.is_clean() {

@@ -139,21 +139,20 @@ impl Network {
         }));
     }
 
-    /// Joins two halves of a byte stream. `tap` sees what arrives at the near end.
+    /// Joins two halves of a byte stream. What is read along is what arrives: from the near end at the far one, and back.
     pub fn join_stream(
         &self,
         one: &str,
         other: &str,
-        near: DuplexStream,
-        far: DuplexStream,
-        tap: impl FnMut(&[u8]) + Send + 'static,
+        (near, sent): (DuplexStream, impl FnMut(&[u8]) + Send + 'static),
+        (far, heard): (DuplexStream, impl FnMut(&[u8]) + Send + 'static),
     ) {
         let way = self.way(one, other);
         self.shared.tasks.spawn(Box::pin(async move {
             let (near_read, near_write) = tokio::io::split(near);
             let (far_read, far_write) = tokio::io::split(far);
-            let there = carry_bytes(&way, near_read, far_write, |_| {});
-            let back = carry_bytes(&way, far_read, near_write, tap);
+            let there = carry_bytes(&way, near_read, far_write, sent);
+            let back = carry_bytes(&way, far_read, near_write, heard);
             let ((near_read, far_write), (far_read, near_write)) = tokio::join!(there, back);
             way.close((near_read, near_write), (far_read, far_write)).await;
         }));

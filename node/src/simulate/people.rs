@@ -1,39 +1,25 @@
 //! The users of a run: clients of the SDK on simulated streams, what they send, and a record of everything that they see.
 
 use std::{
-    collections::BTreeMap,
-    pin::Pin,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Weak},
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
-use im_client::{
-    Backoff, Client, ClientConfig, DialError, Dialer, Endpoint, Event, FollowAll, SendError, Stream, Target, compose,
-};
+use bytes::Bytes;
+use im_client::{Backoff, Client, ClientConfig, Endpoint, Event, FollowAll, SendError, Target, compose};
 use im_loadtest::checker::{self, History};
-use im_proto::{
-    ConversationId, StatusCode, UserId,
-    environment::Environment,
-    frame::{self, Decoded},
-    limits,
-    v1::{self, EntryKind, server_frame},
-};
+use im_proto::{ConversationId, StatusCode, UserId, environment::Environment, v1::EntryKind};
 use im_registry::Role;
 use parking_lot::Mutex;
-use tokio::{
-    sync::mpsc,
-    time::{sleep, timeout},
-};
+use tokio::{sync::mpsc, time::sleep};
 
 use super::{
     chance::{Dice, TraceHash},
+    dialer::SimDialer,
     executor::ProcessTasks,
     world::World,
 };
-
-/// Bytes in each piece of a simulated stream.
-const STREAM_BYTES: usize = 4 * 1024;
 
 /// A client process.
 #[derive(Clone)]
@@ -56,19 +42,35 @@ pub struct Record {
     /// Of each entry, as its first observer saw it: all others must see the same.
     entries: BTreeMap<(ConversationId, u64), u64>,
     /// Every acknowledgement on the wire: repeats must name the same seq.
-    acknowledged: BTreeMap<(Bytes, Bytes), u64>,
+    pub acknowledged: BTreeMap<(Bytes, Bytes), u64>,
+    /// By which connections each body was sent.
+    pub tried: BTreeMap<Bytes, BTreeSet<u64>>,
+    /// Connections that were made.
+    pub connections: u64,
     /// How far each device was shown each conversation.
     pub shown: BTreeMap<(usize, ConversationId), u64>,
     /// Read cursors that were acknowledged.
     pub read: BTreeMap<(UserId, ConversationId), u64>,
     /// Bodies that were refused for good.
     pub refused: BTreeMap<Bytes, String>,
+    /// Entries of these that an earlier connection's try brought into the log all the same.
+    pub stored_late: u64,
     pub open_sends: u64,
     pub sent: u64,
     pub acks: u64,
     pub shown_entries: u64,
     /// Promises that the checker does not know.
     pub broken: Vec<String>,
+}
+
+impl Record {
+    /// Somebody saw an entry: it is what it is for all others.
+    pub fn see(&mut self, who: &str, entry: &im_client::Entry) {
+        let hash = entry_hash(entry);
+        if *self.entries.entry((entry.conversation, entry.seq)).or_insert(hash) != hash {
+            self.broken.push(format!("{who} saw other bytes at seq {} of {}", entry.seq, entry.conversation));
+        }
+    }
 }
 
 /// All users.
@@ -135,8 +137,7 @@ impl People {
             .iter()
             .filter_map(|gateway| format!("tcp://{gateway}:7100").parse().ok())
             .collect();
-        let dialer =
-            SimDialer { world: Arc::downgrade(&self.world), record: Arc::downgrade(&self.record), from: name.clone() };
+        let dialer = SimDialer::new(&self.world, &self.record, &name);
         let mut dice = Dice::new(self.world.plan.seed, &name);
         let mut config =
             ClientConfig::with_dialer(Arc::new(endpoints), Arc::new(token), Arc::new(dialer), environment.clone());
@@ -234,14 +235,9 @@ impl People {
         let mut record = self.record.lock();
         let record = &mut *record;
         let is_event = entry.kind == EntryKind::Event;
-        let key = (entry.conversation, entry.seq);
         let hash = entry_hash(entry);
         self.world.trace.event("shown", || format!("{} {} {} {hash:x}", device.name, entry.conversation, entry.seq));
-        if *record.entries.entry(key).or_insert(hash) != hash {
-            record
-                .broken
-                .push(format!("{} saw other bytes at seq {} of {}", device.name, entry.seq, entry.conversation));
-        }
+        record.see(&device.name, entry);
         record.shown_entries += 1;
         let shown = record.shown.entry((device.number, entry.conversation)).or_default();
         *shown = entry.seq.max(*shown);
@@ -401,71 +397,6 @@ async fn watch(people: Weak<People>, device: Device, mut events: mpsc::Receiver<
                 return;
             }
             other => people.world.trace.event("notice", || format!("{} {other:?}", device.name)),
-        }
-    }
-}
-
-/// Dials gateways by their names.
-struct SimDialer {
-    world: Weak<World>,
-    record: Weak<Mutex<Record>>,
-    from: String,
-}
-
-impl Dialer for SimDialer {
-    fn dial<'a>(
-        &'a self,
-        endpoint: &'a Endpoint,
-    ) -> Pin<Box<dyn Future<Output = Result<Stream, DialError>> + Send + 'a>> {
-        Box::pin(async move {
-            let refused = |why: &str| DialError(format!("{}: {why}", endpoint.address));
-            let world = self.world.upgrade().ok_or_else(|| refused("the run is over"))?;
-            let gateway = endpoint.server_name();
-            let reached = timeout(Duration::from_secs(3), world.network.reach(&self.from, gateway)).await;
-            if reached != Ok(true) {
-                return Err(refused("no answer"));
-            }
-            let (end, near) = tokio::io::duplex(STREAM_BYTES);
-            let (far, server_end) = tokio::io::duplex(STREAM_BYTES);
-            if !world.accept(gateway, server_end) {
-                return Err(refused("connection refused"));
-            }
-            let tap = Tap { record: self.record.clone(), input: BytesMut::new(), from: self.from.clone() };
-            world.network.join_stream(&self.from, gateway, near, far, tap.into_closure());
-            Ok(Box::new(end) as Stream)
-        })
-    }
-}
-
-/// Reads along what a client is sent.
-struct Tap {
-    record: Weak<Mutex<Record>>,
-    input: BytesMut,
-    from: String,
-}
-
-impl Tap {
-    fn into_closure(mut self) -> impl FnMut(&[u8]) + Send + 'static {
-        move |bytes| {
-            self.input.extend_from_slice(bytes);
-            while let Ok(Some(payload)) = frame::split_frame(&mut self.input, limits::FRAME_BYTES_MAX) {
-                if let Ok(Decoded::Frame(server_frame::Frame::SendAck(ack))) = frame::decode_server_frame(payload) {
-                    self.acknowledged(ack);
-                }
-            }
-        }
-    }
-
-    fn acknowledged(&self, ack: v1::SendAck) {
-        if ack.status.as_ref().is_some_and(|status| status.code != 0) {
-            return;
-        }
-        let Some(record) = self.record.upgrade() else { return };
-        let mut record = record.lock();
-        let key = (ack.conversation_id.clone(), ack.client_message_id.clone());
-        let before = *record.acknowledged.entry(key).or_insert(ack.seq);
-        if before != ack.seq {
-            record.broken.push(format!("{} was told seq {before}, then seq {} of one message", self.from, ack.seq));
         }
     }
 }

@@ -41,6 +41,7 @@ struct Totals {
     sent: u64,
     acknowledged: u64,
     shown: u64,
+    stored_late: u64,
     simulated_seconds: u64,
     faults: BTreeMap<&'static str, u64>,
     broken: Vec<u64>,
@@ -52,6 +53,7 @@ impl Totals {
         self.sent += report.sent;
         self.acknowledged += report.acknowledged;
         self.shown += report.shown;
+        self.stored_late += report.stored_late;
         self.simulated_seconds += report.lasted.as_secs();
         for (kind, count) in &report.faults {
             *self.faults.entry(kind).or_default() += count;
@@ -73,6 +75,11 @@ impl Totals {
         );
         let faults: Vec<String> = self.faults.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
         let _ = writeln!(text, "faults: {}", faults.join(", "));
+        if self.stored_late > 0 {
+            let late = self.stored_late;
+            let _ =
+                writeln!(text, "{late} entries were refused and had come by an earlier connection (SPEC.md, Sending)");
+        }
         text
     }
 }

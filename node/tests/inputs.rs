@@ -1,6 +1,8 @@
 //! Every kind of body, and bad input of every kind, on a real server: the same request as a call over TCP, as a call over QUIC and over
 //! gRPC, bodies also as `Send` frames. What SPEC.md says is answered, and nothing of it stays.
 
+use std::ops::RangeInclusive;
+
 use bytes::Bytes;
 use im_client::{CallError, Client, ClientConfig, Endpoint, SendError, Target, Transport, Trust};
 use im_proto::{
@@ -413,8 +415,8 @@ async fn ranges_of_history_that_are_none_are_refused_and_wide_ones_give_one_page
         ),
         ("everything", range(0, i64::MAX, 0), 1..=page),
         ("all from the last one on", range(1_200, i64::MAX, 0), MESSAGES..=MESSAGES),
-        ("beyond the head", range(billion, 2 * billion, 0), 1..=0),
-        ("the greatest number", range(i64::MAX, i64::MAX, 0), 1..=0),
+        ("beyond the head", range(billion, 2 * billion, 0), RangeInclusive::new(1, 0)),
+        ("the greatest number", range(i64::MAX, i64::MAX, 0), RangeInclusive::new(1, 0)),
     ] {
         let expected: Vec<u64> = seqs.collect();
         for (way, client) in &ways.clients {

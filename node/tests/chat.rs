@@ -230,7 +230,7 @@ fn page_up_goes_through_600_messages_to_the_first_without_a_gap() {
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let bob = server.client("bob").await;
         for number in 1..=600 {
-            let body = im_proto::body::text(&format!("message {number:03}."));
+            let body = im_proto::body::text(format!("message {number:03}."));
             bob.send(im_client::Target::peer("alice").unwrap(), body).await.unwrap();
         }
         bob.close().await;

@@ -1,6 +1,6 @@
 //! Entries come in order, without holes and without duplicates, whatever the server pushes, drops or repeats.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 use im_client::{Client, Event, FollowAll, Position, Target};
 use im_proto::{
@@ -12,7 +12,7 @@ use crate::server::{Connection, Events, Server, conversation, joined, message, o
 
 const QUIET: Duration = Duration::from_secs(5);
 
-fn range(id: ConversationId, seqs: std::ops::RangeInclusive<u64>) -> Vec<(ConversationId, u64)> {
+fn range(id: ConversationId, seqs: RangeInclusive<u64>) -> Vec<(ConversationId, u64)> {
     seqs.map(|seq| (id, seq)).collect()
 }
 
@@ -199,7 +199,7 @@ async fn a_conversation_that_comes_to_be_during_the_first_sync_is_followed_too()
         // What came before the answer is not promised, and the answer does not have it.
         let (id, request) = connection.expect_history().await;
         assert_eq!(request.from, 2);
-        connection.reply_history(id, conversation(2), 2..=1, 1).await;
+        connection.reply_history(id, conversation(2), RangeInclusive::new(2, 1), 1).await;
         connection.expect_silence(QUIET).await;
     }
 }

@@ -25,15 +25,19 @@ trap end EXIT
 trap 'exit 130' INT TERM
 
 address() { sed -n "s/.*\"$1\": *\"\\([^\"]*\\)\".*/\\1/p" "$data/ready.json"; }
-# as USER[/DEVICE] EXAMPLE ARGUMENTS…: what runs in the background needs a device of its own, or the next one takes its place.
-as() {
-    local user=${1%%/*} device=terminal
+# token USER[/DEVICE]: what runs in the background needs a device of its own, or the next one takes its place.
+token() {
+    local device=terminal
     [[ $1 != */* ]] || device=${1#*/}
-    (
-        IM_TOKEN=$("$imd" token --user "$user" --device "$device" --data "$data")
-        export IM_TOKEN
-        exec "$examples/$2" "${@:3}"
-    )
+    "$imd" token --user "${1%%/*}" --device "$device" --data "$data"
+}
+# as USER[/DEVICE] EXAMPLE ARGUMENTS…
+as() { IM_TOKEN=$(token "$1") "$examples/$2" "${@:3}"; }
+# instead USER[/DEVICE] EXAMPLE ARGUMENTS…: the same in place of this shell, so that a process in the background is the example itself.
+instead() {
+    IM_TOKEN=$(token "$1")
+    export IM_TOKEN
+    exec "$examples/$2" "${@:3}"
 }
 # holds FILE TEXT: waits until a line of the file is the text.
 holds() {
@@ -53,11 +57,11 @@ until [ -e "$data/ready.json" ]; do
 done
 tcp=tcp://$(address tcp)
 
-as echo/bot echo_bot "$tcp" >"$work/bot.log" 2>&1 &
+instead echo/bot echo_bot "$tcp" >"$work/bot.log" 2>&1 &
 children+=($!)
 as alice send "$tcp" bob 'Hello, Bob' 'How are you?' >"$work/sent"
 [ "$(cut -d' ' -f2 "$work/sent" | tr '\n' ' ')" = '1 2 ' ]
-as bob/follower follow "$tcp" alice 1 >"$work/followed" 2>"$work/follow.log" &
+instead bob/follower follow "$tcp" alice 1 >"$work/followed" 2>"$work/follow.log" &
 children+=($!)
 holds "$work/followed" '1: Hello, Bob'
 as alice send "$tcp" bob 'Still there?' >>"$work/sent"
@@ -75,7 +79,7 @@ holds "$work/unread" 'walkers 2 alice: Welcome to walkers'
 as carol unread "$tcp" >"$work/unread"
 [ ! -s "$work/unread" ] || { echo "read is read" >&2; exit 1; }
 as alice send "$tcp" echo ping >>"$work/sent"
-as alice/follower follow "$tcp" echo 1 >"$work/echoed" 2>"$work/echo.log" &
+instead alice/follower follow "$tcp" echo 1 >"$work/echoed" 2>"$work/echo.log" &
 children+=($!)
 # The bot answers what comes once it is there.
 for ((try = 0; try < 60; try++)); do

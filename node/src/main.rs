@@ -39,6 +39,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    // Idle connections are many small objects that live long; huge pages keep what lay between them. docs/performance.md has figures.
+    // A kernel that refuses costs memory, nothing else.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

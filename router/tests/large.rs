@@ -518,7 +518,17 @@ async fn who_may_have_missed_entries_of_a_dead_owner_is_told_to_sync() {
     cluster.handles[0].set_reach(Reach::Refused);
     tokio::time::sleep(Duration::from_secs(30)).await;
     let seqs = send_all(&mut cluster, &there[0], id, "after", 2).await;
-    let mut resynced: BTreeSet<u64> = BTreeSet::new();
+    let resynced = resynced(&mut cluster).await;
+    let (got, _) = cluster.pushed(id).await;
+    assert_got(&cluster, &got, &there[1..], &seqs);
+    for name in there.iter().filter(|name| cluster.sessions[&user(name)].0 == deaf) {
+        assert!(resynced.contains(&cluster.session(name)), "{name}");
+    }
+}
+
+/// The sessions that were told to sync.
+async fn resynced(cluster: &mut Cluster) -> BTreeSet<u64> {
+    let mut resynced = BTreeSet::new();
     for gateway in &mut cluster.gateways {
         gateway.gather().await;
         for message in &gateway.inbox {
@@ -527,11 +537,7 @@ async fn who_may_have_missed_entries_of_a_dead_owner_is_told_to_sync() {
             }
         }
     }
-    let (got, _) = cluster.pushed(id).await;
-    assert_got(&cluster, &got, &there[1..], &seqs);
-    for name in there.iter().filter(|name| cluster.sessions[&user(name)].0 == deaf) {
-        assert!(resynced.contains(&cluster.session(name)), "{name}");
-    }
+    resynced
 }
 
 /// The owner of a large group asks who follows it before the member's session begins, and the member's own log learns of the group
@@ -558,15 +564,7 @@ async fn who_syncs_before_the_list_knows_a_large_group_misses_nothing_of_it() {
     let unheard = send_all(&mut cluster, "creator", id, "unheard", 3).await;
     cluster.store.set_plan(FaultPlan::none());
     tokio::time::sleep(Duration::from_secs(30)).await;
-    let mut resynced: BTreeSet<u64> = BTreeSet::new();
-    for gateway in &mut cluster.gateways {
-        gateway.gather().await;
-        for message in &gateway.inbox {
-            if let Down::Resync(resync) = message {
-                resynced.extend(&resync.session_ids);
-            }
-        }
-    }
+    let resynced = resynced(&mut cluster).await;
     let (got, _) = cluster.pushed(id).await;
     for name in &late {
         let session = cluster.session(name);

@@ -6,6 +6,7 @@
 use std::{path::Path, process::Stdio, time::Duration};
 
 use anyhow::Context as _;
+use im_proto::limits;
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
@@ -19,8 +20,8 @@ use crate::{
 
 /// Routers and gateways of each point. A cluster only grows.
 const POINTS: [(usize, usize); 6] = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8)];
-/// Members of a group, of whom [`ONLINE`] are there.
-const GROUPS: [usize; 3] = [10, 1_000, 100_000];
+/// Members of a group, the sender and [`ONLINE`] others are there. The last is as many as a group may have.
+const GROUPS: [usize; 3] = [10, 1_000, limits::GROUP_MEMBERS_MAX];
 const ONLINE: usize = 9;
 /// Messages a second if the options do not say.
 const RATE: f64 = 1_000.0;
@@ -80,11 +81,11 @@ pub async fn run(options: &Common, tool: &Path) -> anyhow::Result<Report> {
         let mut target = Target::open(&options).await?;
         let alone = alone(&target).await;
         let options = Common {
-            members: Some(members),
+            members: Some(members - 1),
             rate: Some(options.rate.unwrap_or(RATE) / ONLINE as f64),
             ..options.clone()
         };
-        let report = fanout::once(&mut target, &options, ONLINE.min(members)).await?;
+        let report = fanout::once(&mut target, &options, ONLINE).await?;
         broken.extend(report.promise_broken().then(|| report.clone()));
         groups.push(Point::of(POINTS[POINTS.len() - 1], Some(members), &report, alone));
     }
@@ -161,6 +162,11 @@ mod tests {
     #[test]
     fn a_cluster_only_grows_from_point_to_point() {
         assert!(POINTS.is_sorted_by(|one, next| one.0 <= next.0 && one.1 <= next.1));
+    }
+
+    #[test]
+    fn every_group_holds_those_who_are_there_and_is_not_larger_than_allowed() {
+        assert!(GROUPS.iter().all(|members| (ONLINE + 1..=limits::GROUP_MEMBERS_MAX).contains(members)));
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub(crate) enum Purpose {
     Sync,
     CatchUp(ConversationId),
     Search(LaneId),
+    Watch,
 }
 
 pub(crate) struct Request {

@@ -1,6 +1,7 @@
 //! The handle that applications hold. Cheap to clone; when the last clone is dropped the client ends.
 
 mod marks;
+mod presence;
 
 use std::{
     future::Future,

@@ -23,6 +23,7 @@ use crate::{
     error::{ClosedReason, Status},
     event::{Entry, Event, EventSink},
     pending::{Answer, Sends},
+    presence::Watching,
     receipts::Receipts,
     sync::SyncState,
 };
@@ -43,6 +44,7 @@ pub(crate) enum Command {
     Unfollow(ConversationId),
     Received { conversation: ConversationId, seq: u64 },
     Signal { target: Target, signal: v1::signal::Signal },
+    Watch(Vec<UserId>),
     Close(oneshot::Sender<()>),
 }
 
@@ -81,8 +83,11 @@ pub(crate) struct Core {
     pub(crate) sync: SyncState,
     pub(crate) search: Option<Search>,
     pub(crate) events: EventSink,
+    pub(crate) watching: Watching,
     receipts: Receipts,
     receipts_wanted: bool,
+    /// Others do not see this user: what would betray that it is there is held back.
+    pub(crate) invisible: bool,
     /// Frames to write.
     pub(crate) out: BytesMut,
     session: Option<Session>,
@@ -102,8 +107,10 @@ impl Core {
             sync: SyncState::new(),
             search: None,
             events,
+            watching: Watching::default(),
             receipts: Receipts::default(),
             receipts_wanted: config.receipts,
+            invisible: false,
             out: BytesMut::new(),
             session: None,
             window: config.window.max(1),
@@ -172,6 +179,7 @@ impl Core {
         self.calls.disconnected();
         self.conversations.disconnected();
         self.sync.disconnected();
+        self.watching.disconnected();
         self.receipts.disconnected(Instant::now());
         self.search = None;
         if self.session.take().is_some() {
@@ -203,6 +211,7 @@ impl Core {
             Command::Unfollow(conversation) => self.conversations.unfollow(conversation),
             Command::Received { conversation, seq } => self.receipts.arrived(conversation, seq, Instant::now()),
             Command::Signal { target, signal } => self.signal(target, signal),
+            Command::Watch(users) => self.watching.watch(users),
             Command::Close(done) => return Some(done),
         }
         None
@@ -229,7 +238,10 @@ impl Core {
                 self.write(client_frame::Frame::Pong(v1::Pong { echo: ping.echo }));
             }
             server_frame::Frame::Pong(_) => {}
-            server_frame::Frame::Signal(signal) => self.events.notice(Event::Signal(signal)),
+            server_frame::Frame::Signal(signal) => match signal.signal {
+                Some(v1::signal::Signal::Presence(presence)) => self.watching.told(&signal.sender, presence),
+                _ => self.events.notice(Event::Signal(signal)),
+            },
             server_frame::Frame::Resync(resync) => {
                 let spread = Duration::from_millis(resync.spread_ms.into());
                 self.sync.want(now + self.environment.jitter(spread));
@@ -261,6 +273,7 @@ impl Core {
             Purpose::Sync => self.sync_replied(result, now),
             Purpose::CatchUp(id) => self.caught_up(id, result, now),
             Purpose::Search(lane) => self.search_replied(lane, result, now),
+            Purpose::Watch => self.watching_replied(result, now),
         }
     }
 
@@ -302,7 +315,8 @@ impl Core {
             Target::Peer(user) => Wire::PeerUserId(user.to_string()),
             Target::Me => return,
         };
-        if self.is_ready() {
+        let betrays = self.invisible && matches!(signal, v1::signal::Signal::Typing(_));
+        if self.is_ready() && !betrays {
             let signal = v1::Signal { target: Some(target), sender: String::new(), signal: Some(signal) };
             self.write(client_frame::Frame::Signal(signal));
         }
@@ -355,6 +369,7 @@ impl Core {
     /// Writes whatever may be written now.
     pub(crate) fn pump(&mut self, now: Instant) {
         self.events.flush_notices();
+        self.watching.tell(&mut self.events);
         self.note_taken(now);
         let Some(session) = &self.session else { return };
         let (ready, window, calls) = (session.ready, session.window, session.calls);
@@ -364,8 +379,11 @@ impl Core {
         if ready {
             self.start_search();
             self.start_fetches(now);
-            for received in self.receipts.take_due(now) {
-                self.write(client_frame::Frame::Received(received));
+            self.start_watching(now);
+            if !self.invisible {
+                for received in self.receipts.take_due(now) {
+                    self.write(client_frame::Frame::Received(received));
+                }
             }
         }
         while let Some(call) = self.calls.next_call(calls, now) {
@@ -386,7 +404,9 @@ impl Core {
 
     /// Whether something can only go on when the application has read events.
     pub(crate) fn wants_room(&self) -> bool {
-        self.events.has_waiting_notices() || (self.conversations.is_behind() && !self.events.is_roomy())
+        self.events.has_waiting_notices()
+            || self.watching.has_news()
+            || (self.conversations.is_behind() && !self.events.is_roomy())
     }
 
     /// When [`Self::on_time`] or [`Self::pump`] has something to do.
@@ -402,7 +422,8 @@ impl Core {
             self.sends.next_wake(),
             self.conversations.next_wake(),
             self.sync.due(),
-            self.receipts.due_at().filter(|_| self.is_ready()),
+            self.watching.due().filter(|_| self.is_ready()),
+            self.receipts.due_at().filter(|_| self.is_ready() && !self.invisible),
         ]
         .into_iter()
         .flatten()

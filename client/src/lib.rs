@@ -37,6 +37,7 @@ pub mod environment;
 mod error;
 mod event;
 mod pending;
+mod presence;
 mod receipts;
 mod reconnect;
 mod sync;

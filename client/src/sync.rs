@@ -1,4 +1,4 @@
-//! Bringing the conversation list in step: after each connect and whenever the server asks for it.
+//! Bringing the conversation list, and whether the user is visible, in step: after each connect and whenever the server asks for it.
 //!
 //! A sync is a row of pages. Its version is that of the first page: what changes while the pages are read comes live, too, and
 //! the user's own log is read from that version on.
@@ -108,6 +108,7 @@ impl Core {
 
     fn sync_page(&mut self, reply: v1::SyncReply, now: Instant) {
         let version = *self.sync.running_version.get_or_insert(reply.version);
+        self.invisible = reply.invisible;
         for row in reply.conversations {
             self.sync_row(&row, now);
         }
@@ -122,6 +123,7 @@ impl Core {
         };
         self.conversations.synced(version);
         self.ready();
+        self.watching.want(now);
         self.events.notice(Event::Resynced);
     }
 
@@ -160,6 +162,7 @@ impl Core {
                         self.conversations.left(id, left.left_seq);
                     }
                 }
+                v1::system_event::Event::VisibilityChanged(changed) => self.invisible = changed.invisible,
                 _ => {}
             }
         }

@@ -12,6 +12,7 @@ mod history;
 mod interrupt;
 mod output;
 mod pipe;
+mod presence;
 pub mod shell;
 mod short;
 mod tail;
@@ -84,6 +85,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
     };
     let outcome = match command {
         Command::Pipe { target } => pipe::run(&client, target, &interrupt).await,
+        Command::Presence { users, watch: true } => presence::watch(&client, &users, &mut output, &interrupt).await,
         Command::Tail { target, from, count } => tail::run(&client, target, from, count, &mut output, &interrupt).await,
         command => tokio::select! {
             biased;

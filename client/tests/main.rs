@@ -2,6 +2,7 @@
 //! for all of them together. Time is paused.
 
 mod model;
+mod presence;
 mod receiving;
 mod sending;
 mod server;

@@ -135,7 +135,7 @@ impl Model {
         });
         let next = start + 2;
         let next = if next < self.listed.len() { vec![u8::try_from(next).unwrap()].into() } else { Bytes::new() };
-        v1::SyncReply { version: self.head(own_log()), conversations: rows.collect(), next }
+        v1::SyncReply { version: self.head(own_log()), conversations: rows.collect(), next, invisible: false }
     }
 
     fn history(&self, request: &v1::HistoryRequest) -> Result<v1::HistoryReply, StatusCode> {

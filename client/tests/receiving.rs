@@ -144,7 +144,7 @@ async fn a_sync_is_read_to_its_last_page_and_the_next_one_starts_at_its_first_ve
     let (id, request) = connection.expect_sync().await;
     assert_eq!(request.version, 0);
     let conversations = vec![row(conversation(1), 3)];
-    connection.reply(id, &v1::SyncReply { version: 5, conversations, next: "more".into() }).await;
+    connection.reply(id, &v1::SyncReply { version: 5, conversations, next: "more".into(), invisible: false }).await;
     let (id, request) = connection.expect_sync().await;
     assert_eq!(&request.page[..], b"more");
     // The list changed meanwhile: the change is in the user's own log from seq 6 on.

@@ -230,7 +230,7 @@ impl Connection {
     /// Answers a sync with one page.
     pub async fn sync(&mut self, version: u64, conversations: Vec<v1::ConversationRow>) -> v1::SyncRequest {
         let (id, request) = self.expect_sync().await;
-        self.reply(id, &v1::SyncReply { version, conversations, next: Bytes::new() }).await;
+        self.reply(id, &v1::SyncReply { version, conversations, ..v1::SyncReply::default() }).await;
         request
     }
 

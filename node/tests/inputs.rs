@@ -32,6 +32,7 @@ enum Ask {
     Create(v1::GroupCreateRequest),
     Invite(v1::GroupInviteRequest),
     Presence(v1::PresenceReadRequest),
+    Watch(v1::PresenceSubscribeRequest),
 }
 
 /// One user at one server, by every way there is.
@@ -87,6 +88,9 @@ impl Ways {
                 Ask::Create(request) => call::<_, v1::GroupCreateReply>(client, Method::GroupCreate, request).await,
                 Ask::Invite(request) => call::<_, v1::GroupInviteReply>(client, Method::GroupInvite, request).await,
                 Ask::Presence(request) => call::<_, v1::PresenceReadReply>(client, Method::PresenceRead, request).await,
+                Ask::Watch(request) => {
+                    call::<_, v1::PresenceSubscribeReply>(client, Method::PresenceSubscribe, request).await
+                }
             };
             outcomes.push((*name, outcome));
         }
@@ -101,6 +105,7 @@ impl Ways {
                 Ask::Create(request) => of_grpc(groups.create(self.request(request)).await),
                 Ask::Invite(request) => of_grpc(groups.invite(self.request(request)).await),
                 Ask::Presence(request) => of_grpc(presence.read(self.request(request)).await),
+                Ask::Watch(request) => of_grpc(presence.subscribe(self.request(request)).await),
             },
         ));
         outcomes
@@ -336,7 +341,9 @@ async fn ids_that_are_none_are_refused_by_every_way() {
         let create =
             v1::GroupCreateRequest { key: Bytes::from_static(b"k"), name: "g".to_owned(), members: members.clone() };
         ways.expect(what, &Ask::Create(create), Err(Malformed)).await;
+        let users = members.clone();
         ways.expect(what, &Ask::Presence(v1::PresenceReadRequest { user_ids: members }), Err(Malformed)).await;
+        ways.expect(what, &Ask::Watch(v1::PresenceSubscribeRequest { user_ids: users }), Err(Malformed)).await;
     }
     for (what, target, code) in [
         ("no target", None, Malformed),
@@ -372,6 +379,8 @@ async fn ids_that_are_none_are_refused_by_every_way() {
     ways.expect("an invitation to what nobody made", &Ask::Invite(invite), Err(NotFound)).await;
     let users = (0..=limits::PRESENCE_USERS_MAX).map(|number| format!("user{number}")).collect();
     ways.expect("too many users", &Ask::Presence(v1::PresenceReadRequest { user_ids: users }), Err(TooLarge)).await;
+    let users = (0..=limits::PRESENCE_WATCHED_MAX).map(|number| format!("user{number}")).collect();
+    ways.expect("too many users", &Ask::Watch(v1::PresenceSubscribeRequest { user_ids: users }), Err(TooLarge)).await;
 
     // Nothing of it is there.
     let list = ways.clients[0].1.conversations().await.unwrap();

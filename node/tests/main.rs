@@ -8,6 +8,7 @@ mod inputs;
 mod lists;
 mod metrics;
 mod migration;
+mod presence;
 mod process;
 mod server;
 mod service;

@@ -62,6 +62,8 @@ limits! {
     DEDUPE_ENTRIES: usize = 1_024;
     /// Users whose presence is read in one call.
     PRESENCE_USERS_MAX: usize = 32;
+    /// Users whose presence one session subscribes to.
+    PRESENCE_WATCHED_MAX: usize = 128;
     /// Members of a group named in one call.
     MEMBERS_PER_CALL_MAX: usize = 1_000;
     /// The name of a group.

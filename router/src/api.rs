@@ -69,7 +69,9 @@ pub fn conversation_of(
         Method::MessageHistory => target(cluster, caller, decode!(v1::HistoryRequest).target),
         Method::ConversationMarkRead => target(cluster, caller, decode!(v1::MarkReadRequest).target),
         Method::ConversationSignal => target(cluster, caller, decode!(v1::SignalRequest).target),
-        Method::ConversationSync | Method::PresenceRead => Ok(caller.self_id),
+        Method::ConversationSync | Method::PresenceRead | Method::PresenceSubscribe | Method::PresenceSetVisibility => {
+            Ok(caller.self_id)
+        }
         Method::GroupCreate => {
             let request = decode!(v1::GroupCreateRequest);
             if request.key.is_empty() {

@@ -1,5 +1,9 @@
 //! What all parts of a router share: who owns which shard, the workers, links to gateways and other routers, answers awaited.
 
+mod owners;
+
+pub use owners::Owners;
+
 use std::{
     collections::BTreeMap,
     sync::{
@@ -26,6 +30,7 @@ use crate::{
     peer_link::PeerLink,
     placement::Load,
     user_limits::UserLimits,
+    watches::Watches,
     worker::{
         Worker,
         input::{GatewayInput, Input},
@@ -54,21 +59,6 @@ pub fn inbox<T>() -> (mpsc::UnboundedSender<T>, mpsc::UnboundedReceiver<T>) {
     mpsc::unbounded_channel()
 }
 
-/// Who owns the shards, as far as this router knows.
-#[derive(Debug, Default)]
-pub struct Owners {
-    owners: Vec<Option<(InstanceId, Epoch)>>,
-    /// Grows with each change.
-    pub version: u64,
-}
-
-impl Owners {
-    /// The owner of a shard and the epoch of its claim.
-    pub fn get(&self, shard: ShardId) -> Option<&(InstanceId, Epoch)> {
-        self.owners.get(shard.0 as usize).and_then(Option::as_ref)
-    }
-}
-
 struct Awaited {
     reply_to: ReplyTo,
     router: InstanceId,
@@ -90,6 +80,8 @@ pub struct Cluster {
     workers: Vec<mpsc::UnboundedSender<Input>>,
     /// Who at this router follows which large conversation.
     pub audiences: Audiences,
+    /// Who at this router watches the presence of whom.
+    pub watches: Watches,
     pub links: RwLock<BTreeMap<InstanceId, Arc<GatewayLink>>>,
     pub peers: RwLock<BTreeMap<InstanceId, Arc<PeerLink>>>,
     /// Links that other routers have dialled: their requests come in and our answers go out on these.
@@ -117,6 +109,7 @@ impl Cluster {
             view: RwLock::default(),
             workers,
             audiences: Audiences::new(),
+            watches: Watches::default(),
             links: RwLock::default(),
             peers: RwLock::default(),
             incoming_peers: Mutex::default(),
@@ -371,6 +364,7 @@ impl Cluster {
                 let worker = self.worker_of(self.shard_of(&origin));
                 self.to_worker(worker, Input::EffectAnswered { origin, target, origin_seq, done });
             }
+            ReplyTo::Watch { shard, users } => self.watches.answered(self, shard, users, answer),
             ReplyTo::Follow { conversation, shard, ask } => {
                 let worker = self.worker_of(self.shard_of(&conversation));
                 let step = move |worker: &mut Worker| worker.followed(&conversation, shard, ask, answer);

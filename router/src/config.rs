@@ -63,6 +63,11 @@ pub struct RouterConfig {
     pub user_sends_max: u32,
     /// The cost of one user's calls in ten seconds, in the whole cluster; 0 is no limit.
     pub user_call_cost_max: u32,
+    /// Users whose presence sessions at this router watch, counted for each session. A million takes about 200 MB; beyond it
+    /// subscriptions are refused as overloaded.
+    pub presence_watches_max: usize,
+    /// Users of one worker who are watched from any router. A million takes about 300 MB; of others the routers learn with each renewal.
+    pub presence_watched_max: usize,
     /// Where presence and counts for limits are shared; `None`: in this router's memory.
     pub hot: Option<Hot>,
 }
@@ -99,6 +104,8 @@ impl RouterConfig {
             sessions_per_user_max: 64,
             user_sends_max: 100_000,
             user_call_cost_max: 20_000,
+            presence_watches_max: 1 << 20,
+            presence_watched_max: 1 << 20,
             hot: None,
         }
     }

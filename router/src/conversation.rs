@@ -50,6 +50,7 @@ pub enum ReplyKind {
     GroupCreate,
     GroupInvite,
     GroupLeave,
+    SetVisibility,
 }
 
 /// An entry with a number.

@@ -187,6 +187,8 @@ service!(group::GroupService {
 
 service!(presence::PresenceService {
     read: PresenceRead, PresenceReadRequest => PresenceReadReply;
+    subscribe: PresenceSubscribe, PresenceSubscribeRequest => PresenceSubscribeReply;
+    set_visibility: PresenceSetVisibility, PresenceSetVisibilityRequest => PresenceSetVisibilityReply;
 });
 
 #[tonic::async_trait]

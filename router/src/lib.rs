@@ -25,6 +25,7 @@ mod peer_link;
 pub mod placement;
 mod state;
 mod user_limits;
+mod watches;
 mod worker;
 
 pub use cluster::Ended;

@@ -16,6 +16,9 @@ use crate::{
     metrics::Metrics,
 };
 
+/// Users of one [`Watch`].
+pub const WATCH_USERS_MAX: usize = 1024;
+
 /// A request to the owner of a shard.
 #[derive(Clone, Debug)]
 pub enum ShardMessage {
@@ -34,6 +37,8 @@ pub enum ShardMessage {
         conversation: ConversationId,
         router: InstanceId,
     },
+    /// Sessions at a router want to know when users of the shard come and go.
+    Watch(Watch),
 }
 
 /// Whole wire frames for the live sessions of some users of one shard.
@@ -64,6 +69,13 @@ pub struct Effect {
 #[derive(Clone, Debug)]
 pub struct Follow {
     pub conversation: ConversationId,
+    pub users: Arc<[UserId]>,
+}
+
+/// Users who are watched at a router.
+#[derive(Clone, Debug)]
+pub struct Watch {
+    pub router: InstanceId,
     pub users: Arc<[UserId]>,
 }
 
@@ -108,6 +120,8 @@ pub enum AnswerValue {
         registered: bool,
         pushed_through: u64,
     },
+    /// How it is with users who are watched.
+    Presence(Vec<v1::UserPresence>),
     Nothing,
 }
 
@@ -138,6 +152,11 @@ pub enum ReplyTo {
         conversation: ConversationId,
         shard: ShardId,
         ask: u64,
+    },
+    /// Those at this router who watch users of a shard; so many were asked for.
+    Watch {
+        shard: ShardId,
+        users: usize,
     },
     /// To a caller of the api; the time that the answer took is counted.
     Timed(Box<TimedReply>),
@@ -205,6 +224,9 @@ impl ShardMessage {
             ShardMessage::AudienceGone { conversation, .. } => {
                 Message::AudienceGone(v1::PeerAudienceGone { conversation_id: conversation.to_bytes() })
             }
+            ShardMessage::Watch(watch) => {
+                Message::Watch(v1::PeerWatch { user_ids: watch.users.iter().map(UserId::to_string).collect() })
+            }
         };
         v1::PeerMessage { shard: shard.0, request_id, message: Some(message) }
     }
@@ -231,6 +253,10 @@ impl ShardMessage {
                 conversation: ConversationId::from_slice(&gone.conversation_id).ok()?,
                 router: other.clone(),
             },
+            Message::Watch(watch) => {
+                let known = watch.user_ids.len() <= WATCH_USERS_MAX;
+                ShardMessage::Watch(Watch { router: other.clone(), users: known.then(|| users(&watch.user_ids))?? })
+            }
             Message::ResyncShard(_) => ShardMessage::ResyncShard,
             Message::Effect(effect) => ShardMessage::Effect(Effect {
                 target: ConversationId::from_slice(&effect.target).ok()?,
@@ -253,9 +279,11 @@ impl ShardMessage {
                 method: Method::from_number(call.method)?,
                 request: call.request.clone(),
             }),
-            Message::Answer(_) | Message::AudienceDeliver(_) | Message::AudienceResync(_) | Message::Loads(_) => {
-                return None;
-            }
+            Message::Answer(_)
+            | Message::AudienceDeliver(_)
+            | Message::AudienceResync(_)
+            | Message::Loads(_)
+            | Message::Presence(_) => return None,
         })
     }
 }
@@ -371,6 +399,7 @@ pub fn answer_to_peer(answer: Answer) -> v1::PeerAnswer {
                     let router_id = router.to_string();
                     Some(Wire::Following(v1::Following { router_id, registered, pushed_through }))
                 }
+                AnswerValue::Presence(users) => Some(Wire::Presence(v1::PresenceList { users })),
                 AnswerValue::Nothing => None,
             },
         },
@@ -392,6 +421,7 @@ pub fn answer_from_peer(answer: v1::PeerAnswer) -> Answer {
             registered: following.registered,
             pushed_through: following.pushed_through,
         },
+        Some(Wire::Presence(list)) => AnswerValue::Presence(list.users),
         None => AnswerValue::Nothing,
     })
 }

@@ -34,6 +34,9 @@ pub struct Metrics {
     pub sessions_moved: Counter,
     pub rate_limited: Counter,
     pub presence_words: Counter,
+    pub presence_watches: Gauge,
+    pub presence_pushes: Counter,
+    pub presence_watches_refused: Counter,
     pub gateways_shedding: Gauge,
 }
 
@@ -68,6 +71,9 @@ impl Metrics {
             signals_dropped: counter!("im_router_signals_dropped_total"),
             rate_limited: counter!("im_router_rate_limited_total"),
             presence_words: counter!("im_router_presence_words_total"),
+            presence_watches: gauge!("im_router_presence_watches"),
+            presence_pushes: counter!("im_router_presence_pushes_total"),
+            presence_watches_refused: counter!("im_router_presence_watches_refused_total"),
             sessions_moved: counter!("im_router_sessions_moved_total"),
             gateways_shedding: gauge!("im_router_gateways_shedding"),
         }

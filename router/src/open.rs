@@ -339,6 +339,7 @@ impl Open {
                     Member { role: v1::Role::Owner, joined_seq: 0, joined_counted: 0, joined_all: 0 },
                 );
                 state.kind = Kind::SelfLog(owner);
+                state.invisible = value.invisible;
                 self.load_list(&mut state).await?;
             }
             (Ok(v1::ConversationKind::Group), ..) => {

@@ -71,6 +71,8 @@ pub struct State {
     pub members: BTreeMap<UserId, Member>,
     /// Of a self log: the user's conversations.
     pub list: BTreeMap<ConversationId, Arc<ListRow>>,
+    /// Of a self log: others do not see the user come and go.
+    pub invisible: bool,
 }
 
 /// Server-side facts of an entry, in `Row::meta`.
@@ -103,6 +105,9 @@ pub struct ConversationValue {
     pub one: String,
     #[prost(string, tag = "4")]
     pub other: String,
+    /// Of a self log.
+    #[prost(bool, tag = "16")]
+    pub invisible: bool,
 }
 
 /// The value of `Table::Members`.
@@ -162,6 +167,8 @@ pub struct Consequences {
     pub left: Option<ConversationId>,
     /// Of a self log: which group the user came into.
     pub entered: Option<ConversationId>,
+    /// Of a self log: whether the user is invisible from now on.
+    pub invisible: Option<bool>,
 }
 
 /// Applies an entry to a state and tells what follows from it.
@@ -248,9 +255,9 @@ fn begin(state: &mut State, id: &ConversationId, row: &Row, secret: &ClusterSecr
     }
     let value = ConversationValue {
         kind: v1::ConversationKind::Direct as u32,
-        name: String::new(),
         one: sender.to_string(),
         other: other.to_string(),
+        ..ConversationValue::default()
     };
     out.writes.push(write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), row.seq));
     for (user, peer) in [(&sender, &other), (&other, &sender)] {
@@ -259,13 +266,7 @@ fn begin(state: &mut State, id: &ConversationId, row: &Row, secret: &ClusterSecr
 }
 
 fn begin_self(state: &mut State, id: &ConversationId, owner: UserId, out: &mut Consequences) {
-    let value = ConversationValue {
-        kind: v1::ConversationKind::Self_ as u32,
-        name: String::new(),
-        one: owner.to_string(),
-        other: String::new(),
-    };
-    out.writes.push(write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), 1));
+    out.writes.push(self_row(id, &owner, false, 1));
     state.members.entry(owner.clone()).or_insert(Member {
         role: Role::Owner,
         joined_seq: 0,
@@ -273,6 +274,18 @@ fn begin_self(state: &mut State, id: &ConversationId, owner: UserId, out: &mut C
         joined_all: 0,
     });
     state.kind = Kind::SelfLog(owner);
+}
+
+/// The row of a self log.
+fn self_row(id: &ConversationId, owner: &UserId, invisible: bool, seq: u64) -> StateWrite {
+    let value = ConversationValue {
+        kind: v1::ConversationKind::Self_ as u32,
+        name: String::new(),
+        one: owner.to_string(),
+        other: String::new(),
+        invisible,
+    };
+    write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), seq)
 }
 
 fn apply_event(
@@ -291,7 +304,7 @@ fn apply_event(
                 kind: v1::ConversationKind::Group as u32,
                 name: created.name.clone(),
                 one: created.creator.clone(),
-                other: String::new(),
+                ..ConversationValue::default()
             };
             out.writes.push(write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), row.seq));
             for name in &created.members {
@@ -319,6 +332,14 @@ fn apply_event(
         }
         Event::ConversationJoined(joined) => list_joined(state, id, row, joined, out),
         Event::ConversationLeft(left) => list_left(state, id, row, left, out),
+        Event::VisibilityChanged(changed) => {
+            let Kind::SelfLog(owner) = &state.kind else { return };
+            state.invisible = changed.invisible;
+            out.invisible = Some(changed.invisible);
+            // One entry touches a row once: as the first one of a log it says what else the row has.
+            out.writes.retain(|write| write.table != Table::Conversations);
+            out.writes.push(self_row(id, owner, changed.invisible, row.seq));
+        }
     }
 }
 

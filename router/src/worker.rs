@@ -242,6 +242,7 @@ impl Worker {
             ShardMessage::Follow(follow) => self.context.follow(&follow, reply_to),
             ShardMessage::Unfollow(unfollow) => self.context.unfollow(&unfollow),
             ShardMessage::AudienceGone { conversation, router } => self.audience_gone(&conversation, &router),
+            ShardMessage::Watch(watch) => self.context.watch(shard, &watch, reply_to),
             ShardMessage::Call(call) => self.take_call(call, reply_to),
         }
     }

@@ -133,7 +133,8 @@ async fn without_hot_state_messages_flow_limits_hold_here_and_presence_is_unknow
     tokio::time::sleep(Duration::from_millis(u64::from(refused.retry_after_ms))).await;
     gateway.send(1, id, message("bob", "m6", "m6", "", 0)).await;
     assert_eq!(gateway.ack("m6").await.seq, 6);
-    assert_eq!(read(&mut gateway, 1, &["alice", "bob"]).await, BTreeMap::new(), "unknown, not offline");
+    let known = BTreeMap::from([("alice".to_owned(), true)]);
+    assert_eq!(read(&mut gateway, 1, &["alice", "bob"]).await, known, "of others it is unknown, not offline");
 }
 
 #[tokio::test(start_paused = true)]

@@ -14,5 +14,6 @@ mod moves;
 mod order;
 mod ownership;
 mod patience;
+mod presence;
 mod repeats;
 mod tables;

@@ -98,6 +98,8 @@ struct MeshState {
     bytes: usize,
     /// Nothing passes between these.
     cut: Vec<[InstanceId; 2]>,
+    /// Messages of this kind say nothing when they arrive.
+    lost: Option<&'static str>,
 }
 
 impl Mesh {
@@ -110,6 +112,11 @@ impl Mesh {
     pub fn cut(&self, one: &str, other: &str) {
         let ids = [one, other].map(|name| InstanceId::parse(name).unwrap());
         self.0.lock().unwrap().cut.push(ids);
+    }
+
+    /// From now on messages of a kind get lost.
+    pub fn lose(&self, kind: &'static str) {
+        self.0.lock().unwrap().lost = Some(kind);
     }
 
     fn is_cut(&self, one: &InstanceId, other: &InstanceId) -> bool {
@@ -126,22 +133,24 @@ impl Mesh {
         (std::mem::take(&mut state.sent), std::mem::take(&mut state.bytes))
     }
 
-    fn count(&self, item: &LinkItem<v1::PeerBatch>) {
-        use v1::peer_message::Message;
-        let LinkItem::Batch(batch) = item else { return };
+    /// Counts what a batch has, and takes out what gets lost.
+    fn pass(&self, item: LinkItem<v1::PeerBatch>) -> LinkItem<v1::PeerBatch> {
+        let LinkItem::Batch(batch) = item else { return item };
         let state = &mut *self.0.lock().unwrap();
         for message in &batch.messages {
-            let kind = match &message.message {
-                Some(Message::Deliver(_)) => "deliver",
-                Some(Message::AudienceDeliver(_)) => "audience deliver",
-                Some(Message::Follow(_)) => "follow",
-                Some(Message::Heads(_)) => "heads",
-                Some(Message::ResyncShard(_) | Message::AudienceResync(_)) => "resync",
-                _ => "other",
-            };
-            *state.sent.entry(kind).or_default() += 1;
+            *state.sent.entry(kind(message)).or_default() += 1;
             state.bytes += message.encoded_len();
         }
+        if state.lost.is_none() {
+            return LinkItem::Batch(batch);
+        }
+        let mut batch = (*batch).clone();
+        for message in &mut batch.messages {
+            if state.lost == Some(kind(message)) {
+                message.message = None;
+            }
+        }
+        LinkItem::Batch(Arc::new(batch))
     }
 
     #[allow(clippy::disallowed_methods, reason = "the wires between the routers of a test belong to the test")]
@@ -157,12 +166,25 @@ impl Mesh {
                 if mesh.is_cut(&ends[0], &ends[1]) {
                     return;
                 }
-                mesh.count(&item);
-                if to.send(item).await.is_err() {
+                if to.send(mesh.pass(item)).await.is_err() {
                     return;
                 }
             }
         });
+    }
+}
+
+fn kind(message: &v1::PeerMessage) -> &'static str {
+    use v1::peer_message::Message;
+    match &message.message {
+        Some(Message::Deliver(_)) => "deliver",
+        Some(Message::AudienceDeliver(_)) => "audience deliver",
+        Some(Message::Follow(_)) => "follow",
+        Some(Message::Heads(_)) => "heads",
+        Some(Message::ResyncShard(_) | Message::AudienceResync(_)) => "resync",
+        Some(Message::Watch(_)) => "watch",
+        Some(Message::Presence(_)) => "presence",
+        _ => "other",
     }
 }
 

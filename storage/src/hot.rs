@@ -98,11 +98,12 @@ pub trait HotState: Send + Sync {
         async move { self.read(keys).await.into_iter().map(|hint| hint.map(head)).collect() }
     }
 
-    /// Stores who is there. Of several words about a user the one with the greatest `last_seen` stays.
-    fn put_presence(&self, updates: impl IntoIterator<Item = (UserId, Presence)>) {
+    /// Stores who is there. Of several words about a user the one that was said last stays.
+    fn put_presence(&self, said_at: Timestamp, updates: impl IntoIterator<Item = (UserId, Presence)>) {
+        let version = u64::try_from(said_at.as_millis()).unwrap_or(0);
         let hint = |(user, presence): (_, Presence)| {
             let (until, seen) = (presence.online_until.as_millis(), presence.last_seen.as_millis());
-            let hint = Hint { version: u64::try_from(seen).unwrap_or(0), numbers: [until, seen] };
+            let hint = Hint { version, numbers: [until, seen] };
             (HintKey::Presence(user), hint, PRESENCE_LIFETIME)
         };
         self.raise(updates.into_iter().map(hint).collect());

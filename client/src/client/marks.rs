@@ -19,14 +19,14 @@ impl Client {
     }
 
     /// Says that everything through `seq` has arrived. Unless [`crate::ClientConfig::receipts`] is off the client does this by itself
-    /// for every entry that it hands over as an event.
+    /// for every entry that it hands over as an event. While the user is invisible it is held back.
     pub async fn received(&self, conversation: ConversationId, seq: u64) -> Result<(), ClosedReason> {
         let sent = self.inner.commands.send(Command::Received { conversation, seq }).await;
         sent.map_err(|_| self.closed_reason())
     }
 
     /// Tells the other members that the user types, or has stopped. Send it again every few seconds while it goes on: it is never
-    /// stored, and what exceeds [`limits::SIGNALS_PER_SECOND_MAX`] is dropped.
+    /// stored, and what exceeds [`limits::SIGNALS_PER_SECOND_MAX`] is dropped. While the user is invisible it is not sent at all.
     pub async fn typing(&self, target: Target, active: bool) -> Result<(), ClosedReason> {
         self.signal(target, v1::signal::Signal::Typing(v1::Typing { active })).await
     }

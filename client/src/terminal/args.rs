@@ -103,6 +103,12 @@ pub(super) enum Format {
     Json,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Switch {
+    On,
+    Off,
+}
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Send a text and print its seq once it is durable.
@@ -157,6 +163,23 @@ pub(super) enum Command {
     /// Create groups and change who is in them.
     #[command(subcommand, after_help = "Example: im --as alice group create friends @bob @carol")]
     Group(Group),
+    /// Print who is there: user, online, offline or unknown, and when last seen, separated by tabs.
+    #[command(after_help = "Example: im --as alice presence @bob @carol --watch")]
+    Presence {
+        /// @user …, who share a conversation with you.
+        #[arg(required = true, value_parser = parse_user)]
+        users: Vec<UserId>,
+        /// Go on with a line for each who comes or goes.
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Set whether others see you come and go, on all your devices and until it is set again.
+    #[command(after_help = "Example: im --as alice invisible on")]
+    Invisible {
+        /// Whether you are.
+        #[arg(value_enum)]
+        switch: Switch,
+    },
     /// Chat on the full screen: your conversations, history, who is typing, what was delivered and read.
     #[command(
         after_help = "Example: im --as alice chat @bob\n\nF1 in it names the keys; Ctrl-C leaves it. Messages on their \

@@ -289,6 +289,7 @@ impl Loop {
                 }
                 Effect::Members { index, group } => Input::Members(index, client.members(group).await),
                 Effect::MarkRead { index, target, seq } => Input::Marked(index, client.mark_read(target, seq).await),
+                Effect::Watch { peer } => Input::Watched(client.watch_presence(&[peer]).await),
                 Effect::Typing { target, active } => {
                     // Without a session it is worth nothing.
                     let _ = client.typing(target, active).await;

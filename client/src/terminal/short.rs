@@ -1,4 +1,4 @@
-//! The commands that ask once and end: `send`, `list`, `group …`, `locate`, and `history`, which asks page by page.
+//! The commands that ask once and end: `send`, `list`, `group …`, `presence`, `invisible`, `locate`, and `history`, which asks page by page.
 
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use super::{
     failure::Failure,
     history,
     output::{Output, rfc3339},
+    presence,
 };
 
 /// Runs any command but `pipe`, `tail` and `chat`.
@@ -26,8 +27,11 @@ pub(super) async fn run(
         Command::History { target, from, to, limit } => history::run(client, target, from, to, limit, output).await,
         Command::List => list(client, output).await,
         Command::Group(group) => run_group(client, group, output).await,
+        Command::Presence { users, watch: false } => presence::read(client, &users, output).await,
+        Command::Invisible { switch } => presence::invisible(client, switch).await,
         Command::Locate => locate(client, output).await,
         Command::Pipe { .. }
+        | Command::Presence { .. }
         | Command::Tail { .. }
         | Command::Chat { .. }
         | Command::Completions { .. }

@@ -282,7 +282,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         use v1::signal::Signal;
         match &signal.signal {
             // The server's own.
-            Some(Signal::Receipt(_)) => return self.refuse_frame(6, StatusCode::Forbidden),
+            Some(Signal::Receipt(_) | Signal::Presence(_)) => return self.refuse_frame(6, StatusCode::Forbidden),
             Some(Signal::Custom(custom)) if custom.r#type.len() + custom.data.len() > limits::SIGNAL_BYTES_MAX => {
                 return self.refuse_frame(6, StatusCode::TooLarge);
             }

@@ -102,7 +102,7 @@ impl Server {
         let head = self.log.len() as u64;
         let payload = if call.method == Method::ConversationSync.number() {
             let row = v1::ConversationRow { conversation_id: GROUP.to_bytes(), head, ..v1::ConversationRow::default() };
-            v1::SyncReply { version: 1, conversations: vec![row], next: Bytes::new() }.encode_to_vec()
+            v1::SyncReply { version: 1, conversations: vec![row], ..v1::SyncReply::default() }.encode_to_vec()
         } else {
             let request = v1::HistoryRequest::decode(call.request.clone()).unwrap();
             let to = if request.to == 0 { i64::MAX } else { request.to };

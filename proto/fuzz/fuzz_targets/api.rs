@@ -28,6 +28,8 @@ fuzz_target!(|data: (u32, &[u8])| {
     read::<v1::GroupMembersRequest>(data);
     read::<v1::LocateRequest>(data);
     read::<v1::PresenceReadRequest>(data);
+    read::<v1::PresenceSubscribeRequest>(data);
+    read::<v1::PresenceSetVisibilityRequest>(data);
     read::<v1::SendReply>(data);
     read::<v1::HistoryReply>(data);
     read::<v1::SyncReply>(data);
@@ -39,4 +41,6 @@ fuzz_target!(|data: (u32, &[u8])| {
     read::<v1::GroupMembersReply>(data);
     read::<v1::LocateReply>(data);
     read::<v1::PresenceReadReply>(data);
+    read::<v1::PresenceSubscribeReply>(data);
+    read::<v1::PresenceSetVisibilityReply>(data);
 });

@@ -23,17 +23,18 @@ macro_rules! types {
 
 types! {
     Method Body Text Mention Media Sticker Location ContactCard Quote Forward ForwardedEntry CallRecord Recalled Edited Reaction
-    Custom SystemEvent GroupCreated MembersJoined MemberLeft ConversationJoined ConversationLeft
-    ClientFrame ServerFrame Status Hello Welcome Limits Ping Pong Send SendAck Message Received Signal Typing CustomSignal Receipt Resync
+    Custom SystemEvent GroupCreated MembersJoined MemberLeft ConversationJoined ConversationLeft VisibilityChanged
+    ClientFrame ServerFrame Status Hello Welcome Limits Ping Pong Send SendAck Message Received Signal Typing CustomSignal Receipt Presence Resync
     GoAway Call Reply Renew Renewed Close Refused
     Target SendRequest SendReply HistoryRequest HistoryReply HistoryEntry SyncRequest SyncHave SyncReply ConversationRow
     MemberCursor MarkReadRequest MarkReadReply SignalRequest SignalReply GroupCreateRequest GroupCreateReply GroupInviteRequest GroupInviteReply GroupLeaveRequest
     GroupLeaveReply GroupMembersRequest GroupMembersReply GroupMember LocateRequest LocateReply Endpoint
-    PresenceReadRequest PresenceReadReply UserPresence
+    PresenceReadRequest PresenceReadReply UserPresence PresenceSubscribeRequest PresenceSubscribeReply
+    PresenceSetVisibilityRequest PresenceSetVisibilityReply
     LinkHello Identity Capability GatewayBatch GatewayMessage SessionOpen SessionAnnounce SessionPresent SessionClose SessionRenew
     SessionSend SessionCall SessionReceived SessionSignal GatewayLoad AudienceWanted RouterBatch RouterMessage SessionOpened SessionRefused
     SessionRenewed SendResult Deliver AudienceSet AudienceDeliver SessionsMove LoadBound CallReply SessionsResync SessionKick SendReturned CapabilityWanted PeerBatch PeerMessage
-    PeerFollow PeerUnfollow PeerAudienceDeliver PeerAudienceResync PeerAudienceGone PeerLoads PeerLoad Following
+    PeerFollow PeerUnfollow PeerAudienceDeliver PeerAudienceResync PeerAudienceGone PeerLoads PeerLoad Following PeerWatch PeerPresence PresenceList
     PeerDeliver PeerResyncShard PeerEffect PeerHeads PeerCall PeerAnswer HeadList Head
     GatewayLinkItem RouterLinkItem PeerLinkItem
 }

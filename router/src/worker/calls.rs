@@ -66,6 +66,14 @@ impl Context {
                 let request = decode!(v1::PresenceReadRequest);
                 return self.presence(conversation, &call.caller, &request, reply_to);
             }
+            Method::PresenceSubscribe => {
+                let request = decode!(v1::PresenceSubscribeRequest);
+                return self.presence_subscribe(conversation, &call.caller, &request, reply_to);
+            }
+            Method::PresenceSetVisibility => {
+                let request = decode!(v1::PresenceSetVisibilityRequest);
+                self.presence_set_visibility(conversation, call, &request, reply_to);
+            }
             Method::GroupCreate => {
                 let request = decode!(v1::GroupCreateRequest);
                 self.group_create(conversation, &call.caller, request, reply_to);

@@ -276,6 +276,7 @@ impl Context {
         self.members_changed(conversation, &consequences);
         self.left_elsewhere(conversation, &consequences);
         self.entered_elsewhere(conversation, &consequences);
+        self.visibility_changed(conversation, &consequences);
         self.apply_consequences(conversation, row.seq, consequences);
     }
 

@@ -51,7 +51,7 @@ impl Worker {
             self.context.cluster.sweep_awaited();
         }
         self.context.flush_resyncs();
-        self.context.mirror_presence();
+        self.tick_presence();
         self.expire_appends();
         let now = self.context.now();
         self.context.scans.sweep(now);

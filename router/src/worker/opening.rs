@@ -143,6 +143,7 @@ impl Worker {
         }
         let sent_from = opened.rewritten.first().map_or(opened.head + 1, |row| row.seq);
         self.context.open_large(&mut conversation, sent_from);
+        self.context.visibility_opened(&conversation);
         let rewritten: Vec<_> = opened.rewritten.into_iter().map(|row| (row, None)).collect();
         if !rewritten.is_empty() {
             fan_out::deliver(&self.context, &mut conversation, &rewritten);

@@ -1,128 +1,285 @@
-//! Presence: mirrored to hot state for whoever asks, and read from it.
+//! Presence: what others see of the users whose sessions this worker has. Mirrored to hot state for whoever asks, and told to the
+//! routers where somebody watches.
 //!
-//! The owner of a user's sessions is the one who knows. It says so when it changes, and again every 20 s for whoever is online; a word
-//! holds for 60 s. Nothing waits for hot state: what cannot be stored is said again, and what is not there is *unknown* to who asks,
-//! never *offline*.
+//! Who leaves is said to be gone after a grace, so that a reconnect is no going and coming, and with the moment at which the last
+//! session ended. The sessions of a gateway that has died have had its lease to come back elsewhere: they get no grace. Whoever is
+//! invisible is to everybody else like somebody who has left just then, grace included, and comes and goes without a word from then
+//! on. Before it is known whether a user is invisible, nothing is said.
+//!
+//! A word in hot state holds for 60 s and is said again every 20 s for whoever is seen online. Nothing waits for hot state: what
+//! cannot be stored is said again, and what is not there is *unknown* to who asks, never *offline*. To watchers each change is told
+//! once; what is lost of that comes with the answer to the next renewal ([`crate::watches`]). Who is watched is soft state: it goes
+//! with the shard, and unless it is said again.
 
-use std::{collections::BTreeSet, time::Duration};
+mod calls;
+mod sharing;
+mod visibility;
 
-use futures::{StreamExt as _, stream};
-use im_proto::{ConversationId, StatusCode, UserId, limits, v1};
-use im_storage::{HotState as _, Presence, Table};
-use prost::Message as _;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use super::Context;
+use im_proto::{InstanceId, ShardId, Timestamp, UserId, v1};
+use im_storage::{HotState as _, Presence};
+use tokio::time::Instant;
+
+use super::{Context, Worker};
 use crate::{
-    caller::Caller,
-    conversation::Conversation,
-    deadline::StoreCalls,
-    message::{AnswerValue, ReplyTo, unavailable},
-    state::ListValue,
+    cluster::Cluster,
+    message::{AnswerValue, ReplyTo, WATCH_USERS_MAX, Watch},
+    watches::{RENEW, Seen},
 };
 
 /// How long a word that somebody is online holds: three times as long as until it is said again, so that two may be lost.
 const HOLDS: Duration = Duration::from_secs(60);
-/// In so many ticks of half a second everybody is said to be online again.
+/// In so many ticks of half a second everybody is said to be online again, and all watched users are looked through once.
 const TICKS_A_ROUND: usize = 40;
-/// Conversations of a user that are compared with the caller's. Whoever has more shares with the caller what is among the first.
-const LIST_ROWS_MAX: usize = 1_024;
-/// Lists that are read at a time for one call.
-const LISTS_AT_A_TIME: usize = 8;
+/// Whoever is back within this was not away: a client that lost its connection is back after a second or two.
+const GRACE: Duration = Duration::from_secs(5);
+/// Who took a shard over waits for so long for its sessions to be announced before it says of anybody that there is none.
+const SETTLES: Duration = Duration::from_secs(10);
+/// A user is watched for so long after a router has said so.
+const WATCH_HOLDS: Duration = Duration::from_secs(3 * RENEW.as_secs());
 
-/// What is still to be said.
+/// What this worker remembers of presence, besides the sessions.
 #[derive(Default)]
-pub struct Mirror {
-    changed: BTreeSet<UserId>,
+pub struct Presences {
+    /// Users with sessions who came, or became visible, since the last tick.
+    came: BTreeSet<UserId>,
+    /// Users with sessions of whom is not known whether they are invisible.
+    unread: BTreeSet<UserId>,
+    /// Who has left, or become invisible, and is still seen online.
+    leaving: BTreeMap<UserId, Leaving>,
+    /// Where to go on saying that users are still online.
     after: Option<UserId>,
+    watched: BTreeMap<ShardId, BTreeMap<UserId, Watched>>,
+    watched_count: usize,
+    /// Shards that were taken over a moment ago.
+    settling: BTreeMap<ShardId, Instant>,
+    ticks: usize,
 }
 
-impl Mirror {
-    /// A user came or went.
-    pub fn changed(&mut self, user: &UserId) {
-        self.changed.insert(user.clone());
+/// What others see of a user with sessions.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sight {
+    /// `None` until it is read.
+    invisible: Option<bool>,
+    /// Others see the user online.
+    shown: bool,
+}
+
+/// How a user's last session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// Its client may be back in a moment.
+    Left,
+    /// Its gateway died, longer ago than its lease.
+    Lost,
+    /// The user is another owner's now.
+    Moved,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Leaving {
+    seen: Timestamp,
+    due: Instant,
+}
+
+/// Who is watched from where.
+#[derive(Default)]
+struct Watched {
+    routers: BTreeMap<InstanceId, Instant>,
+    /// When the user was last seen, if that was told here.
+    last_seen_ms: i64,
+}
+
+/// What is told to routers, at the end of a tick.
+type Told = BTreeMap<InstanceId, Vec<v1::UserPresence>>;
+
+impl Presences {
+    /// A user has a session more.
+    pub fn came(&mut self, user: &UserId) {
+        self.came.insert(user.clone());
+    }
+
+    /// A user has sessions again, and may be invisible by now.
+    pub fn begins(&mut self, user: &UserId) {
+        self.unread.insert(user.clone());
+    }
+
+    /// A user's last session has ended.
+    pub fn left(&mut self, user: &UserId, sight: Sight, how: Departure, now: Timestamp) {
+        self.unread.remove(user);
+        // One that was there for less than a tick has still been seen.
+        let came = self.came.remove(user) && sight.invisible == Some(false);
+        if (sight.shown || came) && how != Departure::Moved {
+            let due = Instant::now() + if how == Departure::Left { GRACE } else { Duration::ZERO };
+            self.leaving.insert(user.clone(), Leaving { seen: now, due });
+        }
+    }
+
+    /// A shard is served from now on.
+    pub fn shard_begins(&mut self, shard: ShardId) {
+        self.settling.insert(shard, Instant::now() + SETTLES);
+    }
+
+    /// A shard's users are another owner's now, who is told by the watchers whom they watch.
+    pub fn shard_ends(&mut self, shard: ShardId) {
+        self.settling.remove(&shard);
+        self.watched_count -= self.watched.remove(&shard).map_or(0, |users| users.len());
+    }
+
+    /// Takes note that a user is watched; `false` if too many are.
+    fn watch(&mut self, shard: ShardId, user: &UserId, router: &InstanceId, until: Instant, max: usize) -> bool {
+        let of_shard = self.watched.entry(shard).or_default();
+        if !of_shard.contains_key(user) {
+            if self.watched_count >= max {
+                return false;
+            }
+            self.watched_count += 1;
+        }
+        of_shard.entry(user.clone()).or_default().routers.insert(router.clone(), until);
+        true
+    }
+
+    /// A change that the routers are to be told where somebody watches.
+    fn tell(&mut self, shard: ShardId, user: &UserId, seen: Seen, now: Instant, told: &mut Told) {
+        let Some(watched) = self.watched.get_mut(&shard).and_then(|users| users.get_mut(user)) else { return };
+        watched.last_seen_ms = seen.last_seen_ms;
+        for (router, _) in watched.routers.iter().filter(|(_, until)| **until > now) {
+            told.entry(router.clone()).or_default().push(seen.to_wire(user));
+        }
+    }
+
+    /// Forgets who is watched no longer, a part of the shards each time.
+    fn sweep(&mut self, now: Instant) {
+        self.ticks += 1;
+        let turn = self.ticks % TICKS_A_ROUND;
+        self.settling.retain(|_, until| *until > now);
+        for (_, users) in self.watched.iter_mut().filter(|(shard, _)| shard.0 as usize % TICKS_A_ROUND == turn) {
+            let before = users.len();
+            users.retain(|_, watched| {
+                watched.routers.retain(|_, until| *until > now);
+                !watched.routers.is_empty()
+            });
+            self.watched_count -= before - users.len();
+        }
+        self.watched.retain(|_, users| !users.is_empty());
+    }
+}
+
+impl Worker {
+    /// What is to be said is gathered for half a second.
+    pub fn tick_presence(&mut self) {
+        self.read_visibility();
+        self.context.say_presence();
+        if self.context.index == 0 {
+            self.context.cluster.watches.renew(&self.context.cluster);
+            self.context.check_watches();
+        }
     }
 }
 
 impl Context {
     /// Says who came and went since the last tick, and of some of the others that they are still there.
-    pub fn mirror_presence(&mut self) {
-        let now = self.cluster.environment.clock.now();
+    fn say_presence(&mut self) {
+        let (now, at) = (self.cluster.environment.clock.now(), self.now());
         let online = Presence { online_until: now.saturating_add(HOLDS), last_seen: now };
-        let offline = Presence { online_until: now, last_seen: now };
-        let mut words = Vec::new();
-        for user in std::mem::take(&mut self.users.presence.changed) {
-            // Of a user whose shard went elsewhere the new owner speaks.
-            if self.shards.is_active(self.cluster.shard_of_user(&user)) {
-                let word = if self.users.is_online(&user) { online } else { offline };
-                words.push((user, word));
+        let (mut words, mut told) = (Vec::new(), Told::new());
+        for user in std::mem::take(&mut self.users.presence.came) {
+            let shard = self.cluster.shard_of_user(&user);
+            let Some(sight) = self.users.sight(&user).filter(|sight| sight.invisible == Some(false)) else { continue };
+            let was_shown = std::mem::replace(&mut sight.shown, true);
+            let is_back = self.users.presence.leaving.remove(&user).is_some();
+            words.push((user.clone(), online));
+            if !was_shown && !is_back {
+                let seen = Seen { online: true, last_seen_ms: now.as_millis() };
+                self.users.presence.tell(shard, &user, seen, at, &mut told);
             }
         }
-        let count = self.users.count().div_ceil(TICKS_A_ROUND);
-        let after = self.users.presence.after.take();
-        let again: Vec<UserId> = self.users.after(after.as_ref()).take(count).map(|(user, _)| user.clone()).collect();
-        self.users.presence.after = again.last().cloned();
-        words.extend(again.into_iter().map(|user| (user, online)));
+        let leaving = self.users.presence.leaving.iter().filter(|(_, leaving)| leaving.due <= at);
+        for user in leaving.map(|(user, _)| user.clone()).collect::<Vec<_>>() {
+            // Whoever is back may be invisible; that is known in a moment.
+            if self.users.sight(&user).is_some_and(|sight| sight.invisible.is_none()) {
+                continue;
+            }
+            let Some(Leaving { seen, .. }) = self.users.presence.leaving.remove(&user) else { continue };
+            let shard = self.cluster.shard_of_user(&user);
+            // Of a user whose shard went elsewhere the new owner speaks.
+            if self.shards.is_active(shard) {
+                words.push((user.clone(), Presence { online_until: seen, last_seen: seen }));
+                let seen = Seen { online: false, last_seen_ms: seen.as_millis() };
+                self.users.presence.tell(shard, &user, seen, at, &mut told);
+            }
+        }
+        words.extend(self.still_online().into_iter().map(|user| (user, online)));
         if !words.is_empty() {
             self.cluster.metrics.presence_words.increment(words.len() as u64);
-            self.cluster.hot.put_presence(words);
+            self.cluster.hot.put_presence(now, words);
         }
+        for (router, users) in told {
+            tell(&self.cluster, &router, &users);
+        }
+        self.users.presence.sweep(at);
     }
 
-    /// Reads presence for the owner of an open self log. The same is read for everybody who is asked for, allowed or not, existing or not.
-    pub fn presence(
-        &mut self,
-        conversation: &Conversation,
-        caller: &Caller,
-        request: &v1::PresenceReadRequest,
-        reply_to: ReplyTo,
-    ) -> Result<(), ReplyTo> {
-        if request.user_ids.len() > limits::PRESENCE_USERS_MAX {
-            self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
-            return Ok(());
-        }
-        let users: Result<BTreeSet<UserId>, _> = request.user_ids.iter().map(|id| UserId::parse(id)).collect();
-        let Ok(users) = users else { return Err(reply_to) };
-        let rows = conversation.settled.list.iter().filter(|(_, row)| !row.left());
-        let own: BTreeSet<ConversationId> = rows.map(|(id, _)| *id).collect();
-        let (cluster, store, caller) = (self.cluster.clone(), self.store.clone(), caller.user.clone());
-        let fence = self.past_lease().then(|| self.fence.clone());
-        let answer = async move {
-            if let Some(fence) = fence
-                && !fence.clean().await
-            {
-                return cluster.answer(reply_to, Err(unavailable()));
+    /// Some of those who are seen online: all of them in one round.
+    fn still_online(&mut self) -> Vec<UserId> {
+        let count = self.users.count().div_ceil(TICKS_A_ROUND);
+        let after = self.users.presence.after.take();
+        let next: Vec<UserId> = self.users.after(after.as_ref()).take(count).map(|(user, _)| user.clone()).collect();
+        self.users.presence.after = next.last().cloned();
+        next.into_iter().filter(|user| self.users.sight(user).is_some_and(|sight| sight.shown)).collect()
+    }
+
+    /// Users of a shard are watched at a router from now on. The answer has those of whom is known how it is.
+    pub fn watch(&mut self, shard: ShardId, watch: &Watch, reply_to: ReplyTo) {
+        let (until, max) = (self.now() + WATCH_HOLDS, self.cluster.config.presence_watched_max);
+        let mut known = Vec::with_capacity(watch.users.len());
+        for user in watch.users.iter() {
+            if self.cluster.shard_of_user(user) != shard {
+                continue;
             }
-            let users: Vec<UserId> = users.into_iter().collect();
-            let known = cluster.hot.presence(&users).await;
-            let shares = |user: &UserId| {
-                let (store, own, is_caller) = (&store, &own, *user == caller);
-                let self_id = cluster.config.cluster_secret.self_id(user);
-                async move { shares_one(store, self_id, own).await || is_caller }
-            };
-            let allowed: Vec<bool> = stream::iter(users.iter().map(shares)).buffered(LISTS_AT_A_TIME).collect().await;
-            let now = cluster.environment.clock.now();
-            let told = users.iter().zip(known).zip(allowed).filter(|(_, allowed)| *allowed);
-            let told = told.filter_map(|((user, known), _)| {
-                let known = known?;
-                let (user_id, last_seen_ms) = (user.to_string(), known.last_seen.as_millis());
-                Some(v1::UserPresence { user_id, online: known.is_online(now), last_seen_ms })
-            });
-            let reply = v1::PresenceReadReply { users: told.collect() };
-            cluster.answer(reply_to, Ok(AnswerValue::Reply(reply.encode_to_vec().into())));
-        };
-        self.cluster.environment.spawn(answer);
-        Ok(())
+            if !self.users.presence.watch(shard, user, &watch.router, until, max) {
+                // Its watchers learn of changes with their renewals.
+                self.cluster.metrics.presence_watches_refused.increment(1);
+            }
+            known.extend(self.seen(shard, user).map(|seen| seen.to_wire(user)));
+        }
+        self.cluster.answer(reply_to, Ok(AnswerValue::Presence(known)));
+    }
+
+    /// How others see a user of this worker's; `None` if that is not known yet. Of an invisible one and of one who is not there the
+    /// same is known.
+    fn seen(&mut self, shard: ShardId, user: &UserId) -> Option<Seen> {
+        let now = self.cluster.environment.clock.now();
+        if let Some(leaving) = self.users.presence.leaving.get(user) {
+            return Some(Seen { online: true, last_seen_ms: leaving.seen.as_millis() });
+        }
+        match self.users.sight(user) {
+            Some(Sight { shown: true, .. }) => return Some(Seen { online: true, last_seen_ms: now.as_millis() }),
+            // Known in a moment, and told then.
+            Some(Sight { invisible: None | Some(false), .. }) => return None,
+            Some(Sight { invisible: Some(true), .. }) | None => {}
+        }
+        if self.users.presence.settling.contains_key(&shard) {
+            return None;
+        }
+        let watched = self.users.presence.watched.get(&shard).and_then(|users| users.get(user));
+        Some(Seen { online: false, last_seen_ms: watched.map_or(0, |watched| watched.last_seen_ms) })
     }
 }
 
-/// Whether a user is in one of these conversations. A list that cannot be read has none.
-async fn shares_one(store: &StoreCalls, self_id: ConversationId, own: &BTreeSet<ConversationId>) -> bool {
-    let rows = store.scan(Table::UserConversations, self_id.as_bytes(), None, LIST_ROWS_MAX).await.unwrap_or_default();
-    let mut shares = false;
-    for row in rows {
-        let is_shared = ConversationId::from_slice(&row.key).is_ok_and(|id| own.contains(&id));
-        let is_in = ListValue::decode(row.value).is_ok_and(|value| value.left_seq <= value.joined_seq);
-        shares |= is_shared && is_in;
+/// Tells a router that users came or went whom somebody watches there. It may be lost.
+fn tell(cluster: &Cluster, router: &InstanceId, users: &[v1::UserPresence]) {
+    if *router == cluster.config.instance {
+        return cluster.watches.told(cluster, router, users);
     }
-    shares
+    let Some(peer) = cluster.peers.read().get(router).cloned() else { return };
+    for users in users.chunks(WATCH_USERS_MAX) {
+        let presence = v1::PeerPresence { users: users.to_vec() };
+        let message = Some(v1::peer_message::Message::Presence(presence));
+        peer.send(v1::PeerMessage { shard: 0, request_id: 0, message });
+    }
 }

@@ -307,6 +307,7 @@ impl Context {
             ReplyKind::GroupCreate => v1::GroupCreateReply { conversation_id: id.to_bytes(), seq }.encode_to_vec(),
             ReplyKind::GroupInvite => v1::GroupInviteReply { seq }.encode_to_vec(),
             ReplyKind::GroupLeave => v1::GroupLeaveReply { seq }.encode_to_vec(),
+            ReplyKind::SetVisibility => v1::PresenceSetVisibilityReply { seq }.encode_to_vec(),
         };
         AnswerValue::Reply(reply.into())
     }

@@ -13,7 +13,12 @@ use im_proto::{
 };
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Context, Worker, following::Following, presence::Mirror, shedding::Shedding};
+use super::{
+    Context, Worker,
+    following::Following,
+    presence::{Departure, Presences, Sight},
+    shedding::Shedding,
+};
 use crate::{
     caller::{Caller, SessionKey},
     cluster::Cluster,
@@ -64,12 +69,13 @@ pub struct Users {
     /// Sessions by gateway.
     on_gateways: BTreeMap<InstanceId, u64>,
     pub shedding: Shedding,
-    pub presence: Mirror,
+    pub presence: Presences,
 }
 
 struct UserSessions {
     shard: ShardId,
     sessions: Vec<Live>,
+    sight: Sight,
     /// The large conversations that these sessions follow.
     following: Following,
 }
@@ -78,7 +84,8 @@ impl Users {
     fn entry(&mut self, user: &UserId, shard: ShardId) -> &mut UserSessions {
         self.users.entry(user.clone()).or_insert_with(|| {
             self.by_shard.entry(shard).or_default().insert(user.clone());
-            UserSessions { shard, sessions: Vec::new(), following: Following::new() }
+            self.presence.begins(user);
+            UserSessions { shard, sessions: Vec::new(), sight: Sight::default(), following: Following::new() }
         })
     }
 
@@ -89,7 +96,7 @@ impl Users {
     }
 
     /// Removes sessions of a user; returns how many.
-    fn remove(&mut self, cluster: &Cluster, user: &UserId, gone: impl Fn(&Live) -> bool) -> usize {
+    fn remove(&mut self, cluster: &Cluster, user: &UserId, how: Departure, gone: impl Fn(&Live) -> bool) -> usize {
         let Some(entry) = self.users.get_mut(user) else { return 0 };
         let before = entry.sessions.len();
         entry.sessions.retain(|live| {
@@ -98,13 +105,15 @@ impl Users {
                 one_less(&mut self.on_gateways, &live.key.gateway);
                 self.shedding.forget(&live.key, Instant::now());
                 entry.following.keys().for_each(|id| cluster.audiences.remove(cluster, id, user, &live.key));
+                cluster.watches.forget(cluster, &live.key);
             }
             stays
         });
         let removed = before - entry.sessions.len();
         if entry.sessions.is_empty() {
-            let shard = entry.shard;
+            let (shard, sight) = (entry.shard, entry.sight);
             self.users.remove(user);
+            self.presence.left(user, sight, how, cluster.environment.clock.now());
             if let Some(users) = self.by_shard.get_mut(&shard) {
                 users.remove(user);
                 if users.is_empty() {
@@ -120,9 +129,14 @@ impl Users {
         self.users.len()
     }
 
-    /// Whether a user has a session.
-    pub fn is_online(&self, user: &UserId) -> bool {
-        self.users.contains_key(user)
+    /// Whether a user has this session.
+    pub fn has_session(&self, user: &UserId, key: &SessionKey) -> bool {
+        self.users.get(user).is_some_and(|user| user.sessions.iter().any(|live| live.key == *key))
+    }
+
+    /// What others see of a user with sessions.
+    pub fn sight(&mut self, user: &UserId) -> Option<&mut Sight> {
+        self.users.get_mut(user).map(|user| &mut user.sight)
     }
 
     /// Sessions at a gateway.
@@ -256,11 +270,14 @@ impl Context {
         }
         self.cluster.metrics.sessions.decrement(replaced as f64);
         for key in &gone {
+            if caller.session.as_ref() != Some(key) {
+                self.cluster.watches.forget(&self.cluster, key);
+            }
             one_less(&mut self.users.on_gateways, &key.gateway);
             self.users.shedding.forget(key, Instant::now());
         }
         if room {
-            self.users.presence.changed(&caller.user);
+            self.users.presence.came(&caller.user);
             *self.users.on_gateways.entry(gateway).or_insert(0) += 1;
         }
         for (key, same_device) in kicked {
@@ -297,8 +314,7 @@ impl Context {
     /// A session ended. Removal is by session, so a slow disconnect cannot remove its successor.
     pub fn close_session(&mut self, caller: &Caller) {
         let Some(key) = &caller.session else { return };
-        let removed = self.users.remove(&self.cluster, &caller.user, |live| live.key == *key);
-        self.users.presence.changed(&caller.user);
+        let removed = self.users.remove(&self.cluster, &caller.user, Departure::Left, |live| live.key == *key);
         self.cluster.metrics.sessions.decrement(removed as f64);
     }
 
@@ -417,22 +433,24 @@ impl Context {
     /// A shard's users are another owner's now.
     pub fn forget_users_of(&mut self, shard: ShardId) {
         let users: Vec<UserId> = self.users.by_shard.get(&shard).into_iter().flatten().cloned().collect();
-        self.remove_sessions(users, |_| true);
+        self.remove_sessions(users, Departure::Moved, |_| true);
+        self.users.presence.shard_ends(shard);
     }
 
-    /// A gateway is no longer registered: its sessions are gone.
+    /// A gateway is no longer registered, or its link has lost what it said: its sessions are gone, in the latter case until it says
+    /// again which live.
     pub fn gateway_gone(&mut self, gateway: &InstanceId) {
         self.outgoing.remove(gateway);
         self.shards.forget_early(|early| early.session.as_ref().is_some_and(|key| key.gateway == *gateway));
         let is_there = |live: &Live| live.key.gateway == *gateway;
         let users = self.users.users.iter().filter(|(_, user)| user.sessions.iter().any(is_there));
         let users: Vec<UserId> = users.map(|(user, _)| user.clone()).collect();
-        users.iter().for_each(|user| self.users.presence.changed(user));
-        self.remove_sessions(users, is_there);
+        let lives = self.cluster.links.read().contains_key(gateway);
+        self.remove_sessions(users, if lives { Departure::Left } else { Departure::Lost }, is_there);
     }
 
-    fn remove_sessions(&mut self, users: Vec<UserId>, gone: impl Fn(&Live) -> bool + Copy) {
-        let removed: usize = users.iter().map(|user| self.users.remove(&self.cluster, user, gone)).sum();
+    fn remove_sessions(&mut self, users: Vec<UserId>, how: Departure, gone: impl Fn(&Live) -> bool + Copy) {
+        let removed: usize = users.iter().map(|user| self.users.remove(&self.cluster, user, how, gone)).sum();
         self.cluster.metrics.sessions.decrement(removed as f64);
     }
 }

@@ -153,6 +153,7 @@ impl Worker {
             _ => return,
         }
         let before = self.context.shards.shards.insert(shard, Shard::Active { claim, cancelled: Arc::default() });
+        self.context.users.presence.shard_begins(shard);
         for conversation in busy {
             self.open_later(conversation);
         }

@@ -98,7 +98,7 @@ impl Context {
         }
         match &signal {
             // The server's own.
-            Signal::Receipt(_) => return Err(StatusCode::Forbidden),
+            Signal::Receipt(_) | Signal::Presence(_) => return Err(StatusCode::Forbidden),
             Signal::Custom(custom) if custom.r#type.len() + custom.data.len() > limits::SIGNAL_BYTES_MAX => {
                 return Err(StatusCode::TooLarge);
             }

@@ -60,10 +60,12 @@ impl Context {
             rows.iter().take(limit).filter(|(_, row)| is_group(row)).map(|(id, _)| *id).collect();
         let (user, sync) = (caller.user.clone(), self.follow_while_asking(&caller.user, &groups));
         let (cluster, version) = (self.cluster.clone(), conversation.committed);
+        let invisible = conversation.settled.invisible;
         let (fence, past_lease) = (self.fence.clone(), self.past_lease());
         let asking = user.clone();
         let answer = async move {
-            let answer = page(&cluster, asking, version, &request, rows, limit).await;
+            let reply = v1::SyncReply { version, invisible, ..v1::SyncReply::default() };
+            let answer = page(&cluster, asking, reply, &request, rows, limit).await;
             if past_lease && !fence.clean().await { Err(unavailable()) } else { answer }
         };
         self.then(answer, move |worker, answer: Result<Page, v1::Status>| {
@@ -86,7 +88,7 @@ struct Page {
 async fn page(
     cluster: &Arc<Cluster>,
     user: UserId,
-    version: u64,
+    reply: v1::SyncReply,
     request: &v1::SyncRequest,
     mut rows: Vec<(ConversationId, Arc<ListRow>)>,
     limit: usize,
@@ -97,7 +99,7 @@ async fn page(
     let live = rows.iter().filter(|(_, row)| !row.left()).map(|(id, _)| *id);
     let heads = ask_heads(cluster, &user, request.details, live).await?;
     // A version that this list never had is none.
-    let since = if request.version > version { 0 } else { request.version };
+    let since = if request.version > reply.version { 0 } else { request.version };
     let have: BTreeMap<&[u8], &v1::SyncHave> =
         request.have.iter().map(|have| (have.conversation_id.as_ref(), have)).collect();
     let conversations = rows
@@ -111,7 +113,7 @@ async fn page(
             changed.then(|| list_row(id, row, &head))
         })
         .collect();
-    let reply = v1::SyncReply { version, conversations, next };
+    let reply = v1::SyncReply { conversations, next, ..reply };
     let registered = heads.iter().filter(|(_, head)| head.registered).map(|(id, _)| *id).collect();
     Ok(Page { reply: reply.encode_to_vec().into(), registered })
 }

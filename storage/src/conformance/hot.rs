@@ -51,11 +51,13 @@ async fn presence_is_the_last_word(hot: &Hot, run: u8) {
     let at = Timestamp::from_millis;
     let presence = |until, seen| Presence { online_until: at(until), last_seen: at(seen) };
     let users = [user(run, "one"), user(run, "}{"), user(run, "nobody")];
-    hot.put_presence([(users[0].clone(), presence(9_000, 1_000)), (users[1].clone(), presence(9_000, 1_000))]);
-    hot.put_presence([(users[0].clone(), presence(0, 2_000))]);
-    hot.put_presence([(users[0].clone(), presence(9_999, 1_500))]);
+    let both = [(users[0].clone(), presence(9_000, 1_000)), (users[1].clone(), presence(9_000, 1_000))];
+    hot.put_presence(at(1_000), both);
+    // Whoever left was last seen before that is said.
+    hot.put_presence(at(2_000), [(users[0].clone(), presence(900, 900))]);
+    hot.put_presence(at(1_500), [(users[0].clone(), presence(9_999, 1_500))]);
     let known = hot.presence(&users).await;
-    assert_eq!(known, [Some(presence(0, 2_000)), Some(presence(9_000, 1_000)), None]);
+    assert_eq!(known, [Some(presence(900, 900)), Some(presence(9_000, 1_000)), None]);
     assert!(known[1].is_some_and(|presence| presence.is_online(at(8_999)) && !presence.is_online(at(9_000))));
 }
 

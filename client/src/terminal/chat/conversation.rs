@@ -31,6 +31,8 @@ pub(super) struct Conversation {
     pub(super) kind: v1::ConversationKind,
     pub(super) name: String,
     pub(super) peer: Option<UserId>,
+    /// Whether the peer is there, as far as that is known.
+    pub(super) seen: Option<v1::UserPresence>,
     pub(super) head: u64,
     pub(super) unread: u64,
     pub(super) mentions: u64,
@@ -82,6 +84,21 @@ impl Conversation {
             (None, _) if !name.trim().is_empty() => format!("#{name}"),
             (None, _) => self.id.map_or_else(String::new, |id| id.to_string().chars().take(8).collect()),
         }
+    }
+
+    /// Whether the peer is there, in words, and whether that is so.
+    pub(super) fn seen_words(&self, now: Timestamp) -> Option<(String, bool)> {
+        let v1::UserPresence { online, last_seen_ms, .. } = self.seen.as_ref()?;
+        let minutes = (now.as_millis() - last_seen_ms).max(0) / 60_000;
+        let words = match minutes {
+            _ if *online => "online".to_owned(),
+            _ if *last_seen_ms == 0 => "offline".to_owned(),
+            0 => "last seen just now".to_owned(),
+            1..60 => format!("last seen {minutes} min ago"),
+            60..1_440 => format!("last seen {} h ago", minutes / 60),
+            _ => format!("last seen {} d ago", minutes / 1_440),
+        };
+        Some((words, *online))
     }
 
     pub(super) fn is_group(&self) -> bool {

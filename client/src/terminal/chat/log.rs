@@ -148,6 +148,8 @@ fn happened(event: v1::SystemEvent) -> String {
         }
         Some(Event::ConversationJoined(joined)) => format!("a conversation with @{} began", joined.peer_user_id),
         Some(Event::ConversationLeft(_)) => "you left a conversation".to_owned(),
+        Some(Event::VisibilityChanged(changed)) if changed.invisible => "others see you offline from now on".to_owned(),
+        Some(Event::VisibilityChanged(_)) => "others see again when you are online".to_owned(),
         None => "something happened that this version does not know".to_owned(),
     };
     text::one_line(&said)

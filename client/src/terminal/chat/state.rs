@@ -64,6 +64,8 @@ pub(super) enum Input {
     /// The outcome of a send; why it failed, in words.
     Sent(usize, u64, Result<Sent, String>),
     Marked(usize, Result<v1::MarkReadReply, CallError>),
+    /// How it is with whom the chat watches.
+    Watched(Result<Vec<v1::UserPresence>, CallError>),
 }
 
 /// What the chat wants done. Indices come back with the answers.
@@ -95,6 +97,10 @@ pub(super) enum Effect {
     Typing {
         target: Target,
         active: bool,
+    },
+    /// Watch whether this user is there, and nobody else.
+    Watch {
+        peer: UserId,
     },
     /// Give the terminal to the shell for a while.
     Suspend,
@@ -148,6 +154,8 @@ pub(super) struct Chat {
     next_local: u64,
     /// Seq from which on entries were new when the conversation was opened.
     new_from: Option<u64>,
+    /// Who is watched, and in which conversation.
+    watched: Option<(UserId, Option<ConversationId>)>,
     effects: Vec<Effect>,
 }
 
@@ -173,6 +181,7 @@ impl Chat {
             listed: false,
             next_local: 0,
             new_from: None,
+            watched: None,
             effects: Vec::new(),
         };
         // An id is the same whoever this is: what is written there while there is no session waits for one.
@@ -209,7 +218,10 @@ impl Chat {
             Input::Members(index, outcome) => self.on_members(index, outcome),
             Input::Sent(index, local, outcome) => self.on_sent(index, local, outcome),
             Input::Marked(index, outcome) => self.on_marked(index, outcome),
+            // Without it the title says less; the next conversation asks again.
+            Input::Watched(outcome) => self.seen(outcome.unwrap_or_default()),
         }
+        self.watch();
         self.load();
         self.see();
         std::mem::take(&mut self.effects)
@@ -347,6 +359,16 @@ impl Chat {
         if self.conversations.iter().map(entries).sum::<usize>() > LOGS_ENTRIES_MAX {
             let others = self.conversations.iter_mut().enumerate().filter(|(other, _)| *other != index);
             others.for_each(|(_, conversation)| conversation.log.forget());
+        }
+    }
+
+    /// Watches the other user of the open conversation. Whoever has just written to somebody for the first time may do so only now.
+    fn watch(&mut self) {
+        let Some(index) = self.open.filter(|_| self.is_online()) else { return };
+        let Conversation { id, peer: Some(peer), .. } = &self.conversations[index] else { return };
+        if self.watched.as_ref().is_none_or(|(watched, in_which)| watched != peer || in_which != id) {
+            self.watched = Some((peer.clone(), *id));
+            self.effects.push(Effect::Watch { peer: peer.clone() });
         }
     }
 

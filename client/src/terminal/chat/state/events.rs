@@ -31,6 +31,7 @@ impl Chat {
                 }
             }
             Event::Signal(signal) => self.signal(&signal),
+            Event::Presence(users) => self.seen(users),
             Event::Connected { endpoint } => {
                 if let Link::Away { since, .. } = &self.link {
                     let seconds = (self.now.as_millis() - since.as_millis()).max(0) / 1000;
@@ -145,6 +146,15 @@ impl Chat {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Who is there, and who is not.
+    pub(super) fn seen(&mut self, users: Vec<v1::UserPresence>) {
+        for user in users {
+            if let Some(index) = self.by_peer.get(user.user_id.as_str()) {
+                self.conversations[*index].seen = Some(user);
+            }
         }
     }
 

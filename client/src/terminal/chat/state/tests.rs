@@ -623,3 +623,30 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_title_says_whether_the_other_one_is_there_and_only_the_open_ones_peer_is_watched() {
+    let mut chat = Chat::new(Some(Target::Peer(user("bob"))), at(0), 0, (80, 24));
+    let effects = online(&mut chat);
+    let watch = |name: &str| Effect::Watch { peer: user(name) };
+    let watched: Vec<&Effect> = effects.iter().filter(|effect| matches!(effect, Effect::Watch { .. })).collect();
+    assert_eq!(watched, [&watch("bob")]);
+    let title = |chat: &Chat| -> String { chat.view().title.into_iter().map(|span| span.text).collect() };
+    assert_eq!(title(&chat), "@bob");
+    let seen = |online: bool, ago_ms: i64| v1::UserPresence {
+        user_id: "bob".to_owned(),
+        online,
+        last_seen_ms: at(-ago_ms).as_millis(),
+        invisible: false,
+    };
+    chat.on(Input::Watched(Ok(vec![seen(true, 0)])));
+    assert_eq!(title(&chat), "@bob  online");
+    for (ago_ms, words) in [(5_000, "just now"), (3 * 60_000, "3 min ago"), (2 * 3_600_000, "2 h ago")] {
+        chat.on(Input::Event(Event::Presence(vec![seen(false, ago_ms)])));
+        assert_eq!(title(&chat), format!("@bob  last seen {words}"));
+    }
+    // The first message makes the conversation, in which more may be known.
+    let sent = Sent { conversation: id(WITH_BOB), seq: 1, sent_at: at(0) };
+    let index = chat.by_peer[&user("bob")];
+    assert!(chat.on(Input::Sent(index, 0, Ok(sent))).contains(&watch("bob")));
+}

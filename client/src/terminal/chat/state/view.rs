@@ -398,6 +398,10 @@ impl Chat {
             let room = layout.log_columns.saturating_sub(text::width(&spans[0].text) + 2);
             spans.push(Span::new(text::cut(&all, room), Role::Dim));
         }
+        let watched = self.watched.as_ref().is_some_and(|(watched, _)| conversation.peer.as_ref() == Some(watched));
+        if let Some((words, online)) = conversation.seen_words(self.now).filter(|_| watched) {
+            spans.push(Span::new(format!("  {words}"), if online { Role::Good } else { Role::Dim }));
+        }
         spans
     }
 

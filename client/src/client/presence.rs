@@ -1,0 +1,38 @@
+//! Who is there: read once, or watched; and whether others see this user.
+
+use im_proto::{UserId, limits, method::Method, v1};
+
+use super::{Client, texts};
+use crate::{core::Command, error::CallError};
+
+impl Client {
+    /// Who of these users is online, and was last seen when. Those who share no conversation with this user, or of whom nothing is known
+    /// just now, are missing in the answer: that does not mean offline.
+    pub async fn presence(&self, users: &[UserId]) -> Result<Vec<v1::UserPresence>, CallError> {
+        let mut known = Vec::with_capacity(users.len());
+        for users in users.chunks(limits::PRESENCE_USERS_MAX) {
+            let request = v1::PresenceReadRequest { user_ids: texts(users) };
+            let reply: v1::PresenceReadReply = self.call(Method::PresenceRead, &request).await?;
+            known.extend(reply.users);
+        }
+        Ok(known)
+    }
+
+    /// Watches these users, and none besides: from now on [`crate::Event::Presence`] tells who of them comes and goes, across reconnects.
+    /// At most [`limits::PRESENCE_WATCHED_MAX`]. The answer is how it is now, as [`Self::presence`] tells it.
+    pub async fn watch_presence(&self, users: &[UserId]) -> Result<Vec<v1::UserPresence>, CallError> {
+        let sent = self.inner.commands.send(Command::Watch(users.to_vec())).await;
+        sent.map_err(|_| CallError::Closed(self.closed_reason()))?;
+        let request = v1::PresenceSubscribeRequest { user_ids: texts(users) };
+        let reply: v1::PresenceSubscribeReply = self.call(Method::PresenceSubscribe, &request).await?;
+        Ok(reply.users)
+    }
+
+    /// Sets whether others see this user come and go, on all devices and until it is set again. While they do not, no client of this
+    /// user tells what has arrived or that somebody types. The seq of the entry in the user's own log, 0 if it was so already.
+    pub async fn set_invisible(&self, invisible: bool) -> Result<u64, CallError> {
+        let request = v1::PresenceSetVisibilityRequest { invisible };
+        let reply: v1::PresenceSetVisibilityReply = self.call(Method::PresenceSetVisibility, &request).await?;
+        Ok(reply.seq)
+    }
+}

@@ -1,0 +1,358 @@
+//! Who at this router watches whom: the sessions that want to know when users come and go.
+//!
+//! The owner of a user's sessions knows whether the user is there. This router tells it which users are watched here, once for all
+//! sessions together, again within every [`RENEW`], and at once when a shard has another owner. The owner answers how it is now and
+//! tells what changes. So whatever is lost between the two is made good by the next renewal; what is lost on the way to a client ends
+//! in a `Resync`, after which it subscribes again. Sessions are told only what differs from what they were told before.
+//!
+//! Nobody watches without a session at this router: what is known here goes with the session, and with the user's shard. Whether
+//! somebody may watch is decided before.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use im_proto::{
+    Epoch, InstanceId, ShardId, UserId, frame,
+    v1::{self, router_message::Message as ToGateway},
+};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::{
+    caller::SessionKey,
+    cluster::Cluster,
+    message::{Answer, AnswerValue, ReplyTo, ShardMessage, WATCH_USERS_MAX, Watch},
+};
+
+/// The owner is told again who is watched before this has passed. It forgets who is watched after three times as long.
+pub const RENEW: Duration = Duration::from_secs(30);
+/// The owner did not know of everybody: it may have taken the shard over just now.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// There was no answer.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// After so long it is asked again whether a session may still watch whom it watches.
+const CHECK: Duration = Duration::from_secs(600);
+/// Sessions that are checked in one go.
+const CHECKS_MAX: usize = 64;
+
+/// What watchers know of a user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub online: bool,
+    /// 0 if that is not known.
+    pub last_seen_ms: i64,
+}
+
+impl Seen {
+    /// On the wire. Nothing but what everybody may know who watches the user.
+    pub fn to_wire(self, user: &UserId) -> v1::UserPresence {
+        let Self { online, last_seen_ms } = self;
+        v1::UserPresence { user_id: user.to_string(), online, last_seen_ms, invisible: false }
+    }
+}
+
+/// What a session is told when it subscribes, and of whom the owners are to be asked.
+pub struct Subscribed {
+    pub users: Vec<v1::UserPresence>,
+    pub ask: BTreeMap<ShardId, Vec<UserId>>,
+}
+
+/// A session of which it is time to ask whether its user may still watch these users.
+pub struct Check {
+    pub key: SessionKey,
+    pub watcher: UserId,
+    pub users: Vec<UserId>,
+}
+
+/// The sessions of this router that watch, and whom.
+#[derive(Default)]
+pub struct Watches {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By the shard of who is watched. None is empty.
+    shards: BTreeMap<ShardId, OfShard>,
+    sessions: BTreeMap<SessionKey, Watching>,
+    /// Users, counted for each session that watches them.
+    count: usize,
+    /// When sessions are checked again: one moment for each.
+    checks: BTreeSet<(Instant, SessionKey)>,
+    /// Some are being checked.
+    checking: bool,
+}
+
+/// Whom a session watches.
+struct Watching {
+    watcher: UserId,
+    users: Vec<(ShardId, UserId)>,
+    check_at: Instant,
+}
+
+struct OfShard {
+    users: BTreeMap<UserId, Watched>,
+    /// Who was asked last, and under which claim.
+    asked: Option<(InstanceId, Epoch)>,
+    ask_at: Instant,
+}
+
+/// A user whom somebody watches.
+#[derive(Default)]
+struct Watched {
+    sessions: BTreeSet<SessionKey>,
+    known: Option<Seen>,
+}
+
+impl Watches {
+    /// A session watches these users and no others from now on; each with what hot state says. `None` if that would be too many here.
+    pub fn subscribe(
+        &self,
+        cluster: &Cluster,
+        key: &SessionKey,
+        watcher: &UserId,
+        users: Vec<(ShardId, UserId, Option<Seen>)>,
+    ) -> Option<Subscribed> {
+        let owners = cluster.owners();
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        let before = state.sessions.get(key).map_or(0, |watching| watching.users.len());
+        if state.count - before + users.len() > cluster.config.presence_watches_max {
+            return None;
+        }
+        let former = state.end(key);
+        let mut subscribed = Subscribed { users: Vec::with_capacity(users.len()), ask: BTreeMap::new() };
+        let mut watching = Vec::with_capacity(users.len());
+        let (ask_at, check_at) = (Instant::now() + cluster.environment.jitter(RENEW), Instant::now() + CHECK);
+        for (shard, user, hot) in users {
+            let of_shard = state.shards.entry(shard).or_insert_with(|| {
+                let asked = owners.get(shard).cloned();
+                OfShard { users: BTreeMap::new(), asked, ask_at }
+            });
+            let watched = match of_shard.users.entry(user.clone()) {
+                Entry::Occupied(occupied) => occupied.into_mut(),
+                Entry::Vacant(vacant) => {
+                    subscribed.ask.entry(shard).or_default().push(user.clone());
+                    vacant.insert(Watched::default())
+                }
+            };
+            // What the owner says counts for more.
+            watched.known = watched.known.or(hot);
+            watched.sessions.insert(key.clone());
+            subscribed.users.extend(watched.known.map(|seen| seen.to_wire(&user)));
+            watching.push((shard, user));
+        }
+        let watches: BTreeSet<&UserId> = watching.iter().map(|(_, user)| user).collect();
+        for (shard, user) in former.iter().filter(|(_, user)| !watches.contains(user)) {
+            leave(&mut state.shards, *shard, user, key);
+        }
+        if !watching.is_empty() {
+            state.count += watching.len();
+            state.checks.insert((check_at, key.clone()));
+            state.sessions.insert(key.clone(), Watching { watcher: watcher.clone(), users: watching, check_at });
+        }
+        cluster.metrics.presence_watches.set(state.count as f64);
+        Some(subscribed)
+    }
+
+    /// A session has ended.
+    pub fn forget(&self, cluster: &Cluster, key: &SessionKey) {
+        let mut state = self.state.lock();
+        for (shard, user) in state.end(key) {
+            leave(&mut state.shards, shard, &user, key);
+        }
+        cluster.metrics.presence_watches.set(state.count as f64);
+    }
+
+    /// Tells the owner of a shard that users are watched here. Its answer comes to [`Self::answered`].
+    pub fn ask(&self, cluster: &Cluster, shard: ShardId, users: &[UserId]) {
+        for users in users.chunks(WATCH_USERS_MAX) {
+            let watch = Watch { router: cluster.config.instance.clone(), users: users.into() };
+            let reply_to = ReplyTo::Watch { shard, users: users.len() };
+            cluster.send(shard, ShardMessage::Watch(watch), reply_to);
+        }
+    }
+
+    /// Asks again where it is time to, or where another owner is to be asked.
+    pub fn renew(&self, cluster: &Cluster) {
+        let (owners, now) = (cluster.owners(), Instant::now());
+        let mut due: Vec<(ShardId, Vec<UserId>)> = Vec::new();
+        for (shard, of_shard) in &mut self.state.lock().shards {
+            let Some(owner) = owners.get(*shard) else { continue };
+            if of_shard.ask_at <= now || of_shard.asked.as_ref() != Some(owner) {
+                of_shard.asked = Some(owner.clone());
+                of_shard.ask_at = now + RENEW / 2 + cluster.environment.jitter(RENEW / 2);
+                due.push((*shard, of_shard.users.keys().cloned().collect()));
+            }
+        }
+        for (shard, users) in due {
+            self.ask(cluster, shard, &users);
+        }
+    }
+
+    /// The owner of a shard has answered, or could not be reached.
+    pub fn answered(&self, cluster: &Cluster, shard: ShardId, asked: usize, answer: Answer) {
+        let again = match answer {
+            Ok(AnswerValue::Presence(users)) => {
+                self.take(cluster, None, &users);
+                (users.len() < asked).then_some(ASK_AGAIN)
+            }
+            _ => Some(TRY_AGAIN),
+        };
+        if let Some(again) = again
+            && let Some(of_shard) = self.state.lock().shards.get_mut(&shard)
+        {
+            of_shard.ask_at = of_shard.ask_at.min(Instant::now() + again);
+        }
+    }
+
+    /// A router tells that users came or went. Of users whose shard it does not own it knows nothing (any more).
+    pub fn told(&self, cluster: &Cluster, from: &InstanceId, users: &[v1::UserPresence]) {
+        self.take(cluster, Some(from), users);
+    }
+
+    /// Sessions that are to be checked now, none while others are.
+    pub fn begin_checks(&self) -> Vec<Check> {
+        let (now, mut checks) = (Instant::now(), Vec::new());
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        while !state.checking && checks.len() < CHECKS_MAX {
+            let Some((at, key)) = state.checks.pop_first() else { break };
+            if at > now {
+                state.checks.insert((at, key));
+                break;
+            }
+            let Some(watching) = state.sessions.get_mut(&key) else { continue };
+            watching.check_at = now + CHECK;
+            state.checks.insert((watching.check_at, key.clone()));
+            let users = watching.users.iter().map(|(_, user)| user.clone()).collect();
+            checks.push(Check { key, watcher: watching.watcher.clone(), users });
+        }
+        state.checking |= !checks.is_empty();
+        checks
+    }
+
+    /// All that were to be checked are.
+    pub fn end_checks(&self) {
+        self.state.lock().checking = false;
+    }
+
+    /// A session may not watch some users any more. It is told that they are offline, and nothing else of them.
+    pub fn restrict(&self, cluster: &Cluster, key: &SessionKey, gone: &BTreeSet<UserId>) {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        let Some(watching) = state.sessions.get_mut(key) else { return };
+        let (stay, go): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut watching.users).into_iter().partition(|(_, user)| !gone.contains(user));
+        watching.users = stay;
+        state.count -= go.len();
+        let mut messages = Vec::with_capacity(go.len());
+        for (shard, user) in &go {
+            leave(&mut state.shards, *shard, user, key);
+            let frame = encode(user, Seen { online: false, last_seen_ms: 0 });
+            let deliver = v1::Deliver { frame, session_ids: vec![key.session.0] };
+            messages.push(v1::RouterMessage { message: Some(ToGateway::Deliver(deliver)) });
+        }
+        cluster.metrics.presence_watches.set(state.count as f64);
+        if let Some(link) = cluster.links.read().get(&key.gateway) {
+            link.send(messages);
+        }
+    }
+
+    fn take(&self, cluster: &Cluster, from: Option<&InstanceId>, users: &[v1::UserPresence]) {
+        let owners = cluster.owners();
+        let mut to_gateways: BTreeMap<InstanceId, Vec<v1::RouterMessage>> = BTreeMap::new();
+        let mut state = self.state.lock();
+        for told in users {
+            let Ok(user) = UserId::parse(&told.user_id) else { continue };
+            let shard = cluster.shard_of_user(&user);
+            if from.is_some_and(|from| owners.get(shard).is_none_or(|(owner, _)| owner != from)) {
+                continue;
+            }
+            let watched = state.shards.get_mut(&shard).and_then(|of_shard| of_shard.users.get_mut(&user));
+            let Some(watched) = watched else { continue };
+            if let Some(seen) = watched.learn(told) {
+                watched.push(cluster, &user, seen, &mut to_gateways);
+            }
+        }
+        // Under the lock, so that what was learnt last is said last.
+        let links = cluster.links.read();
+        for (gateway, messages) in to_gateways {
+            if let Some(link) = links.get(&gateway) {
+                link.send(messages);
+            }
+        }
+    }
+}
+
+impl State {
+    /// A session watches nobody any more; gives back whom it did.
+    fn end(&mut self, key: &SessionKey) -> Vec<(ShardId, UserId)> {
+        let Some(Watching { users, check_at, .. }) = self.sessions.remove(key) else { return Vec::new() };
+        self.checks.remove(&(check_at, key.clone()));
+        self.count -= users.len();
+        users
+    }
+}
+
+impl Watched {
+    /// Takes over what the owner says; what is news is given back.
+    fn learn(&mut self, told: &v1::UserPresence) -> Option<Seen> {
+        let known = self.known;
+        let last_seen_ms = match told.last_seen_ms {
+            0 => known.map_or(0, |known| known.last_seen_ms),
+            last_seen_ms => last_seen_ms,
+        };
+        let seen = Seen { online: told.online, last_seen_ms };
+        self.known = Some(seen);
+        // Somebody who is still there is no news.
+        let is_known = known.is_some_and(|known| known == seen || (known.online && seen.online));
+        (!is_known).then_some(seen)
+    }
+
+    fn push(
+        &self,
+        cluster: &Cluster,
+        user: &UserId,
+        seen: Seen,
+        to_gateways: &mut BTreeMap<InstanceId, Vec<v1::RouterMessage>>,
+    ) {
+        let frame = encode(user, seen);
+        let mut by_gateway: BTreeMap<&InstanceId, Vec<u64>> = BTreeMap::new();
+        for key in &self.sessions {
+            by_gateway.entry(&key.gateway).or_default().push(key.session.0);
+        }
+        for (gateway, session_ids) in by_gateway {
+            cluster.metrics.presence_pushes.increment(session_ids.len() as u64);
+            let deliver = v1::Deliver { frame: frame.clone(), session_ids };
+            let message = v1::RouterMessage { message: Some(ToGateway::Deliver(deliver)) };
+            to_gateways.entry(gateway.clone()).or_default().push(message);
+        }
+    }
+}
+
+fn encode(user: &UserId, seen: Seen) -> Bytes {
+    let Seen { online, last_seen_ms } = seen;
+    let signal = v1::Signal {
+        target: None,
+        sender: user.to_string(),
+        signal: Some(v1::signal::Signal::Presence(v1::Presence { online, last_seen_ms })),
+    };
+    frame::frame_to_bytes(&v1::ServerFrame { frame: Some(v1::server_frame::Frame::Signal(signal)) })
+}
+
+/// A session watches a user no longer. The owner hears nothing of it: it forgets whoever is not named again.
+fn leave(shards: &mut BTreeMap<ShardId, OfShard>, shard: ShardId, user: &UserId, key: &SessionKey) {
+    let Some(of_shard) = shards.get_mut(&shard) else { return };
+    let Some(watched) = of_shard.users.get_mut(user) else { return };
+    watched.sessions.remove(key);
+    if watched.sessions.is_empty() {
+        of_shard.users.remove(user);
+    }
+    if of_shard.users.is_empty() {
+        shards.remove(&shard);
+    }
+}

@@ -61,6 +61,27 @@ async fn a_failed_call_keeps_its_status() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_router_that_does_not_know_who_calls_is_told_and_the_repeated_call_follows() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    client.send(call(1)).await;
+    let request_id = next_call(&mut router).await.request_id;
+    let wanted = v1::CapabilityWanted { session_id, ..v1::CapabilityWanted::default() };
+    let status = Some(StatusCode::Unavailable.to_status());
+    router
+        .say_all(vec![
+            FromRouter::CapabilityWanted(wanted),
+            FromRouter::CallReply(v1::CallReply { session_id, request_id, status, reply: Bytes::new() }),
+        ])
+        .await;
+    assert_eq!(status_of(reply_of(&mut client).await.status.as_ref()), Some(StatusCode::Unavailable));
+    client.send(call(2)).await;
+    let FromGateway::Announce(announce) = router.next().await else { panic!("the session first") };
+    assert_eq!((announce.session_id, announce.capability), (session_id, Some(capability("ann"))));
+    next_call(&mut router).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn large_replies_come_in_parts_between_live_frames() {
     let (bench, mut router) = Bench::with_router(config()).await;
     let mut client = bench.connect_with_room(1024);

@@ -80,6 +80,38 @@ async fn an_owner_that_cannot_answer_now_is_asked_again() {
     client.welcome().await;
 }
 
+/// Asked twice, because the shard moved away and back, the owner lets the session in with its first answer and refuses it with the
+/// second: it does not know it any more.
+#[tokio::test(start_paused = true)]
+async fn a_session_that_its_owner_refuses_after_the_welcome_is_announced() {
+    let (mut bench, mut first) = Bench::with_router(config()).await;
+    let mut client = bench.connect();
+    client.send(bench.hello("ann")).await;
+    let FromGateway::Open(open) = first.next().await else { panic!("an open") };
+    bench.owner("r2");
+    let mut second = bench.router().await;
+    assert!(matches!(first.next().await, FromGateway::Close(_)));
+    assert!(matches!(second.next().await, FromGateway::Open(_)));
+    bench.owner("r1");
+    assert!(matches!(second.next().await, FromGateway::Close(_)));
+    assert_eq!(first.next().await, FromGateway::Open(open.clone()));
+    first.say(bench.opened(&open, "ann")).await;
+    client.welcome().await;
+    let refused = |code: StatusCode| {
+        let status = Some(code.to_status());
+        FromRouter::Refused(v1::SessionRefused { session_id: open.session_id, status })
+    };
+    // Who was left has nothing to say about it.
+    second.say(refused(StatusCode::Unavailable)).await;
+    first.is_silent(Duration::from_secs(5)).await;
+    for code in [StatusCode::Unavailable, StatusCode::Overloaded] {
+        first.say(refused(code)).await;
+        let FromGateway::Announce(announce) = first.next().await else { panic!("an announcement") };
+        assert_eq!((announce.session_id, announce.capability), (open.session_id, Some(capability("ann"))));
+    }
+    client.is_alive().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_silent_client_is_asked_and_a_dead_one_given_up() {
     let (bench, mut router) = Bench::with_router(config()).await;

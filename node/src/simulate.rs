@@ -180,7 +180,22 @@ async fn whole(world: Arc<World>, people: Arc<People>) -> Vec<String> {
     }
     broken.extend(judge::shown_unasked(&people, SETTLE_MAX).await);
     broken.extend(judge::settle(&people, SETTLE_MAX).await);
+    if !broken.is_empty() {
+        describe(&world).await;
+    }
     broken
+}
+
+/// For whoever looks for the cause: what the routers hold at the end.
+async fn describe(world: &World) {
+    for name in world.machines(Role::Router) {
+        let Some(router) = world.router(&name) else { continue };
+        // One that does not answer is what was looked for.
+        let lines = timeout(Duration::from_secs(1), router.describe()).await;
+        for line in lines.unwrap_or_else(|_| vec!["does not answer".to_owned()]) {
+            world.trace.event("holds", || format!("{name}: {line}"));
+        }
+    }
 }
 
 /// Starts a part of the run; the receiver ends with it.

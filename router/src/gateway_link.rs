@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use im_proto::{
-    ConversationId, InstanceId, SessionId, StatusCode,
+    ConversationId, InstanceId, SessionId,
     link::{Arrival, Batch, Incoming, Outgoing},
     token, v1,
     v1::{gateway_message::Message as FromGateway, router_message::Message as ToGateway},
@@ -31,7 +31,7 @@ use crate::{
     caller::{Caller, SessionKey},
     cluster::Cluster,
     link_queue::{Acknowledged, LinkQueue, Weighed as _},
-    message::{Answer, AnswerValue, ReplyTo},
+    message::{Answer, AnswerValue, ReplyTo, unavailable},
     placement::Load,
     worker::input::{GatewayInput, Input},
 };
@@ -166,11 +166,34 @@ impl GatewayLink {
         (*self.load.lock()).filter(|(_, heard)| heard.elapsed() < LOAD_HOLDS).map(|(load, _)| load)
     }
 
-    /// The session is over, or was refused.
+    /// The session is over.
     pub fn forget_session(&self, session: SessionId) -> Option<Arc<Caller>> {
         let mut opening = self.opening.lock();
         opening.remove(&session);
         self.sessions.write().remove(&session)
+    }
+
+    /// A session on its way to be opened is refused. If it is known all the same it was closed and announced meanwhile, and stays.
+    pub fn forget_opening(&self, session: SessionId) {
+        self.opening.lock().remove(&session);
+    }
+
+    /// Whether a session still is what an open made of it: not if it was closed meanwhile, also not if it came again since then.
+    pub fn is_as_opened(&self, caller: &Arc<Caller>) -> bool {
+        let known = caller.session.as_ref().and_then(|key| self.session(key.session));
+        known.is_some_and(|known| Arc::ptr_eq(&known, caller))
+    }
+
+    /// A session that was admitted is refused after all; `false` if it is not as it was opened, and stays as it is.
+    pub fn forget_opened(&self, caller: &Arc<Caller>) -> bool {
+        let _opening = self.opening.lock();
+        let mut sessions = self.sessions.write();
+        let Some(key) = &caller.session else { return false };
+        let is_as_opened = sessions.get(&key.session).is_some_and(|known| Arc::ptr_eq(known, caller));
+        if is_as_opened {
+            sessions.remove(&key.session);
+        }
+        is_as_opened
     }
 
     /// Ends the connection that pumps. A link that answers no longer find must not be read either: its gateway would wait for ever. One
@@ -346,7 +369,10 @@ fn dispatch_call(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, session_call: 
     let Some(call) = &session_call.call else { return };
     let session = SessionId(session_call.session_id);
     let Some(caller) = link.session(session) else {
-        return link.reply(session, call.request_id, Err(StatusCode::Unavailable.to_status()));
+        // The call is the client's to repeat; by then the gateway has shown whose session it is.
+        let wanted = v1::CapabilityWanted { session_id: session.0, ..v1::CapabilityWanted::default() };
+        link.send(vec![v1::RouterMessage { message: Some(ToGateway::CapabilityWanted(wanted)) }]);
+        return link.reply(session, call.request_id, Err(unavailable()));
     };
     let key = SessionKey { gateway: link.instance.clone(), session };
     let reply_to = ReplyTo::Session { key, request_id: call.request_id };

@@ -15,6 +15,7 @@ pub mod large;
 mod apply;
 mod calls;
 mod commit;
+mod describe;
 mod groups;
 pub mod heads;
 mod history;

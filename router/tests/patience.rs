@@ -57,6 +57,32 @@ async fn a_store_that_never_answers_some_calls_stalls_nothing_for_ever() {
     }
 }
 
+/// For whoever looks for the cause, in the simulation.
+#[tokio::test(start_paused = true)]
+async fn a_router_says_what_its_conversations_wait_for_and_whose_sessions_it_has() {
+    let mut world = world();
+    let store = faulty(&mut world);
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    gateway.send(1, id, message("bob", "m1", "hi", "", 0)).await;
+    gateway.ack("m1").await;
+    store.set_plan(FaultPlan { refused_permille: 1000, ..FaultPlan::none() });
+    gateway.send(1, id, message("bob", "m2", "hi", "", 1)).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let lines = router.describe().await;
+    let of = |start: String| lines.iter().find(|line| line.starts_with(&start)).cloned();
+    let waiting = of(format!("{id}: ")).unwrap_or_else(|| panic!("{lines:?}"));
+    assert!(waiting.contains("committed to 1 of 2") && waiting.contains("confirmed: false"), "{waiting}");
+    assert_eq!(of("alice:".to_owned()).as_deref(), Some("alice: g1/1"));
+    store.set_plan(FaultPlan::none());
+    gateway.ack("m2").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let lines = router.describe().await;
+    assert!(!lines.iter().any(|line| line.starts_with(&format!("{id}: committed"))), "{lines:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_append_that_is_never_answered_is_repeated_and_its_late_result_is_nothing() {
     let mut world = world();

@@ -6,6 +6,7 @@ mod balance;
 mod bodies;
 mod conversations;
 mod devices;
+mod handshakes;
 mod hot;
 mod large;
 mod lifecycle;

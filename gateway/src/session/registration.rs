@@ -127,7 +127,16 @@ impl Session {
     /// handshake.
     pub fn refused(&self, shared: &Shared, from: LinkToken, status: Option<v1::Status>, wakers: &mut Wakers) {
         let mut state = self.lock();
-        let Some(opening) = &mut state.opening else { return };
+        let Some(opening) = &mut state.opening else {
+            // Asked twice, the shard having moved away and back, the owner's first answer let it in: and by now it does not know it.
+            if self.is_live() && state.registered == Some(from) {
+                state.registered = None;
+                state.presented.retain(|(known, _)| *known != from);
+                drop(state);
+                shared.routing.retry_later(self.id);
+            }
+            return;
+        };
         if opening.sent_to.as_ref().is_none_or(|(token, _)| *token != from) {
             return;
         }

@@ -277,7 +277,8 @@ impl World {
         }
     }
 
-    fn router(&self, name: &str) -> Option<Router> {
+    /// A machine that runs as a router.
+    pub fn router(&self, name: &str) -> Option<Router> {
         match self.machines.lock().get(name).map(|machine| &machine.running) {
             Some(Running::Router(router)) => Some(router.clone()),
             _ => None,

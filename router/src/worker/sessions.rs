@@ -191,7 +191,7 @@ impl Worker {
         }
         let recorded = context.record(&caller, Arrival::Opened);
         if recorded != Recorded::Kept {
-            link.forget_session(SessionId(open.session_id));
+            link.forget_opened(&caller);
             // One that is outdated belongs to a connection that its client has left, unless a clock was set back: then it may try again.
             let outdated = recorded == Recorded::Outdated;
             let status = if outdated { unavailable() } else { StatusCode::Overloaded.to_status() };
@@ -208,6 +208,9 @@ impl Worker {
                 _ => None,
             };
             match head {
+                // The user's shard has moved during the handshake: the session was closed here, and perhaps opened or announced again.
+                // That is not this open's affair.
+                _ if !link.is_as_opened(&caller) => {}
                 Some(head) => worker.context.let_in(&caller, head.head),
                 None => worker.context.turn_away(&link, &caller),
             }
@@ -217,7 +220,7 @@ impl Worker {
 
 fn refuse(link: &GatewayLink, session_id: u64, error: &TokenError) {
     tracing::debug!(%error, "a token was refused");
-    link.forget_session(SessionId(session_id));
+    link.forget_opening(SessionId(session_id));
     let refused = v1::SessionRefused { session_id, status: Some(error.status().to_status()) };
     link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
 }
@@ -303,10 +306,9 @@ impl Context {
         self.tell_session(key, ToGateway::Opened(opened));
     }
 
-    fn turn_away(&mut self, link: &GatewayLink, caller: &Caller) {
+    fn turn_away(&mut self, link: &GatewayLink, caller: &Arc<Caller>) {
+        let Some(key) = caller.session.as_ref().filter(|_| link.forget_opened(caller)) else { return };
         self.close_session(caller);
-        let Some(key) = &caller.session else { return };
-        link.forget_session(key.session);
         let refused = v1::SessionRefused { session_id: key.session.0, status: Some(unavailable()) };
         self.tell_session(key, ToGateway::Refused(refused));
     }
@@ -435,6 +437,19 @@ impl Context {
         let users: Vec<UserId> = self.users.by_shard.get(&shard).into_iter().flatten().cloned().collect();
         self.remove_sessions(users, Departure::Moved, |_| true);
         self.users.presence.shard_ends(shard);
+    }
+
+    /// The users with their sessions, and which of these their gateway's link does not know.
+    pub fn describe_sessions(&self) -> Vec<String> {
+        let links = self.cluster.links.read();
+        let in_words = |live: &Live| {
+            let link = links.get(&live.key.gateway);
+            let is_known = link.is_some_and(|link| link.session(live.key.session).is_some());
+            let (gateway, session) = (&live.key.gateway, live.key.session.0);
+            format!(" {gateway}/{session}{}", if is_known { "" } else { " (not known to the link)" })
+        };
+        let users = self.users.users.iter();
+        users.map(|(id, user)| format!("{id}:{}", user.sessions.iter().map(in_words).collect::<String>())).collect()
     }
 
     /// A gateway is no longer registered, or its link has lost what it said: its sessions are gone, in the latter case until it says

@@ -301,6 +301,19 @@ impl Worker {
 }
 
 impl Context {
+    /// The shards, in words.
+    pub fn describe_shards(&self) -> Vec<(ShardId, String)> {
+        let state = |shard: &Shard| match shard {
+            Shard::Claimed { epoch, parked } => format!("claimed under {epoch:?}, {} wait", parked.len()),
+            Shard::Active { claim, .. } => format!("served under {:?}", claim.epoch),
+            Shard::Refused => "refused".to_owned(),
+            Shard::Releasing { unsettled, .. } => {
+                format!("released, {} conversations are not settled", unsettled.len())
+            }
+        };
+        self.shards.shards.iter().map(|(id, shard)| (*id, state(shard))).collect()
+    }
+
     /// Answers a request that this router cannot handle (any more).
     pub fn give_back(&mut self, id: ConversationId, request: Request) {
         match request {
@@ -335,7 +348,7 @@ impl Context {
                 self.return_send(&caller, conversation, send.client_message_id, attempt);
             }
             GatewayInput::Open { link, open, .. } => {
-                link.forget_session(im_proto::SessionId(open.session_id));
+                link.forget_opening(im_proto::SessionId(open.session_id));
                 let refused = v1::SessionRefused { session_id: open.session_id, status: Some(unavailable()) };
                 link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
             }

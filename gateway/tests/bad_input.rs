@@ -247,14 +247,25 @@ async fn a_bad_send_is_answered_and_not_forwarded() {
 async fn other_frames_with_bad_fields_are_refused() {
     let (bench, mut router) = Bench::with_router(config()).await;
     let (mut client, _) = bench.login(&mut router, "ann").await;
+    let own = |signal| {
+        let target = Some(v1::signal::Target::PeerUserId("bob".to_owned()));
+        ClientFrame::Signal(v1::Signal { target, sender: String::new(), signal: Some(signal) })
+    };
     let frames = [
-        (5, ClientFrame::Received(v1::Received { conversation_id: Bytes::from_static(b"x"), seq: 1 })),
-        (6, ClientFrame::Signal(v1::Signal::default())),
+        (
+            5,
+            ClientFrame::Received(v1::Received { conversation_id: Bytes::from_static(b"x"), seq: 1 }),
+            StatusCode::Malformed,
+        ),
+        (6, ClientFrame::Signal(v1::Signal::default()), StatusCode::Malformed),
+        // What the server alone says.
+        (6, own(v1::signal::Signal::Receipt(v1::Receipt::default())), StatusCode::Forbidden),
+        (6, own(v1::signal::Signal::Presence(v1::Presence::default())), StatusCode::Forbidden),
     ];
-    for (field, frame) in frames {
+    for (field, frame, code) in frames {
         client.send(frame).await;
         let ServerFrame::Refused(refused) = client.next().await else { panic!("refused") };
-        assert_eq!((refused.frame, status_of(refused.status.as_ref())), (field, Some(StatusCode::Malformed)));
+        assert_eq!((refused.frame, status_of(refused.status.as_ref())), (field, Some(code)));
     }
     router.is_silent(Duration::from_secs(1)).await;
 }

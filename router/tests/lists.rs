@@ -355,10 +355,15 @@ async fn typing_reaches_members_only_so_often_a_second_and_is_never_stored() {
     }
     let forged = v1::Receipt { received_seq: 9, read_seq: 9, read_counted: 9 };
     signal(&mut gateway, 2, id, Kind::Receipt(forged)).await;
+    signal(&mut gateway, 2, id, Kind::Presence(v1::Presence { online: false, last_seen_ms: 9 })).await;
     gateway.gather().await;
     let inbox: Vec<_> = gateway.inbox.drain(..).collect();
     let of = |session| inbox.iter().flat_map(|message| signals_of(message, session)).collect::<Vec<_>>();
-    assert_eq!((of(1), of(3)), (vec![], vec![]), "not to the sender, not to strangers, no receipt of a client");
+    assert_eq!(
+        (of(1), of(3)),
+        (vec![], vec![]),
+        "not to the sender, not to strangers, no receipt and no presence of a client"
+    );
     let got = of(2);
     assert_eq!(got.len(), limits::SIGNALS_PER_SECOND_MAX as usize);
     assert!(got.iter().all(|signal| signal.sender == "alice" && signal.signal == Some(typing())));

@@ -235,6 +235,7 @@ async fn at_their_bounds_subscriptions_are_refused_and_changes_come_with_the_ren
     told_after(&mut gateway, SOON).await;
     // The owner has no room to remember who watches.
     gateway.open(&world, 3, "bob", "d").await;
+    assert_eq!(told_after(&mut gateway, SOON).await, []);
     assert_eq!(told_after(&mut gateway, RENEWAL).await, [came(1, "bob"), came(2, "bob")]);
     close(&mut gateway, 2).await;
     close(&mut gateway, 1).await;
@@ -375,7 +376,8 @@ async fn watchers_hear_from_the_next_owner_and_of_nobody_who_is_still_there() {
         assert!(died.elapsed() < 60 * SECOND, "nobody takes over");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    // Carol's client goes with the router, bob's session is announced to the next owner.
+    // Carol's client goes with the router, bob's session is announced to the next owner, who is asked before that.
+    assert_eq!(told_after(&mut cluster.links[0], 3 * SECOND).await, []);
     let announce = v1::SessionAnnounce { session_id: 2, capability: bob_opened.capability };
     cluster.links[0].push(vec![Up::Announce(announce)]).await;
     assert_eq!(told_after(&mut cluster.links[0], 20 * SECOND).await, [went(1, carol)]);
@@ -552,4 +554,32 @@ async fn who_shares_no_conversation_any_more_is_watched_no_longer() {
     close(&mut gateway, 4).await;
     close(&mut gateway, 2).await;
     assert_eq!(told_after(&mut gateway, GRACE).await, [went(1, "bob")]);
+}
+
+/// The store answers nothing for so long that the owner gives the entry up; it was stored all the same, and the next open commits it.
+#[tokio::test(start_paused = true)]
+async fn who_became_invisible_by_an_entry_that_an_open_committed_is_so() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let router = world.router(RouterConfig { append_patience: 2 * SECOND, ..world.config("r1") }).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    befriend(&mut gateway, 1, "alice", &["bob"]).await;
+    gateway.open(&world, 2, "bob", "d").await;
+    tokio::time::sleep(11 * SECOND).await;
+    subscribe(&mut gateway, 1, &["bob"]).await;
+    assert_eq!(told_after(&mut gateway, SOON).await, []);
+    store.set_plan(FaultPlan { unknown_permille: 1000, ..FaultPlan::none() });
+    let request = v1::PresenceSetVisibilityRequest { invisible: true };
+    let call = v1::Call {
+        request_id: 7_777,
+        method: Method::PresenceSetVisibility.number(),
+        request: request.encode_to_vec().into(),
+    };
+    gateway.push(vec![Up::Call(v1::SessionCall { session_id: 2, call: Some(call) })]).await;
+    tokio::time::sleep(5 * SECOND).await;
+    store.set_plan(FaultPlan::none());
+    assert_eq!(told_after(&mut gateway, 20 * SECOND).await, [went(1, "bob")]);
+    let own = read(&mut gateway, 2, "bob").await.unwrap();
+    assert!(own.online && own.invisible, "{own:?}");
 }

@@ -6,10 +6,10 @@ use im_proto::{
     key::ClusterSecret,
     v1::{self, EntryKind, system_event::Event},
 };
-use im_storage::Row;
+use im_storage::{Row, Table};
 use proptest::prelude::*;
 
-use super::{Kind, State, apply};
+use super::{ConversationValue, EntryMeta, Kind, State, apply};
 
 const SECRET: ClusterSecret = ClusterSecret::new([1; 32]);
 
@@ -86,4 +86,26 @@ proptest! {
             }
         }
     }
+}
+
+/// The first entry of a log says whose it is, and may say this: one entry touches a row once, and what was said last stays.
+#[test]
+fn visibility_is_one_row_an_entry_and_the_same_applied_again() {
+    let id = ConversationId::from_bytes([5; 16]);
+    let row = |seq, invisible| event_row(seq, Event::VisibilityChanged(v1::VisibilityChanged { invisible }));
+    let meta = EntryMeta { user_id: "u0".to_owned(), ..EntryMeta::default() };
+    let first = Row { meta: prost::Message::encode_to_vec(&meta).into(), ..row(1, true) };
+    let rows = [first, row(2, false), row(3, true)];
+    let (mut state, mut stored) = (State::default(), Vec::new());
+    for row in rows.iter().chain(&rows) {
+        let done = apply(&mut state, &id, row, &SECRET);
+        assert_eq!(done.invisible, Some(row.seq != 2));
+        let [write] = &done.writes[..] else { panic!("{:?}", done.writes) };
+        assert_eq!((write.table, write.timestamp), (Table::Conversations, row.seq));
+        let value: ConversationValue = prost::Message::decode(write.value.clone().unwrap()).unwrap();
+        stored.push((value.one, value.invisible));
+    }
+    assert!(state.invisible && state.kind == Kind::SelfLog(UserId::parse("u0").unwrap()));
+    let expected = [true, false, true].map(|invisible| ("u0".to_owned(), invisible));
+    assert_eq!(stored, [expected.clone(), expected].concat());
 }

@@ -361,7 +361,7 @@ impl Client {
         ConversationId::from_slice(&reply.conversation_id).map_err(|_| CallError::Malformed)
     }
 
-    /// Brings users into a group. The seq of the entry, which names nobody if all were in already.
+    /// Brings users into a group, or lets them write into a channel. The seq of the entry, which names nobody if all were in already.
     pub async fn invite(&self, group: ConversationId, members: &[UserId]) -> Result<u64, CallError> {
         let request = v1::GroupInviteRequest {
             conversation_id: group.to_bytes(),
@@ -372,14 +372,35 @@ impl Client {
         Ok(reply.seq)
     }
 
-    /// Leaves a group. The seq of the entry.
+    /// Leaves a group, or ceases to be a writer of a channel. The seq of the entry.
     pub async fn leave(&self, group: ConversationId) -> Result<u64, CallError> {
         let request = v1::GroupLeaveRequest { conversation_id: group.to_bytes(), client_message_id: self.fresh_id() };
         let reply: v1::GroupLeaveReply = self.call(Method::GroupLeave, &request).await?;
         Ok(reply.seq)
     }
 
-    /// All members of a group.
+    /// Creates a channel into which this user and the others may write.
+    pub async fn create_channel(&self, name: &str, writers: &[UserId]) -> Result<ConversationId, CallError> {
+        let request = v1::ChannelCreateRequest { key: self.fresh_id(), name: name.to_owned(), writers: texts(writers) };
+        let reply: v1::ChannelCreateReply = self.call(Method::ChannelCreate, &request).await?;
+        ConversationId::from_slice(&reply.conversation_id).map_err(|_| CallError::Malformed)
+    }
+
+    /// Puts a channel into the conversation list, with its messages from now on.
+    pub async fn subscribe(&self, channel: ConversationId) -> Result<(), CallError> {
+        let (conversation_id, client_message_id) = (channel.to_bytes(), self.fresh_id());
+        let request = v1::ChannelSubscribeRequest { conversation_id, client_message_id };
+        self.call(Method::ChannelSubscribe, &request).await.map(|_: v1::ChannelSubscribeReply| ())
+    }
+
+    /// Takes a channel out of the conversation list.
+    pub async fn unsubscribe(&self, channel: ConversationId) -> Result<(), CallError> {
+        let (conversation_id, client_message_id) = (channel.to_bytes(), self.fresh_id());
+        let request = v1::ChannelUnsubscribeRequest { conversation_id, client_message_id };
+        self.call(Method::ChannelUnsubscribe, &request).await.map(|_: v1::ChannelUnsubscribeReply| ())
+    }
+
+    /// All members of a group, or all writers of a channel.
     pub async fn members(&self, group: ConversationId) -> Result<Vec<v1::GroupMember>, CallError> {
         let mut members = Vec::new();
         let mut after = String::new();

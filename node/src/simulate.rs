@@ -153,6 +153,9 @@ async fn whole(world: Arc<World>, people: Arc<People>) -> Vec<String> {
             if place == 0 && number == 0 && world.plan.burst > 0 {
                 lives.push(life(&world, people.clone().burst(device.clone(), world.plan.burst)));
             }
+            if place == 0 && number == 0 && world.plan.channel {
+                lives.push(life(&world, people.clone().broadcast(device.clone())));
+            }
             lives.push(life(&world, people.clone().live(device)));
         }
     }

@@ -22,7 +22,7 @@ use crate::server::{ANY, Server};
 const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 /// One argument a line.
-const ARGUMENTS: &str = "CHAT_TEST_ARGUMENTS";
+pub const ARGUMENTS: &str = "CHAT_TEST_ARGUMENTS";
 
 /// The program `im`, which is not of this package: the tests start this test as a process of its own.
 #[test]

@@ -1,6 +1,7 @@
 //! What holds for the workspace as a whole, and what `imd` does as a process.
 
 mod api;
+mod channels;
 mod chat;
 mod cluster;
 mod edges;

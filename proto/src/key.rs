@@ -64,6 +64,11 @@ impl ClusterSecret {
         self.derive(b"group", &[creator.as_str().as_bytes(), key])
     }
 
+    /// The channel that a user created with a key.
+    pub fn channel_id(&self, creator: &UserId, key: &[u8]) -> ConversationId {
+        self.derive(b"channel", &[creator.as_str().as_bytes(), key])
+    }
+
     /// A user's own log.
     pub fn self_id(&self, user: &UserId) -> ConversationId {
         self.derive(b"self", &[user.as_str().as_bytes()])
@@ -142,6 +147,7 @@ mod tests {
             one.group_id(&user("ab"), b"c"),
             one.group_id(&user("a"), b"bc"),
             one.group_id(&user("abc"), b""),
+            one.channel_id(&user("ab"), b"c"),
             one.self_id(&user("abc")),
             two.self_id(&user("abc")),
             two.direct_id(&user("ab"), &user("c")),

@@ -12,7 +12,7 @@ macro_rules! limits {
 limits! {
     /// User, device, platform and instance ids.
     ID_BYTES_MAX: usize = 64;
-    /// `client_message_id` and the key of a group.
+    /// `client_message_id` and the key of a group or channel.
     CLIENT_MESSAGE_ID_BYTES_MAX: usize = 64;
     /// An encoded `Body`. Larger content is media.
     BODY_BYTES_MAX: usize = 64 * 1024;
@@ -66,10 +66,14 @@ limits! {
     PRESENCE_WATCHED_MAX: usize = 128;
     /// Members of a group named in one call.
     MEMBERS_PER_CALL_MAX: usize = 1_000;
-    /// The name of a group.
+    /// The name of a group or channel.
     GROUP_NAME_BYTES_MAX: usize = 256;
     /// Members of a group.
     GROUP_MEMBERS_MAX: usize = 100_000;
+    /// Who may write into a channel.
+    CHANNEL_WRITERS_MAX: usize = 256;
+    /// Conversations that are or were in a user's list, up to which the user may subscribe to one more channel.
+    SUBSCRIBE_LIST_MAX: usize = 16_384;
     /// Members up to which a conversation's entries are sent to each by name; beyond it routers register.
     LARGE_MEMBERS: usize = 256;
     /// The body of a preview in a conversation list; a longer one is left out there.

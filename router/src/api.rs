@@ -72,15 +72,15 @@ pub fn conversation_of(
         Method::ConversationSync | Method::PresenceRead | Method::PresenceSubscribe | Method::PresenceSetVisibility => {
             Ok(caller.self_id)
         }
+        // The list that a channel comes into or goes out of.
+        Method::ChannelSubscribe | Method::ChannelUnsubscribe => Ok(caller.self_id),
+        Method::ChannelCreate => {
+            let key = key(decode!(v1::ChannelCreateRequest).key)?;
+            Ok(cluster.config.cluster_secret.channel_id(&caller.user, &key))
+        }
         Method::GroupCreate => {
-            let request = decode!(v1::GroupCreateRequest);
-            if request.key.is_empty() {
-                return Err(StatusCode::Malformed);
-            }
-            if request.key.len() > limits::CLIENT_MESSAGE_ID_BYTES_MAX {
-                return Err(StatusCode::TooLarge);
-            }
-            Ok(cluster.config.cluster_secret.group_id(&caller.user, &request.key))
+            let key = key(decode!(v1::GroupCreateRequest).key)?;
+            Ok(cluster.config.cluster_secret.group_id(&caller.user, &key))
         }
         Method::GroupInvite => id(&decode!(v1::GroupInviteRequest).conversation_id),
         Method::GroupLeave => id(&decode!(v1::GroupLeaveRequest).conversation_id),
@@ -97,6 +97,15 @@ fn target(cluster: &Cluster, caller: &Caller, target: Option<v1::Target>) -> Res
             Ok(cluster.config.cluster_secret.direct_id(&caller.user, &peer))
         }
         None => Err(StatusCode::Malformed),
+    }
+}
+
+/// What makes a creation idempotent.
+fn key(key: Bytes) -> Result<Bytes, StatusCode> {
+    match key.len() {
+        0 => Err(StatusCode::Malformed),
+        bytes if bytes > limits::CLIENT_MESSAGE_ID_BYTES_MAX => Err(StatusCode::TooLarge),
+        _ => Ok(key),
     }
 }
 

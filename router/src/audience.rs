@@ -6,7 +6,10 @@
 //!
 //! A version is given out once and never again, so a gateway that missed a change cannot take an old set for the present one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::AtomicBool,
+};
 
 use bytes::Bytes;
 use im_proto::{
@@ -25,6 +28,8 @@ const DELTA_SESSIONS_MAX: usize = 256;
 /// The large conversations that somebody follows here.
 pub struct Audiences {
     parts: [Mutex<Part>; PARTS],
+    /// This router has sent entries of channels to whatever routers it could reach.
+    pub sent_to_all: AtomicBool,
 }
 
 #[derive(Default)]
@@ -66,7 +71,8 @@ pub struct AudiencePush<'a> {
 
 impl Audiences {
     pub fn new() -> Self {
-        Self { parts: std::array::from_fn(|index| Mutex::new(Part { changes: index as u64, ..Part::default() })) }
+        let parts = std::array::from_fn(|index| Mutex::new(Part { changes: index as u64, ..Part::default() }));
+        Self { parts, sent_to_all: AtomicBool::new(false) }
     }
 
     fn part(&self, id: &ConversationId) -> &Mutex<Part> {
@@ -149,22 +155,45 @@ impl Audiences {
 
     /// Entries may not have reached those who follow: they sync.
     pub fn resync(&self, cluster: &Cluster, id: &ConversationId) {
-        let part = self.part(id).lock();
-        let Some(audience) = part.audiences.get(id) else { return };
-        let spread_ms = u32::try_from(cluster.config.resync_spread.as_millis()).unwrap_or(u32::MAX);
-        let resync = v1::Resync { reason: v1::ResyncReason::OwnerMoved.into(), spread_ms };
-        let links = cluster.links.read();
-        for (instance, gateway) in &audience.gateways {
-            if let Some(link) = links.get(instance) {
-                let session_ids = gateway.sessions.iter().copied().collect();
-                let resync = v1::SessionsResync { session_ids, resync: Some(resync) };
-                link.send(vec![to_gateway(ToGateway::Resync(resync))]);
-            }
+        let mut sessions = BTreeMap::new();
+        if let Some(audience) = self.part(id).lock().audiences.get(id) {
+            audience.gather(&mut sessions);
+        }
+        resync_sessions(cluster, sessions);
+    }
+
+    /// Entries of any conversation may not have reached those who follow.
+    pub fn resync_all(&self, cluster: &Cluster) {
+        let mut sessions = BTreeMap::new();
+        for part in &self.parts {
+            part.lock().audiences.values().for_each(|audience| audience.gather(&mut sessions));
+        }
+        resync_sessions(cluster, sessions);
+    }
+}
+
+type SessionsByGateway = BTreeMap<InstanceId, BTreeSet<u64>>;
+
+fn resync_sessions(cluster: &Cluster, sessions: SessionsByGateway) {
+    let spread_ms = u32::try_from(cluster.config.resync_spread.as_millis()).unwrap_or(u32::MAX);
+    let resync = v1::Resync { reason: v1::ResyncReason::OwnerMoved.into(), spread_ms };
+    let links = cluster.links.read();
+    for (gateway, sessions) in sessions {
+        if let Some(link) = links.get(&gateway) {
+            let session_ids = sessions.into_iter().collect();
+            let resync = v1::SessionsResync { session_ids, resync: Some(resync) };
+            link.send(vec![to_gateway(ToGateway::Resync(resync))]);
         }
     }
 }
 
 impl Audience {
+    fn gather(&self, sessions: &mut SessionsByGateway) {
+        for (gateway, at_gateway) in &self.gateways {
+            sessions.entry(gateway.clone()).or_default().extend(&at_gateway.sessions);
+        }
+    }
+
     fn remove(&mut self, cluster: &Cluster, id: &ConversationId, key: &SessionKey, changes: &mut u64) {
         if let Some(empty) = self.leave(id, key, changes)
             && let Some(link) = cluster.links.read().get(&key.gateway)

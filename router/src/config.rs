@@ -55,6 +55,8 @@ pub struct RouterConfig {
     pub link_queue_bytes_max: usize,
     /// Members of a group beyond which its entries go to registered routers instead of members.
     pub large_members: usize,
+    /// Conversations that are or were in a user's list, up to which the user may subscribe to one more channel.
+    pub subscribe_list_max: usize,
     /// Sessions of a gateway that follow a conversation from which on they are a named set: fewer are as short to list.
     pub named_sessions_min: usize,
     /// Sessions of one user.
@@ -100,6 +102,7 @@ impl RouterConfig {
             resync_spread: Duration::from_millis(500),
             link_queue_bytes_max: 64 * 1024 * 1024,
             large_members: limits::LARGE_MEMBERS,
+            subscribe_list_max: limits::SUBSCRIBE_LIST_MAX,
             named_sessions_min: 16,
             sessions_per_user_max: 64,
             user_sends_max: 100_000,

@@ -20,13 +20,14 @@ use std::{
 
 use bytes::Bytes;
 use im_proto::{ConversationId, Epoch, ShardId, Timestamp, UserId};
-use im_storage::{Batch, Row};
+use im_storage::{Batch, Row, StateRow, StateWrite};
+use prost::Message as _;
 use tokio::time::Instant;
 
 use crate::{
     caller::Caller,
     message::ReplyTo,
-    state::{self, State},
+    state::{self, CursorValue, Kind, State},
     worker::{fan_out::Groups, large::Large, repeats::Lookups, waiting::Request},
 };
 
@@ -51,6 +52,9 @@ pub enum ReplyKind {
     GroupInvite,
     GroupLeave,
     SetVisibility,
+    ChannelCreate,
+    Subscribe,
+    Unsubscribe,
 }
 
 /// An entry with a number.
@@ -102,6 +106,18 @@ impl Cursor {
     /// At an entry.
     pub fn at(row: &Row) -> Self {
         Self { seq: row.seq, counted: row.counted, all: state::all_of(row) }
+    }
+
+    /// As a row.
+    pub fn to_write(self, is_channel: bool, id: &ConversationId, user: &UserId) -> StateWrite {
+        let value = CursorValue { counted: self.counted, all: self.all };
+        state::cursor_write(is_channel, id, user, self.seq, &value)
+    }
+
+    /// From a row; `None` if it cannot be read.
+    pub fn of_row(row: StateRow) -> Option<Self> {
+        let value = CursorValue::decode(row.value).ok()?;
+        Some(Self { seq: row.timestamp, counted: value.counted, all: value.all })
     }
 }
 
@@ -211,6 +227,16 @@ impl Conversation {
     /// Whether the user is in it, on the state that decides.
     pub fn is_member(&self, user: &UserId) -> bool {
         self.deciding.members.contains_key(user)
+    }
+
+    /// Whether its members write and anybody reads, as far as others may know.
+    pub fn is_channel(&self) -> bool {
+        self.settled.kind == Kind::Channel
+    }
+
+    /// Whether the user may read it.
+    pub fn may_read(&self, user: &UserId) -> bool {
+        self.is_channel() || self.settled.members.contains_key(user)
     }
 
     /// Everything up to here is in the state tables.

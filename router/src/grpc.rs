@@ -8,8 +8,8 @@ use im_proto::{
     method::Method,
     status::GRPC_METADATA,
     v1::{
-        self, conversation_service_server as conversation, group_service_server as group,
-        message_service_server as message, placement_service_server as placement_server,
+        self, channel_service_server as channel, conversation_service_server as conversation,
+        group_service_server as group, message_service_server as message, placement_service_server as placement_server,
         presence_service_server as presence,
     },
 };
@@ -42,11 +42,13 @@ impl Router {
         let conversation =
             conversation::ConversationServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let group = group::GroupServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
+        let channel = channel::ChannelServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let presence = presence::PresenceServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let placement = placement_server::PlacementServiceServer::new(api).max_decoding_message_size(REQUEST_BYTES_MAX);
-        let names = [name(&message), name(&conversation), name(&group), name(&presence), name(&placement)];
+        let names =
+            [name(&message), name(&conversation), name(&group), name(&channel), name(&presence), name(&placement)];
         let routes = self.health_and_reflection(&names).await?;
-        let routes = routes.add_service(message).add_service(conversation).add_service(group);
+        let routes = routes.add_service(message).add_service(conversation).add_service(group).add_service(channel);
         Ok(routes.add_service(presence).add_service(placement))
     }
 
@@ -183,6 +185,12 @@ service!(group::GroupService {
     invite: GroupInvite, GroupInviteRequest => GroupInviteReply;
     leave: GroupLeave, GroupLeaveRequest => GroupLeaveReply;
     members: GroupMembers, GroupMembersRequest => GroupMembersReply;
+});
+
+service!(channel::ChannelService {
+    create: ChannelCreate, ChannelCreateRequest => ChannelCreateReply;
+    subscribe: ChannelSubscribe, ChannelSubscribeRequest => ChannelSubscribeReply;
+    unsubscribe: ChannelUnsubscribe, ChannelUnsubscribeRequest => ChannelUnsubscribeReply;
 });
 
 service!(presence::PresenceService {

@@ -95,6 +95,8 @@ pub struct HeadsQuery {
     pub conversations: Vec<ConversationId>,
     /// With what a list shows of them.
     pub details: bool,
+    /// The user subscribes to the channels among them: the cursor begins at the head.
+    pub subscribe: bool,
 }
 
 /// An api call on its way to the shard that answers it.
@@ -207,6 +209,7 @@ impl ShardMessage {
                 user_id: query.user.to_string(),
                 conversation_ids: query.conversations.iter().map(|id| id.to_bytes()).collect(),
                 details: query.details,
+                subscribe: query.subscribe,
             }),
             ShardMessage::Call(call) => Message::Call(v1::PeerCall {
                 identity: Some(call.caller.to_identity()),
@@ -272,6 +275,7 @@ impl ShardMessage {
                     user: UserId::parse(&heads.user_id).ok()?,
                     conversations: conversations?,
                     details: heads.details,
+                    subscribe: heads.subscribe,
                 })
             }
             Message::Call(call) => ShardMessage::Call(Call {

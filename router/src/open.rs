@@ -342,8 +342,8 @@ impl Open {
                 state.invisible = value.invisible;
                 self.load_list(&mut state).await?;
             }
-            (Ok(v1::ConversationKind::Group), ..) => {
-                state.kind = Kind::Group;
+            (Ok(kind @ (v1::ConversationKind::Group | v1::ConversationKind::Channel)), ..) => {
+                state.kind = if kind == v1::ConversationKind::Channel { Kind::Channel } else { Kind::Group };
                 self.load_members(&mut state).await?;
             }
             _ => return Err(self.alarm("the conversation's kind cannot be read".to_owned())),
@@ -378,6 +378,8 @@ impl Open {
                 peer_user_id: value.peer_user_id,
                 joined_seq: value.joined_seq,
                 left_seq: value.left_seq,
+                subscribed: value.subscribed,
+                ended: value.ended,
                 version: row.timestamp,
             };
             state.list.insert(id, Arc::new(entry));

@@ -102,6 +102,13 @@ impl PeerLink {
         self.wake.notify_one();
     }
 
+    /// There is a way to the router now. For want of one, entries of channels may not have gone there: their owners do not know who reads
+    /// them. Whoever is known to be there is told to resync by name.
+    fn reached(&self) {
+        let message = Some(Message::AudienceResync(v1::PeerAudienceResync::default()));
+        self.send(v1::PeerMessage { shard: 0, request_id: 0, message });
+    }
+
     /// Ends the connection that pumps, as that of a link on which answers no longer find their way. A router that lives after all dials
     /// again and is admitted again.
     pub fn retire(&self) {
@@ -149,6 +156,9 @@ pub async fn maintain(
         }
         if !started.is_empty() {
             cluster.peers_added();
+            if cluster.audiences.sent_to_all.load(Ordering::Acquire) {
+                started.iter().for_each(|(peer, _)| peer.reached());
+            }
         }
         for (peer, address) in started {
             cluster.environment.spawn(dial(cluster.clone(), connector.clone(), peer, address));
@@ -393,6 +403,9 @@ fn take_message(cluster: &Arc<Cluster>, other: &InstanceId, message: &v1::PeerMe
             if let Some(delivery) = AudienceDelivery::from_peer(deliver) {
                 cluster.receive_audience(other, ShardId(message.shard), &delivery);
             }
+        }
+        Some(Message::AudienceResync(resync)) if resync.conversation_id.is_empty() => {
+            cluster.audiences.resync_all(cluster);
         }
         Some(Message::AudienceResync(resync)) => {
             if let Ok(id) = ConversationId::from_slice(&resync.conversation_id) {

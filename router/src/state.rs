@@ -3,6 +3,8 @@
 //! The same [`apply`] runs three times over an entry: on the state that decides (after all assigned entries), on the committed state,
 //! and again at open. So it is idempotent: applying an entry a second time changes nothing.
 
+mod rows;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
@@ -14,6 +16,7 @@ use im_proto::{
 use im_storage::{Row, StateWrite, Table};
 use prost::Message as _;
 
+pub use self::rows::{ConversationValue, CursorValue, ListValue, MemberValue, cursor_partition, cursor_write};
 use crate::message::Effect;
 
 /// What kind of conversation it is, and whose.
@@ -24,7 +27,22 @@ pub enum Kind {
     Empty,
     Direct(UserId, UserId),
     Group,
+    /// Its members are those who may write. Who reads it is known to the readers' own logs.
+    Channel,
     SelfLog(UserId),
+}
+
+impl Kind {
+    /// As clients and tables know it.
+    pub fn to_wire(&self) -> v1::ConversationKind {
+        match self {
+            Kind::Empty => v1::ConversationKind::Unspecified,
+            Kind::Direct(..) => v1::ConversationKind::Direct,
+            Kind::Group => v1::ConversationKind::Group,
+            Kind::Channel => v1::ConversationKind::Channel,
+            Kind::SelfLog(_) => v1::ConversationKind::Self_,
+        }
+    }
 }
 
 /// A member of a conversation.
@@ -47,6 +65,10 @@ pub struct ListRow {
     pub peer_user_id: String,
     pub joined_seq: u64,
     pub left_seq: u64,
+    /// Of a channel: the user's own subscription, not the channel's log, put it here.
+    pub subscribed: bool,
+    /// The user has ended the subscription.
+    pub ended: bool,
     /// The entry of the self log that changed the row last: its version.
     pub version: u64,
 }
@@ -59,7 +81,7 @@ impl ListRow {
 
     /// Whether the user is out.
     pub fn left(&self) -> bool {
-        self.left_seq > self.joined_seq
+        self.ended || self.left_seq > self.joined_seq
     }
 }
 
@@ -94,64 +116,6 @@ pub struct EntryMeta {
     pub print: u64,
 }
 
-/// The value of `Table::Conversations`.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct ConversationValue {
-    #[prost(uint32, tag = "1")]
-    pub kind: u32,
-    #[prost(string, tag = "2")]
-    pub name: String,
-    #[prost(string, tag = "3")]
-    pub one: String,
-    #[prost(string, tag = "4")]
-    pub other: String,
-    /// Of a self log.
-    #[prost(bool, tag = "16")]
-    pub invisible: bool,
-}
-
-/// The value of `Table::Members`.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct MemberValue {
-    #[prost(int32, tag = "1")]
-    pub role: i32,
-    #[prost(uint64, tag = "2")]
-    pub joined_seq: u64,
-    #[prost(uint64, tag = "3")]
-    pub joined_counted: u64,
-    /// Has been a member and is none any more.
-    #[prost(bool, tag = "4")]
-    pub left: bool,
-    #[prost(uint64, tag = "5")]
-    pub joined_all: u64,
-}
-
-/// The value of `Table::Cursors` under a user id. The timestamp is the seq. Under a user id with a zero byte behind it, where it is
-/// empty, the timestamp is the seq up to which the user has received everything.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct CursorValue {
-    #[prost(uint64, tag = "1")]
-    pub counted: u64,
-    /// The running number of mentions of all.
-    #[prost(uint64, tag = "2")]
-    pub all: u64,
-}
-
-/// The value of `Table::UserConversations`.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct ListValue {
-    #[prost(int32, tag = "1")]
-    pub kind: i32,
-    #[prost(string, tag = "2")]
-    pub name: String,
-    #[prost(string, tag = "3")]
-    pub peer_user_id: String,
-    #[prost(uint64, tag = "4")]
-    pub joined_seq: u64,
-    #[prost(uint64, tag = "5")]
-    pub left_seq: u64,
-}
-
 /// What an entry does besides being there.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Consequences {
@@ -165,8 +129,8 @@ pub struct Consequences {
     pub gone: Vec<UserId>,
     /// Of a self log: which conversation the user left.
     pub left: Option<ConversationId>,
-    /// Of a self log: which group the user came into.
-    pub entered: Option<ConversationId>,
+    /// Of a self log: which group or channel the user came into.
+    pub entered: Option<(ConversationId, v1::ConversationKind)>,
     /// Of a self log: whether the user is invisible from now on.
     pub invisible: Option<bool>,
 }
@@ -297,24 +261,26 @@ fn apply_event(
     out: &mut Consequences,
 ) {
     match event {
-        Event::GroupCreated(created) => {
-            state.kind = Kind::Group;
-            state.name.clone_from(&created.name);
+        Event::GroupCreated(v1::GroupCreated { name, creator, members })
+        | Event::ChannelCreated(v1::ChannelCreated { name, creator, members }) => {
+            let is_channel = matches!(event, Event::ChannelCreated(_));
+            state.kind = if is_channel { Kind::Channel } else { Kind::Group };
+            state.name.clone_from(name);
             let value = ConversationValue {
-                kind: v1::ConversationKind::Group as u32,
-                name: created.name.clone(),
-                one: created.creator.clone(),
+                kind: state.kind.to_wire() as u32,
+                name: name.clone(),
+                one: creator.clone(),
                 ..ConversationValue::default()
             };
             out.writes.push(write(Table::Conversations, id, Bytes::new(), value.encode_to_vec(), row.seq));
-            for name in &created.members {
-                let role = if *name == created.creator { Role::Owner } else { Role::Member };
-                join(state, id, row, name, role, secret, out);
+            for user in members {
+                let role = if user == creator { Role::Owner } else { invited_role(state) };
+                join(state, id, row, user, role, secret, out);
             }
         }
         Event::MembersJoined(joined) => {
             for name in &joined.members {
-                join(state, id, row, name, Role::Member, secret, out);
+                join(state, id, row, name, invited_role(state), secret, out);
             }
         }
         Event::MemberLeft(left) => {
@@ -343,6 +309,11 @@ fn apply_event(
     }
 }
 
+/// What somebody is who did not create it.
+fn invited_role(state: &State) -> Role {
+    if state.kind == Kind::Channel { Role::Admin } else { Role::Member }
+}
+
 fn join(
     state: &mut State,
     id: &ConversationId,
@@ -357,11 +328,11 @@ fn join(
     let Member { joined_seq, joined_counted, joined_all, .. } = member;
     let value = MemberValue { role: role.into(), joined_seq, joined_counted, joined_all, left: false };
     let key = Bytes::copy_from_slice(user.as_str().as_bytes());
-    out.writes.push(write(Table::Members, id, key.clone(), value.encode_to_vec(), row.seq));
+    out.writes.push(write(Table::Members, id, key, value.encode_to_vec(), row.seq));
     // The join moves the read cursor: what was said before is not unread.
     let cursor = CursorValue { counted: joined_counted, all: joined_all };
-    out.writes.push(write(Table::Cursors, id, key, cursor.encode_to_vec(), row.seq));
-    out.effects.push(joined(id, &user, v1::ConversationKind::Group, &state.name, "", row.seq, secret));
+    out.writes.push(cursor_write(state.kind == Kind::Channel, id, &user, row.seq, &cursor));
+    out.effects.push(joined(id, &user, state.kind.to_wire(), &state.name, "", row.seq, secret));
     out.joined.push(user.clone());
     if state.members.get(&user).is_none_or(|known| known.joined_seq < row.seq) {
         state.members.insert(user, member);
@@ -383,16 +354,20 @@ fn list_joined(
         peer_user_id: joined.peer_user_id.clone(),
         joined_seq: joined.joined_seq,
         left_seq,
+        subscribed: row.sender.is_some(),
+        ended: false,
         version: row.seq,
     };
-    out.entered = (entry.kind == v1::ConversationKind::Group && !entry.left()).then_some(conversation);
+    let is_many = matches!(entry.kind, v1::ConversationKind::Group | v1::ConversationKind::Channel);
+    out.entered = (is_many && !entry.left()).then_some((conversation, entry.kind));
     put_list_row(state, id, conversation, entry, out);
 }
 
 fn list_left(state: &mut State, id: &ConversationId, row: &Row, left: &v1::ConversationLeft, out: &mut Consequences) {
     let Ok(conversation) = ConversationId::from_slice(&left.conversation_id) else { return };
     let Some(known) = state.list.get(&conversation) else { return };
-    let entry = ListRow { left_seq: left.left_seq, version: row.seq, ..(**known).clone() };
+    let (ended, left_seq) = (row.sender.is_some(), left.left_seq);
+    let entry = ListRow { left_seq, ended, version: row.seq, ..(**known).clone() };
     out.left = entry.left().then_some(conversation);
     put_list_row(state, id, conversation, entry, out);
 }
@@ -413,6 +388,8 @@ fn put_list_row(
         peer_user_id: entry.peer_user_id.clone(),
         joined_seq: entry.joined_seq,
         left_seq: entry.left_seq,
+        subscribed: entry.subscribed,
+        ended: entry.ended,
     };
     out.writes.push(write(Table::UserConversations, id, conversation.to_bytes(), value.encode_to_vec(), entry.version));
     state.list.insert(conversation, Arc::new(entry));

@@ -14,6 +14,7 @@ pub mod large;
 
 mod apply;
 mod calls;
+mod channels;
 mod commit;
 mod describe;
 mod groups;

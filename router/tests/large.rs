@@ -19,15 +19,15 @@ use crate::{
 };
 
 /// Several routers, with a gateway each.
-struct Cluster {
-    world: World,
-    store: Faulty,
-    mesh: Mesh,
-    handles: Vec<InProcessHandle>,
-    routers: Vec<Router>,
-    gateways: Vec<TestGateway>,
+pub struct Cluster {
+    pub world: World,
+    pub store: Faulty,
+    pub mesh: Mesh,
+    pub handles: Vec<InProcessHandle>,
+    pub routers: Vec<Router>,
+    pub gateways: Vec<TestGateway>,
     /// The gateway and the session of each user who is there.
-    sessions: BTreeMap<UserId, (usize, u64)>,
+    pub sessions: BTreeMap<UserId, (usize, u64)>,
     audiences: Vec<BTreeMap<ConversationId, Kept>>,
     next: u64,
 }
@@ -40,7 +40,7 @@ struct Kept {
 }
 
 impl Cluster {
-    async fn new(routers: usize) -> Self {
+    pub async fn new(routers: usize) -> Self {
         let mut world = World::new(Store::from(Memory::new()));
         let store = faulty(&mut world);
         world.shards = 32;
@@ -63,7 +63,7 @@ impl Cluster {
         cluster
     }
 
-    async fn start(&mut self, name: &str, gateway: &str) {
+    pub async fn start(&mut self, name: &str, gateway: &str) {
         self.world.peers = self.mesh.of(name);
         let handle = self.world.registry.handle(name, self.world.environment.clone());
         self.handles.push(handle.clone());
@@ -74,7 +74,7 @@ impl Cluster {
         self.audiences.push(BTreeMap::new());
     }
 
-    fn owner(&self, id: &ConversationId) -> usize {
+    pub fn owner(&self, id: &ConversationId) -> usize {
         let registry = AnyRegistry::from(self.world.registry.handle("observer", self.world.environment.clone()));
         let view = registry.view().borrow().clone();
         let owner = view.owner(self.world.config("any").shards.shard_of(id)).expect("an owner").clone();
@@ -82,7 +82,7 @@ impl Cluster {
     }
 
     /// The user connects to the router of its shard, and syncs.
-    async fn come(&mut self, name: &str) {
+    pub async fn come(&mut self, name: &str) {
         let user = user(name);
         let home = self.owner(&CLUSTER.self_id(&user));
         let session = self.next;
@@ -92,7 +92,7 @@ impl Cluster {
         self.sync(name).await;
     }
 
-    async fn sync(&mut self, name: &str) -> v1::SyncReply {
+    pub async fn sync(&mut self, name: &str) -> v1::SyncReply {
         loop {
             match self.call(name, Method::ConversationSync, &v1::SyncRequest::default()).await {
                 Ok(reply) => return reply,
@@ -102,7 +102,7 @@ impl Cluster {
         }
     }
 
-    async fn call<A: prost::Message + Default>(
+    pub async fn call<A: prost::Message + Default>(
         &mut self,
         name: &str,
         method: Method,
@@ -129,7 +129,7 @@ impl Cluster {
         ConversationId::from_slice(&created.conversation_id).unwrap()
     }
 
-    async fn send(&mut self, name: &str, id: ConversationId, text: &str) -> u64 {
+    pub async fn send(&mut self, name: &str, id: ConversationId, text: &str) -> u64 {
         let send = v1::SendRequest {
             target: to(id),
             client_message_id: text.to_owned().into(),
@@ -146,7 +146,7 @@ impl Cluster {
     }
 
     /// What each session got of a conversation since the last time, in order, and how many messages the gateways got for it.
-    async fn pushed(&mut self, id: ConversationId) -> (BTreeMap<u64, Vec<u64>>, usize) {
+    pub async fn pushed(&mut self, id: ConversationId) -> (BTreeMap<u64, Vec<u64>>, usize) {
         let (mut got, mut messages) = (BTreeMap::<u64, Vec<u64>>::new(), 0);
         for (gateway, audiences) in self.gateways.iter_mut().zip(&mut self.audiences) {
             gateway.gather().await;
@@ -191,7 +191,7 @@ fn keep(audiences: &mut BTreeMap<ConversationId, Kept>, set: &v1::AudienceSet) {
     kept.sessions.extend(&set.joined);
 }
 
-fn names(count: usize) -> Vec<String> {
+pub fn names(count: usize) -> Vec<String> {
     (0..count).map(|n| format!("user{n}")).collect()
 }
 
@@ -262,7 +262,7 @@ async fn a_message_costs_the_same_however_many_members_are_away() {
 
 impl Cluster {
     /// Users whose home is one of these routers, there and synced.
-    async fn come_to(&mut self, homes: &[usize], count: usize) -> Vec<String> {
+    pub async fn come_to(&mut self, homes: &[usize], count: usize) -> Vec<String> {
         let mut came = Vec::new();
         for name in (0..).map(|n| format!("user{n}")) {
             if homes.contains(&self.owner(&CLUSTER.self_id(&user(&name)))) {
@@ -285,7 +285,7 @@ impl Cluster {
             .expect("a key of this router")
     }
 
-    fn session(&self, name: &str) -> u64 {
+    pub fn session(&self, name: &str) -> u64 {
         self.sessions[&user(name)].1
     }
 }
@@ -302,7 +302,7 @@ async fn group_of_the_first(cluster: &mut Cluster) -> (ConversationId, Vec<Strin
 }
 
 /// Everybody but the first, who sends, got all of these, in order; entries may come twice.
-fn assert_got(cluster: &Cluster, got: &BTreeMap<u64, Vec<u64>>, who: &[String], seqs: &[u64]) {
+pub fn assert_got(cluster: &Cluster, got: &BTreeMap<u64, Vec<u64>>, who: &[String], seqs: &[u64]) {
     for name in who {
         let mut found = got.get(&cluster.session(name)).cloned().unwrap_or_default();
         let mut seen = BTreeSet::new();
@@ -311,7 +311,7 @@ fn assert_got(cluster: &Cluster, got: &BTreeMap<u64, Vec<u64>>, who: &[String], 
     }
 }
 
-async fn send_all(cluster: &mut Cluster, name: &str, id: ConversationId, texts: &str, count: usize) -> Vec<u64> {
+pub async fn send_all(cluster: &mut Cluster, name: &str, id: ConversationId, texts: &str, count: usize) -> Vec<u64> {
     let mut seqs = Vec::new();
     for n in 0..count {
         seqs.push(cluster.send(name, id, &format!("{texts}{n}")).await);
@@ -527,7 +527,7 @@ async fn who_may_have_missed_entries_of_a_dead_owner_is_told_to_sync() {
 }
 
 /// The sessions that were told to sync.
-async fn resynced(cluster: &mut Cluster) -> BTreeSet<u64> {
+pub async fn resynced(cluster: &mut Cluster) -> BTreeSet<u64> {
     let mut resynced = BTreeSet::new();
     for gateway in &mut cluster.gateways {
         gateway.gather().await;

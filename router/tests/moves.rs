@@ -149,7 +149,7 @@ async fn two_full_directions_of_a_link_do_not_wait_for_each_other() {
     // The other side sends all it has before it reads again, as one does whose own sending blocks its receiving.
     let sends = async {
         for number in 1..=50 {
-            let request = v1::PeerHeads { user_id: "alice".to_owned(), conversation_ids: Vec::new(), details: false };
+            let request = v1::PeerHeads { user_id: "alice".to_owned(), ..v1::PeerHeads::default() };
             let message = v1::PeerMessage { shard: 0, request_id: number, message: Some(Peer::Heads(request)) };
             let batch = v1::PeerBatch { first_number: number, acknowledged_through: 0, messages: vec![message] };
             peer.sender.send(LinkItem::Batch(Arc::new(batch))).await.unwrap();

@@ -304,7 +304,7 @@ async fn a_link_whose_router_no_view_shows_breaks_instead_of_falling_silent() {
     assert!(broken.await.is_ok(), "the link is still there");
     // It dials again, and is answered.
     let mut peer = peer_link(&router).await;
-    let request = v1::PeerHeads { user_id: "alice".to_owned(), conversation_ids: Vec::new(), details: false };
+    let request = v1::PeerHeads { user_id: "alice".to_owned(), ..v1::PeerHeads::default() };
     let message = v1::PeerMessage { shard: 0, request_id: 7, message: Some(Peer::Heads(request)) };
     let batch = v1::PeerBatch { first_number: 1, acknowledged_through: 0, messages: vec![message] };
     peer.sender.send(LinkItem::Batch(Arc::new(batch))).await.unwrap();

@@ -4,6 +4,7 @@ mod support;
 
 mod balance;
 mod bodies;
+mod channels;
 mod conversations;
 mod devices;
 mod handshakes;

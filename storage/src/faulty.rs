@@ -3,7 +3,17 @@
 //! For tests of what stands above a store, on any backend. Invalid requests are refused as ever. Takes time from tokio and chance
 //! from a seed.
 
-use std::{fmt, future::Future, ops::RangeInclusive, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    ops::RangeInclusive,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use im_proto::{ConversationId, InstanceId, environment::Spawn};
@@ -56,6 +66,7 @@ struct Inner {
     store: Store,
     state: Mutex<(FaultPlan, Dice)>,
     tasks: Arc<dyn Spawn>,
+    calls: AtomicU64,
 }
 
 /// What becomes of a call.
@@ -83,7 +94,13 @@ fn unconfirmed() -> StoreError {
 impl Faulty {
     /// Wraps a store. Delayed submissions run as `tasks`.
     pub fn new(store: Store, seed: u64, plan: FaultPlan, tasks: Arc<dyn Spawn>) -> Self {
-        Self { inner: Arc::new(Inner { store, state: Mutex::new((plan, Dice::new(seed))), tasks }) }
+        let state = Mutex::new((plan, Dice::new(seed)));
+        Self { inner: Arc::new(Inner { store, state, tasks, calls: AtomicU64::new(0) }) }
+    }
+
+    /// Calls so far: what a store is asked to do, for tests of what something costs.
+    pub fn calls(&self) -> u64 {
+        self.inner.calls.load(Ordering::Relaxed)
     }
 
     /// From now on other things go wrong.
@@ -97,6 +114,7 @@ impl Faulty {
     }
 
     fn draw(&self) -> (Duration, Fate) {
+        self.inner.calls.fetch_add(1, Ordering::Relaxed);
         let (plan, dice) = &mut *self.inner.state.lock();
         let (delay, chance, applied) = (dice.duration(&plan.delay), dice.below(1000), dice.permille(500));
         let refused = u64::from(plan.refused_permille);

@@ -14,6 +14,7 @@ Examples, with a server started by `imd up`:
   im --as alice chat @bob
   im --as alice pipe @bob < book.txt
   im --as alice group create friends @bob @carol
+  im --as bob channel subscribe 00112233445566778899aabbccddeeff
 
 A TARGET is @user (the direct conversation with that user), me (your own log), or a conversation id.
 Exit codes: 0 done, 1 the operation failed, 2 wrong usage or environment.";
@@ -163,6 +164,9 @@ pub(super) enum Command {
     /// Create groups and change who is in them.
     #[command(subcommand, after_help = "Example: im --as alice group create friends @bob @carol")]
     Group(Group),
+    /// Create channels, into which few write and which anybody may read; subscribe to them. `im group` changes who may write.
+    #[command(subcommand, after_help = "Example: im --as alice channel create news @bob")]
+    Channel(Channel),
     /// Print who is there: user, online, offline or unknown, and when last seen, separated by tabs.
     #[command(after_help = "Example: im --as alice presence @bob @carol --watch")]
     Presence {
@@ -239,6 +243,43 @@ pub(super) enum Group {
         /// The conversation id of the group.
         #[arg(value_parser = parse_group)]
         id: ConversationId,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Channel {
+    /// Create a channel into which you and others may write, and print its id.
+    #[command(after_help = "Example: im --as alice channel create news @bob")]
+    Create {
+        /// The name, for people.
+        name: String,
+        /// @user … who may write besides you.
+        #[arg(value_parser = parse_user)]
+        writers: Vec<UserId>,
+    },
+    /// Put a channel into your conversations; its messages come live from then on. Prints its id.
+    #[command(after_help = "Example: im --as carol channel subscribe 00112233445566778899aabbccddeeff")]
+    Subscribe {
+        /// The conversation id of the channel.
+        #[arg(value_parser = parse_group)]
+        id: ConversationId,
+    },
+    /// Take a channel out of your conversations. Prints its id. Whoever may write leaves with `im group leave`.
+    #[command(after_help = "Example: im --as carol channel unsubscribe 00112233445566778899aabbccddeeff")]
+    Unsubscribe {
+        /// The conversation id of the channel.
+        #[arg(value_parser = parse_group)]
+        id: ConversationId,
+    },
+    /// Send a text to all who read a channel, and print its seq once it is durable: `im send` with its id.
+    #[command(after_help = "Example: im --as alice channel post 00112233445566778899aabbccddeeff Hello, all")]
+    Post {
+        /// The conversation id of the channel.
+        #[arg(value_parser = parse_group)]
+        id: ConversationId,
+        /// Words, joined by spaces.
+        #[arg(required = true)]
+        text: Vec<String>,
     },
 }
 

@@ -1,4 +1,5 @@
-//! The commands that ask once and end: `send`, `list`, `group …`, `presence`, `invisible`, `locate`, and `history`, which asks page by page.
+//! The commands that ask once and end: `send`, `list`, `group …`, `channel …`, `presence`, `invisible`, `locate`, and `history`, which
+//! asks page by page.
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use serde::Serialize;
 use crate::{client::Client, config::Target};
 
 use super::{
-    args::{Command, Format, Group},
+    args::{Channel, Command, Format, Group},
     failure::Failure,
     history,
     output::{Output, rfc3339},
@@ -27,6 +28,7 @@ pub(super) async fn run(
         Command::History { target, from, to, limit } => history::run(client, target, from, to, limit, output).await,
         Command::List => list(client, output).await,
         Command::Group(group) => run_group(client, group, output).await,
+        Command::Channel(channel) => run_channel(client, channel, timeout, output).await,
         Command::Presence { users, watch: false } => presence::read(client, &users, output).await,
         Command::Invisible { switch } => presence::invisible(client, switch).await,
         Command::Locate => locate(client, output).await,
@@ -123,9 +125,26 @@ async fn run_group(client: &Client, group: Group, output: &mut Output) -> Result
         Group::Leave { id } => (id, Some(client.leave(id).await?)),
         Group::Members { id } => return members(client, id, output).await,
     };
+    changed(conversation, seq, output)
+}
+
+async fn run_channel(client: &Client, channel: Channel, timeout: Duration, output: &mut Output) -> Result<(), Failure> {
+    let id = match channel {
+        Channel::Create { name, writers } => client.create_channel(&name, &writers).await?,
+        Channel::Subscribe { id } => client.subscribe(id).await.map(|()| id)?,
+        Channel::Unsubscribe { id } => client.unsubscribe(id).await.map(|()| id)?,
+        Channel::Post { id, text } => {
+            return send(client, Target::Conversation(id), &text.join(" "), timeout, output).await;
+        }
+    };
+    changed(id, None, output)
+}
+
+/// Prints the seq of the entry, or the id of what has none.
+fn changed(id: im_proto::ConversationId, seq: Option<u64>, output: &mut Output) -> Result<(), Failure> {
     match output.format() {
-        Format::Plain => output.line(&seq.map_or(conversation.to_string(), |seq| seq.to_string())),
-        Format::Json => output.json(&GroupJson { conversation: conversation.to_string(), seq }),
+        Format::Plain => output.line(&seq.map_or(id.to_string(), |seq| seq.to_string())),
+        Format::Json => output.json(&GroupJson { conversation: id.to_string(), seq }),
     }
 }
 

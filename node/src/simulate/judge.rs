@@ -191,8 +191,13 @@ fn readers(
         }
     }
     let mut members = BTreeMap::new();
+    let mut is_channel = false;
     for (seq, event) in events {
         match event {
+            Some(Event::ChannelCreated(created)) => {
+                is_channel = true;
+                members.extend(created.members.iter().filter_map(|user| Some((UserId::parse(user).ok()?, seq))));
+            }
             Some(Event::GroupCreated(created)) => {
                 members.extend(created.members.iter().filter_map(|user| Some((UserId::parse(user).ok()?, seq))));
             }
@@ -205,7 +210,29 @@ fn readers(
             _ => {}
         }
     }
+    if is_channel {
+        for user in users {
+            if let Some(joined) = subscribed(people, &user, id) {
+                members.entry(user).or_insert(joined);
+            }
+        }
+    }
     members
+}
+
+/// Since when a user reads a channel, by the user's own log.
+fn subscribed(people: &People, user: &UserId, channel: ConversationId) -> Option<u64> {
+    let mut since = None;
+    for stored in people.world.store.committed_view(people.world.secret.self_id(user)) {
+        match event(stored.row.kind, &stored.row.body) {
+            Some(Event::ConversationJoined(joined)) if joined.conversation_id == channel.to_bytes() => {
+                since = Some(joined.joined_seq);
+            }
+            Some(Event::ConversationLeft(left)) if left.conversation_id == channel.to_bytes() => since = None,
+            _ => {}
+        }
+    }
+    since
 }
 
 fn event(kind: EntryKind, body: &[u8]) -> Option<Event> {
@@ -356,7 +383,8 @@ fn repeated_calls(id: ConversationId, entries: &[Entry], remembered: usize) -> V
 fn repeated_effects(id: ConversationId, entries: &[Entry]) -> Vec<String> {
     let mut seen = BTreeSet::new();
     let mut broken = Vec::new();
-    for entry in entries {
+    // What has a sender is no effect: the user called for it.
+    for entry in entries.iter().filter(|entry| entry.sender.is_none()) {
         let key = match event(entry.kind, &entry.body) {
             Some(Event::ConversationJoined(joined)) => (joined.conversation_id, joined.joined_seq),
             Some(Event::ConversationLeft(left)) => (left.conversation_id, left.left_seq),

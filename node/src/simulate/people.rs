@@ -361,6 +361,63 @@ impl People {
     }
 }
 
+/// A channel, whose readers come and go.
+impl People {
+    /// One user posts, others subscribe, read on, unsubscribe; what a reader writes is refused, and that is an outcome.
+    pub async fn broadcast(self: Arc<Self>, device: Device) {
+        let (plan, mut dice) = (self.world.plan.clone(), Dice::new(self.world.plan.seed, "channel"));
+        let Some(channel) = self.make_channel(&device, &mut dice).await else { return };
+        let target = Target::Conversation(channel);
+        for number in 0..plan.sends {
+            sleep(dice.millis(0, plan.send_pause_ms)).await;
+            let someone = self.one(&mut dice).and_then(|name| self.devices.lock().get(&name).cloned());
+            let what = dice.between(0, 9);
+            match someone {
+                Some(reader) if what < 4 => {
+                    let (people, target) = (self.clone(), target.clone());
+                    let reads = reader.clone();
+                    reader.environment.spawn(async move {
+                        let outcome = match what {
+                            0 | 1 => reads.client.subscribe(channel).await,
+                            2 => reads.client.unsubscribe(channel).await,
+                            _ => return people.read(&reads, target).await,
+                        };
+                        people.world.trace.event("channel", || format!("{} {what} {outcome:?}", reads.name));
+                    });
+                }
+                Some(reader) if what == 4 => self.post(&reader, &target, number).await,
+                _ => self.post(&device, &target, number).await,
+            }
+        }
+        for reader in self.all() {
+            let (people, name) = (self.clone(), reader.name.clone());
+            let client = reader.client.clone();
+            reader.environment.spawn(async move {
+                let outcome = client.subscribe(channel).await;
+                people.world.trace.event("channel", || format!("{name} stays {outcome:?}"));
+            });
+        }
+    }
+
+    async fn make_channel(&self, device: &Device, dice: &mut Dice) -> Option<ConversationId> {
+        let writer = UserId::parse(dice.pick::<String>(&self.users)).ok();
+        let writers: Vec<UserId> = writer.into_iter().collect();
+        for _ in 0..8 {
+            let made = device.client.create_channel("news", &writers).await;
+            self.world.trace.event("channel", || format!("{} {made:?}", device.name));
+            if let Ok(channel) = made {
+                return Some(channel);
+            }
+        }
+        None
+    }
+
+    async fn post(self: &Arc<Self>, device: &Device, target: &Target, number: u64) {
+        let text = compose::Text::new(format!("{}/post {number}", device.name));
+        self.send(device, target.clone(), text).await;
+    }
+}
+
 fn short(text: &str) -> &str {
     text.split_whitespace().next().unwrap_or_default()
 }

@@ -15,6 +15,8 @@ pub struct Plan {
     pub users: u64,
     pub devices_max: u64,
     pub groups: u64,
+    /// Somebody writes into a channel, and the others come and go as its readers.
+    pub channel: bool,
     pub shards: u32,
     pub workers: usize,
     /// Sends of each device.
@@ -53,6 +55,8 @@ impl Plan {
             users: dice.between(3, 5),
             devices_max: dice.between(1, 2),
             groups: dice.between(1, 3),
+            // Not drawn: other seeds plan what they always did.
+            channel: matches!(seed % 16, 2 | 9 | 12),
             shards: u32::try_from(dice.between(4, 12)).unwrap_or(8),
             workers: if dice.percent(70) { 1 } else { 2 },
             sends: dice.between(20, 70),

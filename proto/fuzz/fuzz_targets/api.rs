@@ -30,6 +30,9 @@ fuzz_target!(|data: (u32, &[u8])| {
     read::<v1::PresenceReadRequest>(data);
     read::<v1::PresenceSubscribeRequest>(data);
     read::<v1::PresenceSetVisibilityRequest>(data);
+    read::<v1::ChannelCreateRequest>(data);
+    read::<v1::ChannelSubscribeRequest>(data);
+    read::<v1::ChannelUnsubscribeRequest>(data);
     read::<v1::SendReply>(data);
     read::<v1::HistoryReply>(data);
     read::<v1::SyncReply>(data);
@@ -43,4 +46,7 @@ fuzz_target!(|data: (u32, &[u8])| {
     read::<v1::PresenceReadReply>(data);
     read::<v1::PresenceSubscribeReply>(data);
     read::<v1::PresenceSetVisibilityReply>(data);
+    read::<v1::ChannelCreateReply>(data);
+    read::<v1::ChannelSubscribeReply>(data);
+    read::<v1::ChannelUnsubscribeReply>(data);
 });

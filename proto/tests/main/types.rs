@@ -23,7 +23,7 @@ macro_rules! types {
 
 types! {
     Method Body Text Mention Media Sticker Location ContactCard Quote Forward ForwardedEntry CallRecord Recalled Edited Reaction
-    Custom SystemEvent GroupCreated MembersJoined MemberLeft ConversationJoined ConversationLeft VisibilityChanged
+    Custom SystemEvent GroupCreated ChannelCreated MembersJoined MemberLeft ConversationJoined ConversationLeft VisibilityChanged
     ClientFrame ServerFrame Status Hello Welcome Limits Ping Pong Send SendAck Message Received Signal Typing CustomSignal Receipt Presence Resync
     GoAway Call Reply Renew Renewed Close Refused
     Target SendRequest SendReply HistoryRequest HistoryReply HistoryEntry SyncRequest SyncHave SyncReply ConversationRow
@@ -31,6 +31,8 @@ types! {
     GroupLeaveReply GroupMembersRequest GroupMembersReply GroupMember LocateRequest LocateReply Endpoint
     PresenceReadRequest PresenceReadReply UserPresence PresenceSubscribeRequest PresenceSubscribeReply
     PresenceSetVisibilityRequest PresenceSetVisibilityReply
+    ChannelCreateRequest ChannelCreateReply ChannelSubscribeRequest ChannelSubscribeReply ChannelUnsubscribeRequest
+    ChannelUnsubscribeReply
     LinkHello Identity Capability GatewayBatch GatewayMessage SessionOpen SessionAnnounce SessionPresent SessionClose SessionRenew
     SessionSend SessionCall SessionReceived SessionSignal GatewayLoad AudienceWanted RouterBatch RouterMessage SessionOpened SessionRefused
     SessionRenewed SendResult Deliver AudienceSet AudienceDeliver SessionsMove LoadBound CallReply SessionsResync SessionKick SendReturned CapabilityWanted PeerBatch PeerMessage

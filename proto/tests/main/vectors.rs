@@ -131,7 +131,7 @@ fn number_value(schema: &Schema, field: &FieldDescriptorProto) -> (u64, String) 
 fn text_values(field: &str) -> &'static [&'static str] {
     match field {
         "user_id" | "sender" | "creator" | "peer_user_id" => &["alice"],
-        "members" | "user_ids" => &["alice", "bøb"],
+        "members" | "user_ids" | "writers" => &["alice", "bøb"],
         "text" => &["grüße 你好 👋"],
         "token" => &["header.claims.signature"],
         "cluster_id" => &["test"],
@@ -489,6 +489,7 @@ mod hashes {
             "direct" => (cluster().direct_id(&user("one"), &user("other")).to_string(), "id"),
             "self" => (cluster().self_id(&user("user")).to_string(), "id"),
             "group" => (cluster().group_id(&user("creator"), &bytes(value("key"))).to_string(), "id"),
+            "channel" => (cluster().channel_id(&user("creator"), &bytes(value("key"))).to_string(), "id"),
             "shard" => {
                 let count = ShardCount::new(value("count").parse().expect("a number")).expect("in range");
                 (count.shard_of(&conversation()).0.to_string(), "shard")
@@ -518,7 +519,9 @@ mod hashes {
         for (name, values) in &lines {
             check(name, values);
         }
-        for name in ["direct", "self", "group", "shard", "rendezvous_weight", "rendezvous_owner", "capability"] {
+        for name in
+            ["direct", "self", "group", "channel", "shard", "rendezvous_weight", "rendezvous_owner", "capability"]
+        {
             assert!(lines.iter().filter(|(line, _)| line == name).count() >= 2, "two vectors of {name}");
         }
     }

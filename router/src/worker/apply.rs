@@ -173,8 +173,8 @@ impl Context {
             Request::Signal { caller, signal } => self.signal(conversation, &caller, signal),
             Request::Effect { effect, reply_to } => self.effect(conversation, effect, reply_to),
             Request::Call { call, reply_to } => self.call(conversation, call, reply_to),
-            Request::Head { user, router, details, answer } => {
-                let _ = answer.send(self.head_of(conversation, &user, &router, details));
+            Request::Head { asker, answer } => {
+                let _ = answer.send(self.head_of(conversation, &asker));
             }
         }
     }

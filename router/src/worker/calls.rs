@@ -66,6 +66,18 @@ impl Context {
                 let request = decode!(v1::PresenceReadRequest);
                 return self.presence(conversation, &call.caller, &request, reply_to);
             }
+            Method::ChannelCreate => {
+                let request = decode!(v1::ChannelCreateRequest);
+                self.channel_create(conversation, &call.caller, request, reply_to);
+            }
+            Method::ChannelSubscribe => {
+                let request = decode!(v1::ChannelSubscribeRequest);
+                return self.channel_subscribe(conversation, call, request, reply_to);
+            }
+            Method::ChannelUnsubscribe => {
+                let request = decode!(v1::ChannelUnsubscribeRequest);
+                return self.channel_unsubscribe(conversation, call, &request, reply_to);
+            }
             Method::PresenceSubscribe => {
                 let request = decode!(v1::PresenceSubscribeRequest);
                 return self.presence_subscribe(conversation, &call.caller, &request, reply_to);

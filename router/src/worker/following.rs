@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use im_proto::{ConversationId, UserId};
+use im_proto::{ConversationId, UserId, v1};
 
 use super::{Context, sync::ask_heads};
 use crate::{
@@ -49,6 +49,16 @@ impl Context {
         }
     }
 
+    /// The user's list has a channel. The list alone says so: the channel's owner does not know its readers.
+    pub fn follow_channel(&mut self, user: &UserId, channel: &ConversationId) {
+        self.start_following(user, *channel, |reasons| reasons.confirmed = true);
+    }
+
+    /// The user's list has a channel no more, or not after all.
+    pub fn unfollow_channel(&mut self, user: &UserId, channel: &ConversationId) {
+        self.change_following(user, channel, |reasons| reasons.confirmed = false);
+    }
+
     /// A user's own log says that the user is out of a conversation.
     pub fn left_elsewhere(&mut self, conversation: &Conversation, consequences: &Consequences) {
         if let (Some(left), Kind::SelfLog(user)) = (consequences.left, &conversation.settled.kind) {
@@ -56,14 +66,19 @@ impl Context {
         }
     }
 
-    /// A user's own log says that the user came into a group. Whoever was there when the owner asked for followers follows it already.
+    /// A user's own log says that the user came into a group or channel. Whoever was there when the owner asked for followers follows it already.
     /// Who came after that, and synced before this entry, would get nothing of a large one: it is registered now, and syncs, because
     /// entries may have been pushed meanwhile.
     pub fn entered_elsewhere(&mut self, conversation: &Conversation, consequences: &Consequences) {
-        let (Some(entered), Kind::SelfLog(user)) = (consequences.entered, &conversation.settled.kind) else { return };
+        let Kind::SelfLog(user) = &conversation.settled.kind else { return };
+        let Some((entered, kind)) = consequences.entered else { return };
         match self.users.following(user) {
             Some((following, _)) if following.get(&entered).is_none_or(|reasons| !reasons.confirmed) => {}
             _ => return,
+        }
+        let is_channel = kind == v1::ConversationKind::Channel;
+        if is_channel {
+            self.follow_channel(user, &entered);
         }
         let (cluster, user) = (self.cluster.clone(), user.clone());
         let sync = self.follow_while_asking(&user, &[entered]);
@@ -72,7 +87,8 @@ impl Context {
             async move { ask_heads(&cluster, &asking, false, std::iter::once(entered)).await },
             move |worker, heads| {
                 // Where the head could not be had the sync asks again, until it is answered.
-                let missed = heads.as_ref().map_or(true, |heads| heads.values().any(|head| head.registered));
+                let missed =
+                    is_channel || heads.as_ref().map_or(true, |heads| heads.values().any(|head| head.registered));
                 let registered = heads.unwrap_or_default().into_iter().filter(|(_, head)| head.registered);
                 let registered = registered.map(|(id, _)| id).collect();
                 worker.context.asked_heads(&user, sync, &[entered], &registered);

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
 use im_proto::{
-    StatusCode, UserId, body, limits,
+    ConversationId, StatusCode, UserId, body, limits,
     v1::{self, EntryKind, Role, system_event::Event},
 };
 use prost::Message as _;
@@ -23,21 +23,31 @@ use crate::{
 /// Members of one answer.
 const MEMBERS_PAGE_MAX: u32 = 1_000;
 
+/// A group or channel to be created.
+pub struct Creation {
+    pub id: ConversationId,
+    pub name: String,
+    /// Besides the creator.
+    pub members: Vec<String>,
+    pub members_max: usize,
+    pub kind: ReplyKind,
+}
+
 /// An entry that a call makes.
-struct Made {
-    event: Event,
+pub struct Made {
+    pub event: Event,
     /// The call's `client_message_id`; empty if it has none.
-    id: Bytes,
+    pub id: Bytes,
     /// What was asked for under that id; 0 if it has none.
-    print: u64,
-    kind: ReplyKind,
+    pub print: u64,
+    pub kind: ReplyKind,
 }
 
 /// What a call asks for under its id.
-struct Asked<'a> {
-    id: &'a Bytes,
-    print: u64,
-    kind: ReplyKind,
+pub struct Asked<'a> {
+    pub id: &'a Bytes,
+    pub print: u64,
+    pub kind: ReplyKind,
 }
 
 impl Context {
@@ -50,30 +60,44 @@ impl Context {
         reply_to: ReplyTo,
     ) {
         let id = self.cluster.config.cluster_secret.group_id(&caller.user, &request.key);
+        let v1::GroupCreateRequest { name, members, .. } = request;
+        let creation =
+            Creation { id, name, members, members_max: limits::GROUP_MEMBERS_MAX, kind: ReplyKind::GroupCreate };
+        self.create(conversation, caller, creation, reply_to);
+    }
+
+    /// Creates the conversation, or answers with the one that the same creator and key have made.
+    pub fn create(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: &Arc<Caller>,
+        creation: Creation,
+        reply_to: ReplyTo,
+    ) {
+        let Creation { id, name, members: names, members_max, kind } = creation;
         if id != conversation.id {
             return self.cluster.answer(reply_to, Err(StatusCode::Internal.to_status()));
         }
         if conversation.assigned > 0 {
-            let done = Completion::Reply { reply_to, kind: ReplyKind::GroupCreate };
-            return self.when_committed(conversation, 1, done);
+            return self.when_committed(conversation, 1, Completion::Reply { reply_to, kind });
         }
-        let members = match members(&request.members) {
+        let members = match members(&names) {
             Ok(members) => members,
             Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
         };
-        if request.name.len() > limits::GROUP_NAME_BYTES_MAX {
+        if name.len() > limits::GROUP_NAME_BYTES_MAX {
             return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
         }
-        if members.len() >= limits::GROUP_MEMBERS_MAX {
+        if members.len() >= members_max {
             return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
         }
         let others = members.iter().filter(|user| **user != caller.user).map(UserId::to_string);
-        let created = v1::GroupCreated {
-            name: request.name,
-            creator: caller.user.to_string(),
-            members: std::iter::once(caller.user.to_string()).chain(others).collect(),
+        let (creator, members) =
+            (caller.user.to_string(), std::iter::once(caller.user.to_string()).chain(others).collect());
+        let event = match kind {
+            ReplyKind::ChannelCreate => Event::ChannelCreated(v1::ChannelCreated { name, creator, members }),
+            _ => Event::GroupCreated(v1::GroupCreated { name, creator, members }),
         };
-        let (event, kind) = (Event::GroupCreated(created), ReplyKind::GroupCreate);
         let made = Made { event, id: Bytes::new(), print: 0, kind };
         self.assign_event(conversation, caller, made, reply_to);
     }
@@ -92,9 +116,12 @@ impl Context {
         let print = Dedupe::call_print("invite", request.members.iter().map(String::as_str));
         let asked = Asked { id: &id, print, kind: ReplyKind::GroupInvite };
         let Some((call, reply_to)) = self.unless_made(conversation, call, &asked, reply_to) else { return };
-        if conversation.deciding.kind != Kind::Group || !conversation.is_member(&caller.user) {
-            return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
-        }
+        let members_max = match conversation.deciding.kind {
+            Kind::Group if conversation.is_member(&caller.user) => limits::GROUP_MEMBERS_MAX,
+            Kind::Channel if is_owner(conversation, &caller.user) => limits::CHANNEL_WRITERS_MAX,
+            Kind::Channel => return self.refuse_call(conversation, call, reply_to, StatusCode::Forbidden),
+            _ => return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound),
+        };
         let members = match members(&request.members) {
             Ok(members) => members,
             Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
@@ -105,7 +132,7 @@ impl Context {
             let reply = v1::GroupInviteReply { seq: 0 }.encode_to_vec();
             return self.answer_settled(conversation, call, reply_to, reply.into());
         }
-        if conversation.deciding.members.len() + new.len() > limits::GROUP_MEMBERS_MAX {
+        if conversation.deciding.members.len() + new.len() > members_max {
             return self.refuse_call(conversation, call, reply_to, StatusCode::TooLarge);
         }
         let joined = v1::MembersJoined { invited_by: caller.user.to_string(), members: new };
@@ -126,13 +153,16 @@ impl Context {
         let print = Dedupe::call_print("leave", []);
         let asked = Asked { id: &id, print, kind: ReplyKind::GroupLeave };
         let Some((call, reply_to)) = self.unless_made(conversation, call, &asked, reply_to) else { return };
-        if conversation.deciding.kind != Kind::Group {
-            return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
-        }
-        let Some(member) = conversation.deciding.members.get(&caller.user) else {
-            return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
+        let status = match conversation.deciding.kind {
+            Kind::Group => StatusCode::NotFound,
+            // Who reads unsubscribes.
+            Kind::Channel => StatusCode::Forbidden,
+            _ => return self.refuse_call(conversation, call, reply_to, StatusCode::NotFound),
         };
-        if member.role == Role::Owner && conversation.deciding.members.len() > 1 {
+        if !conversation.is_member(&caller.user) {
+            return self.refuse_call(conversation, call, reply_to, status);
+        }
+        if is_owner(conversation, &caller.user) && conversation.deciding.members.len() > 1 {
             return self.refuse_call(conversation, call, reply_to, StatusCode::Forbidden);
         }
         let left = v1::MemberLeft { user_id: caller.user.to_string() };
@@ -149,7 +179,8 @@ impl Context {
         reply_to: ReplyTo,
     ) {
         let state = &conversation.settled;
-        if state.kind != Kind::Group || !state.members.contains_key(&caller.user) {
+        let is_many = matches!(state.kind, Kind::Group | Kind::Channel);
+        if !is_many || !conversation.may_read(&caller.user) {
             return self.answer_read(reply_to, Err(StatusCode::NotFound.to_status()));
         }
         let limit = match request.limit {
@@ -178,7 +209,7 @@ impl Context {
 
     /// Answers a call that was made before under its id: whoever was invited and has left again stays out, and who has left is told so
     /// again. The same id for anything else is refused. Gives the call back if it is new, as far as the newest entries tell.
-    fn unless_made(
+    pub fn unless_made(
         &mut self,
         conversation: &mut Conversation,
         call: Call,
@@ -225,16 +256,22 @@ impl Context {
         });
     }
 
-    fn assign_event(&mut self, conversation: &mut Conversation, caller: &Arc<Caller>, made: Made, reply_to: ReplyTo) {
+    pub fn assign_event(
+        &mut self,
+        conversation: &mut Conversation,
+        caller: &Arc<Caller>,
+        made: Made,
+        reply_to: ReplyTo,
+    ) {
         if conversation.queue.len() >= self.cluster.config.conversation_queue_max || conversation.unwritten.is_full() {
             return self.cluster.answer(reply_to, Err(overloaded()));
         }
         let Made { event, id, print, kind } = made;
         let (sender, body) = (Some(caller.user.clone()), body::event(event));
-        let meta = match id.is_empty() {
-            true => Bytes::new(),
-            false => EntryMeta { print, ..EntryMeta::default() }.encode_to_vec().into(),
-        };
+        // The first entry of a user's own log says whose it is.
+        let begins = conversation.id == caller.self_id && conversation.assigned == 0;
+        let user_id = if begins { caller.user.to_string() } else { String::new() };
+        let meta = EntryMeta { user_id, print, ..EntryMeta::default() }.encode_to_vec().into();
         let row = self.next_row(conversation, EntryKind::Event, sender, &id, body, meta);
         if !id.is_empty() {
             let seen = Seen { seq: row.seq, sent_at: row.sent_at, body_hash: Some(print) };
@@ -246,7 +283,7 @@ impl Context {
     }
 
     /// A refusal rests on what is assigned: it is told once that is committed.
-    fn refuse_call(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo, status: StatusCode) {
+    pub fn refuse_call(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo, status: StatusCode) {
         if conversation.last_event > conversation.committed {
             let again = Completion::Again(Box::new(Request::Call { call, reply_to }));
             return conversation.waiters.entry(conversation.last_event).or_default().push(again);
@@ -255,7 +292,7 @@ impl Context {
         self.answer_read(reply_to, Err(status.to_status()));
     }
 
-    fn answer_settled(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo, reply: Bytes) {
+    pub fn answer_settled(&mut self, conversation: &mut Conversation, call: Call, reply_to: ReplyTo, reply: Bytes) {
         if conversation.last_event > conversation.committed {
             let again = Completion::Again(Box::new(Request::Call { call, reply_to }));
             return conversation.waiters.entry(conversation.last_event).or_default().push(again);
@@ -271,6 +308,10 @@ impl Context {
             conversation.waiters.entry(seq).or_default().push(completion);
         }
     }
+}
+
+fn is_owner(conversation: &Conversation, user: &UserId) -> bool {
+    conversation.deciding.members.get(user).is_some_and(|member| member.role == Role::Owner)
 }
 
 fn members(names: &[String]) -> Result<BTreeSet<UserId>, StatusCode> {

@@ -2,7 +2,7 @@
 
 mod details;
 
-pub use details::{Draft, Facts, mentions, shape};
+pub use details::{Draft, Facts, Mentions, mentions, shape};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use im_proto::{ConversationId, InstanceId, StatusCode, UserId, v1};
@@ -17,7 +17,7 @@ use super::{
     waiting::{Request, Slot},
 };
 use crate::{
-    conversation::Conversation,
+    conversation::{Conversation, Cursor},
     deadline::StoreCalls,
     fence::FenceService,
     message::{AnswerValue, HeadsQuery, ReplyTo, unavailable},
@@ -30,10 +30,12 @@ const READS_AT_A_TIME: usize = 32;
 
 impl Context {
     /// The head of an open conversation, for a user at a router. What is committed from now on is sent to that router.
-    pub fn head_of(&self, conversation: &mut Conversation, user: &UserId, router: &InstanceId, details: bool) -> Draft {
+    pub fn head_of(&self, conversation: &mut Conversation, asker: &Asker) -> Draft {
+        let Asker { user, router, .. } = asker;
         let registration = self.register(conversation, user, router);
         let cursor = conversation.cursor(user);
-        let head = v1::Head {
+        let subscribes = asker.subscribe && conversation.is_channel();
+        let mut head = v1::Head {
             conversation_id: conversation.id.to_bytes(),
             head: conversation.committed,
             counted: conversation.committed_counted,
@@ -44,9 +46,31 @@ impl Context {
             registered: registration == Registration::Made,
             ..v1::Head::default()
         };
-        let facts = if details { Facts::of(conversation, user) } else { Facts::default() };
-        Draft { id: conversation.id, head, read_all: cursor.all, facts }
+        if subscribes {
+            (head.kind, head.name) = (v1::ConversationKind::Channel.into(), conversation.settled.name.clone());
+        }
+        let facts = match asker.details {
+            true => Facts::of(conversation, user),
+            false => Facts::brief(conversation),
+        };
+        let (seq, counted, all) = (conversation.committed, conversation.committed_counted, conversation.committed_all);
+        // A writer's cursor is the owner's to keep; what others have read is only in the table.
+        let begins = subscribes && !conversation.settled.members.contains_key(user);
+        let begins = begins.then_some(Cursor { seq, counted, all });
+        Draft { id: conversation.id, head, read_all: cursor.all, facts, begins }
     }
+}
+
+/// Who asks for heads, and for what.
+#[derive(Clone, Debug)]
+pub struct Asker {
+    pub user: UserId,
+    /// Where the user's sessions are.
+    pub router: InstanceId,
+    /// With what a list shows.
+    pub details: bool,
+    /// The user subscribes to the channels.
+    pub subscribe: bool,
 }
 
 impl Worker {
@@ -59,38 +83,30 @@ impl Worker {
         if query.conversations.len() > CONVERSATIONS_MAX {
             return self.context.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
         }
+        let HeadsQuery { user, conversations, details, subscribe } = query;
+        let asker = Asker { user, router, details, subscribe };
         let (mut ready, mut opening, mut quiet) = (Vec::new(), Vec::new(), Vec::new());
-        for id in query.conversations {
+        for id in conversations {
             if !self.context.shards.is_active(self.context.cluster.shard_of(&id)) {
                 ready.push(Draft::unavailable(id));
                 continue;
             }
             match self.conversations.get_mut(&id) {
-                Some(Slot::Open(conversation)) => {
-                    ready.push(self.context.head_of(conversation, &query.user, &router, query.details))
-                }
-                Some(Slot::Opening { .. } | Slot::Raising { .. }) => {
+                Some(Slot::Open(conversation)) => ready.push(self.context.head_of(conversation, &asker)),
+                None if !subscribe => quiet.push(id),
+                Some(Slot::Opening { .. } | Slot::Raising { .. }) | None => {
                     let (answer, receiver) = oneshot::channel();
-                    self.request(
-                        id,
-                        Request::Head {
-                            user: query.user.clone(),
-                            router: router.clone(),
-                            details: query.details,
-                            answer,
-                        },
-                    );
+                    self.request(id, Request::Head { asker: asker.clone(), answer });
                     opening.push(receiver);
                 }
-                None => quiet.push(id),
             }
         }
         let asked = Asked {
             store: self.context.store.clone(),
             fence: self.context.fence.clone(),
             past_lease: self.context.past_lease(),
-            user: query.user,
-            details: query.details,
+            is_reachable: self.context.is_reachable(&asker.router),
+            asker,
         };
         let cluster = self.context.cluster.clone();
         self.context.cluster.environment.spawn(async move {
@@ -109,8 +125,9 @@ struct Asked {
     store: StoreCalls,
     fence: FenceService,
     past_lease: bool,
-    user: UserId,
-    details: bool,
+    /// What is pushed finds the way to who asks.
+    is_reachable: bool,
+    asker: Asker,
 }
 
 async fn gather(
@@ -119,13 +136,17 @@ async fn gather(
     opening: Vec<oneshot::Receiver<Draft>>,
     quiet: Vec<ConversationId>,
 ) -> Result<Vec<v1::Head>, StoreError> {
-    let Asked { store, fence, past_lease, user, details } = asked;
-    drafts.extend(at_a_time(quiet.into_iter().map(|id| quiet_head(&store, id))).await?);
+    let Asked { store, fence, past_lease, is_reachable, asker } = asked;
+    let mut quiet = at_a_time(quiet.into_iter().map(|id| quiet_head(&store, id))).await?;
+    // Entries of a channel will go to all routers that its owner can reach.
+    let is_lost = |draft: &&mut Draft| draft.facts.is_channel && !is_reachable;
+    quiet.iter_mut().filter(is_lost).for_each(|draft| draft.head.unavailable = true);
+    drafts.extend(quiet);
     for receiver in opening {
         let gone = |_| StoreError::Unconfirmed("the worker has ended".to_owned());
         drafts.push(receiver.await.map_err(gone)?);
     }
-    let mut heads = at_a_time(drafts.into_iter().map(|draft| draft.finish(&store, &user, details))).await?;
+    let mut heads = at_a_time(drafts.into_iter().map(|draft| draft.finish(&store, &asker.user, asker.details))).await?;
     // Which read was answered first is nobody's business.
     heads.sort_unstable_by(|one, other| one.conversation_id.cmp(&other.conversation_id));
     // What was read counts only if nobody else owned the shard meanwhile.
@@ -154,5 +175,5 @@ async fn quiet_head(store: &StoreCalls, id: ConversationId) -> Result<Draft, Sto
         first_seq: value.first_seq.max(1),
         ..v1::Head::default()
     };
-    Ok(Draft { id, head, read_all: 0, facts: Facts::stored(&value) })
+    Ok(Draft { id, head, read_all: 0, facts: Facts::stored(&value), begins: None })
 }

@@ -47,7 +47,7 @@ impl Context {
         request: &v1::HistoryRequest,
         reply_to: ReplyTo,
     ) {
-        if !conversation.settled.members.contains_key(&caller.user) {
+        if !conversation.may_read(&caller.user) {
             return self.answer_read(reply_to, Err(StatusCode::NotFound.to_status()));
         }
         let head = conversation.committed;

@@ -8,10 +8,7 @@ use im_storage::{StateWrite, Table};
 use prost::Message as _;
 
 use super::{Context, TICK, Worker, waiting::Slot};
-use crate::{
-    conversation::{Busy, Conversation},
-    state::CursorValue,
-};
+use crate::conversation::{Busy, Conversation};
 
 /// The applied mark is written at least this often, so that an open applies few entries again.
 const APPLIED_EVERY: u64 = 1024;
@@ -229,11 +226,5 @@ fn head_write(conversation: &Conversation) -> StateWrite {
 /// A cursor as a row: its timestamp is its seq, so it only moves forward.
 pub fn cursor_write(conversation: &Conversation, user: &UserId) -> Option<StateWrite> {
     let cursor = conversation.cursors.get(user)?;
-    Some(StateWrite {
-        table: Table::Cursors,
-        partition: conversation.id.to_bytes(),
-        key: Bytes::copy_from_slice(user.as_str().as_bytes()),
-        value: Some(CursorValue { counted: cursor.counted, all: cursor.all }.encode_to_vec().into()),
-        timestamp: cursor.seq,
-    })
+    Some(cursor.to_write(conversation.is_channel(), &conversation.id, user))
 }

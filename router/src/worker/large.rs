@@ -1,12 +1,16 @@
-//! Large conversations at their owner: entries go to registered routers, not to members.
+//! Large conversations and channels at their owner: entries go to registered routers, not to members.
 //!
 //! A router is registered by asking for the head, or by answering that somebody there follows the conversation. A member whose owner
 //! has not answered yet is *pending* and gets every entry by name as well. All members are pending when the conversation is opened or
 //! becomes large, new ones when they come. So the cost of an entry does not depend on the number of members, online or not.
+//!
+//! The readers of a channel are unknown here, so there is nobody to ask about: each router that can be reached gets its entries until it
+//! says that nobody there follows the channel, and again once somebody there asks for the head. A router that comes into reach later may
+//! have missed entries, so those who follow anything there are told to sync.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use im_proto::{ConversationId, InstanceId, ShardId, UserId};
@@ -14,6 +18,7 @@ use im_proto::{ConversationId, InstanceId, ShardId, UserId};
 use super::{Context, Worker, fan_out::Groups, waiting::Slot};
 use crate::{
     audience::AudiencePush,
+    cluster::Cluster,
     conversation::Conversation,
     message::{Answer, AnswerValue, AudienceDelivery, Follow, ReplyTo, ShardMessage},
     state::{Consequences, Kind},
@@ -22,14 +27,60 @@ use crate::{
 /// What the owner of a large conversation knows of those who follow it.
 #[derive(Debug, Default)]
 pub struct Large {
-    /// Routers where somebody follows.
-    registered: BTreeSet<InstanceId>,
+    routers: Routers,
     pending: BTreeMap<ShardId, Pending>,
     /// The pending members by their owners.
     groups: Groups,
     /// Entries below this one were sent by an earlier owner, or never; 0 if that does not matter.
     sent_from: u64,
     next_ask: u64,
+}
+
+/// Which routers get the entries.
+#[derive(Debug)]
+enum Routers {
+    /// Those where somebody follows.
+    Registered(BTreeSet<InstanceId>),
+    /// All but those where nobody does.
+    AllBut(BTreeSet<InstanceId>),
+}
+
+impl Default for Routers {
+    fn default() -> Self {
+        Routers::Registered(BTreeSet::new())
+    }
+}
+
+impl Routers {
+    /// Somebody at a router follows the conversation; `false` if it gets the entries anyway.
+    fn add(&mut self, router: &InstanceId) -> bool {
+        match self {
+            Routers::Registered(registered) => registered.insert(router.clone()),
+            Routers::AllBut(others) => others.remove(router),
+        }
+    }
+
+    /// Nobody there does, or the router is gone.
+    fn remove(&mut self, router: &InstanceId) {
+        match self {
+            Routers::Registered(registered) => registered.remove(router),
+            Routers::AllBut(others) => others.insert(router.clone()),
+        };
+    }
+
+    /// Whom the next entry goes to. What is known of routers that are gone is forgotten.
+    fn targets(&mut self, cluster: &Cluster) -> Vec<InstanceId> {
+        match self {
+            Routers::Registered(registered) => registered.iter().cloned().collect(),
+            Routers::AllBut(others) => {
+                cluster.audiences.sent_to_all.store(true, Ordering::Release);
+                let own = &cluster.config.instance;
+                let peers = cluster.peers.read();
+                others.retain(|router| router == own || peers.contains_key(router));
+                peers.keys().chain([own]).filter(|router| !others.contains(*router)).cloned().collect()
+            }
+        }
+    }
 }
 
 /// Members of one shard whose owner has not answered.
@@ -63,8 +114,11 @@ impl Large {
 impl Context {
     /// A conversation with this many members is opened: nobody is registered yet. Entries from `sent_from` on are sent by this owner.
     pub fn open_large(&mut self, conversation: &mut Conversation, sent_from: u64) {
-        let is_large = conversation.settled.kind == Kind::Group
-            && conversation.settled.members.len() > self.cluster.config.large_members;
+        let is_large = match conversation.settled.kind {
+            Kind::Group => conversation.settled.members.len() > self.cluster.config.large_members,
+            Kind::Channel => true,
+            _ => false,
+        };
         if is_large {
             self.become_large(conversation, sent_from);
         }
@@ -72,6 +126,9 @@ impl Context {
 
     fn become_large(&mut self, conversation: &mut Conversation, sent_from: u64) {
         let mut large = Box::new(Large { sent_from, ..Large::default() });
+        if conversation.is_channel() {
+            large.routers = Routers::AllBut(BTreeSet::new());
+        }
         for user in conversation.settled.members.keys() {
             large.add(self.cluster.shard_of_user(user), user.clone());
         }
@@ -114,28 +171,36 @@ impl Context {
 
     /// A router that asks for the head of a large conversation is registered with it; `false` if pushes would not find it yet.
     pub fn register(&self, conversation: &mut Conversation, user: &UserId, router: &InstanceId) -> Registration {
-        let is_member = conversation.settled.members.contains_key(user);
-        let Some(large) = conversation.large.as_mut().filter(|_| is_member) else { return Registration::None };
-        if *router != self.cluster.config.instance && !self.cluster.peers.read().contains_key(router) {
+        let may_read = conversation.may_read(user);
+        let Some(large) = conversation.large.as_mut().filter(|_| may_read) else { return Registration::None };
+        if !self.is_reachable(router) {
             return Registration::Unreachable;
         }
-        large.registered.insert(router.clone());
+        large.routers.add(router);
         Registration::Made
+    }
+
+    /// Whether there is a way to a router.
+    pub fn is_reachable(&self, router: &InstanceId) -> bool {
+        *router == self.cluster.config.instance || self.cluster.peers.read().contains_key(router)
     }
 
     /// Sends frames to all registered routers; returns the groups of members that must get them by name.
     pub fn push_large(&self, conversation: &mut Conversation, push: &AudiencePush<'_>) {
         let Some(large) = &mut conversation.large else { return };
         let shard = conversation.shard;
-        large.registered.retain(|router| {
+        for router in large.routers.targets(&self.cluster) {
             let mut stays = true;
-            if *router == self.cluster.config.instance {
+            self.cluster.metrics.audience_pushes.increment(1);
+            if router == self.cluster.config.instance {
                 self.cluster.audiences.push(&self.cluster, push, || stays = false);
             } else {
-                stays = self.cluster.send_audience(router, shard, &AudienceDelivery::of(push));
+                stays = self.cluster.send_audience(&router, shard, &AudienceDelivery::of(push));
             }
-            stays
-        });
+            if !stays {
+                large.routers.remove(&router);
+            }
+        }
         if !large.pending.is_empty() {
             let users =
                 large.pending.iter().flat_map(|(shard, pending)| pending.users.iter().map(|user| (*shard, user)));
@@ -168,7 +233,7 @@ impl Worker {
         };
         large.pending.remove(&shard);
         large.groups.invalidate();
-        let is_new = registered && large.registered.insert(router.clone());
+        let is_new = registered && large.routers.add(&router);
         if is_new && pushed_through > 0 && pushed_through + 1 < large.sent_from {
             self.context.cluster.resync_audience(&router, conversation.shard, id);
         }
@@ -179,7 +244,7 @@ impl Worker {
         if let Some(Slot::Open(conversation)) = self.conversations.get_mut(id)
             && let Some(large) = &mut conversation.large
         {
-            large.registered.remove(router);
+            large.routers.remove(router);
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     conversation::{Busy, Conversation, Cursor},
     deadline::StoreCalls,
     message::{AnswerValue, Delivery, ReplyTo, ShardMessage, overloaded, unavailable},
-    state::{CursorValue, Kind},
+    state::{Kind, cursor_partition},
 };
 
 /// What is stored of a user's cursors.
@@ -38,8 +38,7 @@ impl Worker {
 impl Context {
     /// A delivery receipt. One of somebody else is nothing.
     pub fn received(&mut self, conversation: &mut Conversation, caller: &Caller, seq: u64) {
-        let is_member = conversation.settled.members.contains_key(&caller.user);
-        if !is_member || matches!(conversation.settled.kind, Kind::SelfLog(_)) {
+        if !conversation.may_read(&caller.user) || matches!(conversation.settled.kind, Kind::SelfLog(_)) {
             return self.cluster.metrics.signals_dropped.increment(1);
         }
         let seq = seq.min(conversation.committed);
@@ -67,8 +66,8 @@ impl Context {
             return step(self, Some(conversation), user);
         }
         let (store, id, user) = (self.store.clone(), conversation.id, user.clone());
-        let asked = user.clone();
-        let read = async move { read_cursors(&store, id, &asked).await };
+        let (asked, partition) = (user.clone(), cursor_partition(conversation.is_channel(), &id, &user));
+        let read = async move { read_cursors(&store, &partition, &asked).await };
         self.then(read, move |worker, outcome| {
             let Worker { context, conversations } = worker;
             match (conversations.get_mut(&id), outcome) {
@@ -85,7 +84,10 @@ impl Context {
     /// Moves a user's read cursor to an entry, and answers once it is stored.
     pub fn mark_read(&mut self, conversation: &mut Conversation, user: &UserId, seq: u64, reply_to: ReplyTo) {
         if !conversation.settled.members.contains_key(user) {
-            return self.answer_read(reply_to, Err(StatusCode::NotFound.to_status()));
+            return match conversation.is_channel() {
+                true => self.mark_read_by_subscriber(conversation, user, seq, reply_to),
+                false => self.answer_read(reply_to, Err(StatusCode::NotFound.to_status())),
+            };
         }
         self.with_cursors(conversation, user, move |context, conversation, user| {
             let Some(conversation) = conversation else { return context.refuse(reply_to) };
@@ -207,7 +209,7 @@ impl Context {
     }
 
     /// Frames for one user's own devices.
-    fn tell_user(&self, user: &UserId, frames: Bytes) {
+    pub fn tell_user(&self, user: &UserId, frames: Bytes) {
         let shard = self.cluster.shard_of_user(user);
         let (users, spans) = (Arc::from([user.clone()]), Arc::from([(shard, 1)]));
         let delivery = Delivery { frames, users, spans, except: None };
@@ -217,7 +219,7 @@ impl Context {
 
 /// Whether the members see each other's receipts.
 pub fn is_small(conversation: &Conversation) -> bool {
-    conversation.settled.members.len() <= limits::RECEIPT_MEMBERS_MAX
+    !conversation.is_channel() && conversation.settled.members.len() <= limits::RECEIPT_MEMBERS_MAX
 }
 
 /// The key of a received cursor: no user id has a zero byte.
@@ -226,26 +228,26 @@ pub fn received_key(user: &UserId) -> Bytes {
 }
 
 fn encode_receipt(conversation: &Conversation, user: &UserId, out: &mut BytesMut) {
-    let cursor = conversation.cursor(user);
-    let receipt = v1::Receipt {
-        received_seq: conversation.marks.received(user).max(cursor.seq),
-        read_seq: cursor.seq,
-        read_counted: cursor.counted,
-    };
+    encode_cursor(&conversation.id, user, conversation.cursor(user), conversation.marks.received(user), out);
+}
+
+/// How far a user has come, as a frame.
+pub fn encode_cursor(id: &ConversationId, user: &UserId, cursor: Cursor, received: u64, out: &mut BytesMut) {
+    let receipt =
+        v1::Receipt { received_seq: received.max(cursor.seq), read_seq: cursor.seq, read_counted: cursor.counted };
     let signal = v1::Signal {
-        target: Some(v1::signal::Target::ConversationId(conversation.id.to_bytes())),
+        target: Some(v1::signal::Target::ConversationId(id.to_bytes())),
         sender: user.to_string(),
         signal: Some(v1::signal::Signal::Receipt(receipt)),
     };
     frame::encode_frame(&v1::ServerFrame { frame: Some(v1::server_frame::Frame::Signal(signal)) }, out);
 }
 
-async fn read_cursors(store: &StoreCalls, id: ConversationId, user: &UserId) -> Result<Stored, StoreError> {
-    let read = store.read(Table::Cursors, id.as_bytes(), user.as_str().as_bytes()).await?;
-    let received = store.read(Table::Cursors, id.as_bytes(), &received_key(user)).await?;
-    let read = read.and_then(|row| {
-        let value = CursorValue::decode(row.value).ok()?;
-        Some(Cursor { seq: row.timestamp, counted: value.counted, all: value.all })
-    });
-    Ok(Stored { read: read.unwrap_or_default(), received: received.map_or(0, |row| row.timestamp) })
+async fn read_cursors(store: &StoreCalls, partition: &[u8], user: &UserId) -> Result<Stored, StoreError> {
+    let read = store.read(Table::Cursors, partition, user.as_str().as_bytes()).await?;
+    let received = store.read(Table::Cursors, partition, &received_key(user)).await?;
+    Ok(Stored {
+        read: read.and_then(Cursor::of_row).unwrap_or_default(),
+        received: received.map_or(0, |row| row.timestamp),
+    })
 }

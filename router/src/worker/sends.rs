@@ -183,8 +183,8 @@ impl Context {
             }
             Kind::Direct(one, other) => caller.user == *one || caller.user == *other,
             Kind::SelfLog(owner) => caller.user == *owner,
-            Kind::Group if conversation.is_member(&caller.user) => true,
-            Kind::Group => return Permission::NotNow,
+            Kind::Group | Kind::Channel if conversation.is_member(&caller.user) => true,
+            Kind::Group | Kind::Channel => return Permission::NotNow,
         };
         if is_one_of_two { Permission::Given } else { Permission::Never }
     }
@@ -222,7 +222,9 @@ impl Context {
             return conversation.waiters.entry(conversation.last_event).or_default().push(again);
         }
         self.cluster.metrics.sends_refused.increment(1);
-        let status = StatusCode::NotFound.to_status();
+        // A channel is no secret: anybody may read it.
+        let code = if conversation.is_channel() { StatusCode::Forbidden } else { StatusCode::NotFound };
+        let status = code.to_status();
         self.answer_send(conversation, &caller, send.client_message_id, answer, status);
     }
 }
@@ -308,6 +310,9 @@ impl Context {
             ReplyKind::GroupInvite => v1::GroupInviteReply { seq }.encode_to_vec(),
             ReplyKind::GroupLeave => v1::GroupLeaveReply { seq }.encode_to_vec(),
             ReplyKind::SetVisibility => v1::PresenceSetVisibilityReply { seq }.encode_to_vec(),
+            ReplyKind::ChannelCreate => v1::ChannelCreateReply { conversation_id: id.to_bytes(), seq }.encode_to_vec(),
+            ReplyKind::Subscribe => v1::ChannelSubscribeReply { own_seq: seq }.encode_to_vec(),
+            ReplyKind::Unsubscribe => v1::ChannelUnsubscribeReply { own_seq: seq }.encode_to_vec(),
         };
         AnswerValue::Reply(reply.into())
     }

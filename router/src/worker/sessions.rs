@@ -200,7 +200,12 @@ impl Worker {
         }
         // The session is recorded: whatever is committed from now on is pushed to it, so the version may be read afterwards.
         let (sender, receiver) = oneshot::channel();
-        let query = HeadsQuery { user: caller.user.clone(), conversations: vec![caller.self_id], details: false };
+        let query = HeadsQuery {
+            user: caller.user.clone(),
+            conversations: vec![caller.self_id],
+            details: false,
+            subscribe: false,
+        };
         self.heads(query, ReplyTo::Task(sender));
         self.context.then(receiver, move |worker, answer| {
             let head = match answer {

@@ -94,7 +94,8 @@ impl Context {
     ) -> Result<(), StatusCode> {
         use v1::signal::Signal;
         if !conversation.settled.members.contains_key(&caller.user) {
-            return Err(StatusCode::NotFound);
+            // Any number of readers would tell any number of readers.
+            return Err(if conversation.is_channel() { StatusCode::Forbidden } else { StatusCode::NotFound });
         }
         match &signal {
             // The server's own.

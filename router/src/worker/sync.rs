@@ -55,9 +55,13 @@ impl Context {
         .map(|(id, row)| (*id, row.clone()))
         .collect();
         // Before any owner can register this router: what it sends from then on must find the user.
-        let is_group = |row: &ListRow| row.kind == v1::ConversationKind::Group && !row.left();
-        let groups: Vec<ConversationId> =
-            rows.iter().take(limit).filter(|(_, row)| is_group(row)).map(|(id, _)| *id).collect();
+        let of_kind = |kind: v1::ConversationKind| {
+            let rows = rows.iter().take(limit).filter(move |(_, row)| row.kind == kind && !row.left());
+            rows.map(|(id, _)| *id).collect::<Vec<ConversationId>>()
+        };
+        let groups = of_kind(v1::ConversationKind::Group);
+        let channels = of_kind(v1::ConversationKind::Channel);
+        channels.iter().for_each(|channel| self.follow_channel(&caller.user, channel));
         let (user, sync) = (caller.user.clone(), self.follow_while_asking(&caller.user, &groups));
         let (cluster, version) = (self.cluster.clone(), conversation.committed);
         let invisible = conversation.settled.invisible;
@@ -154,7 +158,7 @@ pub async fn ask_heads(
     let mut answers = Vec::with_capacity(by_shard.len());
     for (shard, conversations) in by_shard {
         let (sender, receiver) = oneshot::channel();
-        let query = HeadsQuery { user: user.clone(), conversations, details };
+        let query = HeadsQuery { user: user.clone(), conversations, details, subscribe: false };
         cluster.send(shard, ShardMessage::Heads(query), ReplyTo::Task(sender));
         answers.push(receiver);
     }

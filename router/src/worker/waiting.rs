@@ -3,14 +3,14 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
-use im_proto::{ConversationId, InstanceId, UserId, v1};
+use im_proto::{ConversationId, UserId, v1};
 use tokio::sync::oneshot;
 
 use crate::{
     caller::Caller,
     conversation::Conversation,
     message::{Call, Effect, ReplyTo},
-    worker::heads::Draft,
+    worker::heads::{Asker, Draft},
 };
 
 /// Something to do in a conversation. While it is being opened, requests wait in the order in which they came.
@@ -21,7 +21,7 @@ pub enum Request {
     Received { caller: Arc<Caller>, seq: u64 },
     Effect { effect: Effect, reply_to: ReplyTo },
     Call { call: Call, reply_to: ReplyTo },
-    Head { user: UserId, router: InstanceId, details: bool, answer: oneshot::Sender<Draft> },
+    Head { asker: Asker, answer: oneshot::Sender<Draft> },
 }
 
 impl Request {

@@ -138,6 +138,7 @@ fn happened(event: v1::SystemEvent) -> String {
         Some(Event::GroupCreated(group)) => {
             format!("{} created the group “{}” with {}", group.creator, group.name, people(&group.members))
         }
+        Some(Event::ChannelCreated(channel)) => format!("{} created the channel “{}”", channel.creator, channel.name),
         Some(Event::MembersJoined(joined)) if joined.members == [joined.invited_by.clone()] => {
             format!("{} joined", joined.invited_by)
         }

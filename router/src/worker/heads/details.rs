@@ -11,7 +11,7 @@ use prost::Message as _;
 use crate::{
     conversation::{Conversation, Cursor},
     deadline::StoreCalls,
-    state::{CursorValue, Kind, MemberValue, mention_partition},
+    state::{MemberValue, cursor_partition, mention_partition},
     worker::{fan_out, idle::HeadValue, receipts},
 };
 
@@ -24,6 +24,8 @@ const MEMBER_READS_MAX: usize = 64;
 /// What the owner knows of a conversation at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
+    /// Each reader of a channel has a cursor of its own partition.
+    pub is_channel: bool,
     /// The running number of mentions of all, at the head.
     all: u64,
     newest_counted: u64,
@@ -57,16 +59,22 @@ impl Facts {
             Others::Nobody
         };
         let unwritten = conversation.mentions_unwritten.iter().filter(|(_, users)| users.contains(user));
-        if !members.contains_key(user) {
+        if !conversation.may_read(user) {
             return Self::default();
         }
         Self {
+            is_channel: conversation.is_channel(),
             all: conversation.committed_all,
             newest_counted: conversation.newest_counted,
             newest_mention: conversation.newest_mention,
             unwritten: unwritten.map(|(seq, _)| *seq).collect(),
             others,
         }
+    }
+
+    /// Of an open conversation of which a list shows nothing.
+    pub fn brief(conversation: &Conversation) -> Self {
+        Self { is_channel: conversation.is_channel(), ..Self::default() }
     }
 
     /// Of a quiet conversation.
@@ -77,6 +85,7 @@ impl Facts {
             _ => Others::Nobody,
         };
         Self {
+            is_channel: head.kind == v1::ConversationKind::Channel as i32,
             all: head.all,
             newest_counted: head.newest_counted,
             newest_mention: head.newest_mention,
@@ -100,13 +109,15 @@ pub struct Draft {
     /// The running number of mentions of all, at the user's read cursor.
     pub read_all: u64,
     pub facts: Facts,
+    /// The user subscribes: where the cursor is to begin.
+    pub begins: Option<Cursor>,
 }
 
 impl Draft {
     /// The owner cannot answer for this one now.
     pub fn unavailable(id: ConversationId) -> Self {
         let head = v1::Head { conversation_id: id.to_bytes(), unavailable: true, ..v1::Head::default() };
-        Self { id, head, read_all: 0, facts: Facts::default() }
+        Self { id, head, read_all: 0, facts: Facts::default(), begins: None }
     }
 
     /// Reads what is missing.
@@ -115,8 +126,11 @@ impl Draft {
             return Ok(self.head);
         }
         if !details || matches!(self.facts.others, Others::Nobody) {
-            let row = store.read(Table::Cursors, self.id.as_bytes(), user.as_str().as_bytes()).await?;
-            self.read_to(row);
+            if let Some(cursor) = self.begins {
+                store.write(vec![cursor.to_write(self.facts.is_channel, &self.id, user)]).await?;
+            }
+            let partition = cursor_partition(self.facts.is_channel, &self.id, user);
+            self.read_to(store.read(Table::Cursors, &partition, user.as_str().as_bytes()).await?);
         } else {
             self.cursors(store, user).await?;
         }
@@ -133,10 +147,9 @@ impl Draft {
     fn read_to(&mut self, row: Option<StateRow>) {
         if let Some(row) = row
             && row.timestamp > self.head.read_seq
-            && let Ok(value) = CursorValue::decode(row.value)
+            && let Some(cursor) = Cursor::of_row(row)
         {
-            self.head.read_seq = row.timestamp;
-            (self.head.read_counted, self.read_all) = (value.counted, value.all);
+            (self.head.read_seq, self.head.read_counted, self.read_all) = (cursor.seq, cursor.counted, cursor.all);
         }
     }
 
@@ -263,11 +276,5 @@ pub async fn mentions(
 
 /// What kind it is, and how many members, for the head row.
 pub fn shape(conversation: &Conversation) -> (i32, u64) {
-    let kind = match &conversation.settled.kind {
-        Kind::Empty => v1::ConversationKind::Unspecified,
-        Kind::Direct(..) => v1::ConversationKind::Direct,
-        Kind::Group => v1::ConversationKind::Group,
-        Kind::SelfLog(_) => v1::ConversationKind::Self_,
-    };
-    (kind.into(), conversation.settled.members.len() as u64)
+    (conversation.settled.kind.to_wire().into(), conversation.settled.members.len() as u64)
 }

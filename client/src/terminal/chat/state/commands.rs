@@ -99,7 +99,9 @@ impl Chat {
         let online = self.is_online();
         let conversation = &mut self.conversations[index];
         let recent = conversation.typing_told.is_some_and(|told| now.as_millis() - told.as_millis() < TYPING_AGAIN_MS);
-        let to_others = conversation.kind != v1::ConversationKind::Self_ && conversation.head > 0;
+        // To nobody in one's own log, to too many in a channel.
+        let quiet = matches!(conversation.kind, v1::ConversationKind::Self_ | v1::ConversationKind::Channel);
+        let to_others = !quiet && conversation.head > 0;
         if !online || recent || !to_others {
             return;
         }

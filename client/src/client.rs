@@ -1,5 +1,6 @@
 //! The handle that applications hold. Cheap to clone; when the last clone is dropped the client ends.
 
+mod devices;
 mod marks;
 mod presence;
 

@@ -4,6 +4,7 @@ mod api;
 mod channels;
 mod chat;
 mod cluster;
+mod devices;
 mod edges;
 mod inputs;
 mod lists;

@@ -60,6 +60,8 @@ limits! {
     DEDUPE_SCAN_ENTRIES_MAX: u64 = 65_536;
     /// Newest entries that an owner remembers for idempotency.
     DEDUPE_ENTRIES: usize = 1_024;
+    /// Devices of a user that are kept; beyond it the one that was seen longest ago is forgotten.
+    DEVICES_MAX: usize = 128;
     /// Users whose presence is read in one call.
     PRESENCE_USERS_MAX: usize = 32;
     /// Users whose presence one session subscribes to.

@@ -87,7 +87,7 @@ statuses! {
     TokenExpired = 6, "token expired", After, true;
     /// The device or token was revoked.
     Revoked = 7, "revoked", Never, true;
-    /// A newer session of the same device or platform took this one's place.
+    /// A newer session of the same device or platform took this one's place, or another device of the user ended it.
     KickedByAnotherDevice = 8, "kicked by another device", Never, true;
     /// The caller may not do this.
     Forbidden = 9, "forbidden", Never, false;

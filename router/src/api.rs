@@ -69,9 +69,12 @@ pub fn conversation_of(
         Method::MessageHistory => target(cluster, caller, decode!(v1::HistoryRequest).target),
         Method::ConversationMarkRead => target(cluster, caller, decode!(v1::MarkReadRequest).target),
         Method::ConversationSignal => target(cluster, caller, decode!(v1::SignalRequest).target),
-        Method::ConversationSync | Method::PresenceRead | Method::PresenceSubscribe | Method::PresenceSetVisibility => {
-            Ok(caller.self_id)
-        }
+        Method::ConversationSync
+        | Method::PresenceRead
+        | Method::PresenceSubscribe
+        | Method::PresenceSetVisibility
+        | Method::DeviceList
+        | Method::DeviceKick => Ok(caller.self_id),
         // The list that a channel comes into or goes out of.
         Method::ChannelSubscribe | Method::ChannelUnsubscribe => Ok(caller.self_id),
         Method::ChannelCreate => {

@@ -9,8 +9,8 @@ use im_proto::{
     status::GRPC_METADATA,
     v1::{
         self, channel_service_server as channel, conversation_service_server as conversation,
-        group_service_server as group, message_service_server as message, placement_service_server as placement_server,
-        presence_service_server as presence,
+        device_service_server as device, group_service_server as group, message_service_server as message,
+        placement_service_server as placement_server, presence_service_server as presence,
     },
 };
 use prost::Message;
@@ -43,12 +43,21 @@ impl Router {
             conversation::ConversationServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let group = group::GroupServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let channel = channel::ChannelServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
+        let device = device::DeviceServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let presence = presence::PresenceServiceServer::new(api.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
         let placement = placement_server::PlacementServiceServer::new(api).max_decoding_message_size(REQUEST_BYTES_MAX);
-        let names =
-            [name(&message), name(&conversation), name(&group), name(&channel), name(&presence), name(&placement)];
+        let names = [
+            name(&message),
+            name(&conversation),
+            name(&group),
+            name(&channel),
+            name(&device),
+            name(&presence),
+            name(&placement),
+        ];
         let routes = self.health_and_reflection(&names).await?;
         let routes = routes.add_service(message).add_service(conversation).add_service(group).add_service(channel);
+        let routes = routes.add_service(device);
         Ok(routes.add_service(presence).add_service(placement))
     }
 
@@ -191,6 +200,11 @@ service!(channel::ChannelService {
     create: ChannelCreate, ChannelCreateRequest => ChannelCreateReply;
     subscribe: ChannelSubscribe, ChannelSubscribeRequest => ChannelSubscribeReply;
     unsubscribe: ChannelUnsubscribe, ChannelUnsubscribeRequest => ChannelUnsubscribeReply;
+});
+
+service!(device::DeviceService {
+    list: DeviceList, DeviceListRequest => DeviceListReply;
+    kick: DeviceKick, DeviceKickRequest => DeviceKickReply;
 });
 
 service!(presence::PresenceService {

@@ -39,6 +39,8 @@ pub struct Metrics {
     pub presence_watches: Gauge,
     pub presence_pushes: Counter,
     pub presence_watches_refused: Counter,
+    pub devices_written: Counter,
+    pub devices_kicked: Counter,
     pub gateways_shedding: Gauge,
 }
 
@@ -78,6 +80,8 @@ impl Metrics {
             presence_watches: gauge!("im_router_presence_watches"),
             presence_pushes: counter!("im_router_presence_pushes_total"),
             presence_watches_refused: counter!("im_router_presence_watches_refused_total"),
+            devices_written: counter!("im_router_devices_written_total"),
+            devices_kicked: counter!("im_router_devices_kicked_total"),
             sessions_moved: counter!("im_router_sessions_moved_total"),
             gateways_shedding: gauge!("im_router_gateways_shedding"),
         }

@@ -17,6 +17,7 @@ mod calls;
 mod channels;
 mod commit;
 mod describe;
+mod devices;
 mod groups;
 pub mod heads;
 mod history;

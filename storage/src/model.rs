@@ -154,7 +154,8 @@ pub enum Table {
     Origins = 8,
     /// Read cursors. Partition: conversation. Key: user id; with a zero byte behind it: the received cursor. Timestamp: seq.
     Cursors = 9,
-    /// Devices of a user. Partition: the self log. Key: device id.
+    /// Devices of a user. Partition: the self log. Key: slot (1 byte), so that a partition never has more rows than there may be
+    /// devices, nor deleted ones. Timestamp: when it was written, in milliseconds.
     Devices = 10,
     /// Entries that mention a user by name. Partition: conversation, then the user id. Key: seq (8 bytes big-endian). Timestamp: seq.
     Mentions = 11,

@@ -184,6 +184,9 @@ pub(super) enum Command {
         #[arg(value_enum)]
         switch: Switch,
     },
+    /// Your devices: which there are, and the end of the session of one of them.
+    #[command(subcommand, after_help = "Example: im --as alice device list")]
+    Device(Device),
     /// Chat on the full screen: your conversations, history, who is typing, what was delivered and read.
     #[command(
         after_help = "Example: im --as alice chat @bob\n\nF1 in it names the keys; Ctrl-C leaves it. Messages on their \
@@ -280,6 +283,20 @@ pub(super) enum Channel {
         /// Words, joined by spaces.
         #[arg(required = true)]
         text: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Device {
+    /// Print your devices: id, platform, client, this, connected or away, when it was last seen, separated by tabs.
+    #[command(after_help = "Example: im --as alice device list --format json")]
+    List,
+    /// End the session of one of your devices, wherever it is connected. Its token still holds: whoever uses it again is let in.
+    #[command(after_help = "Example: im --as alice device kick phone")]
+    Kick {
+        /// The device id, as `im device list` prints it.
+        #[arg(value_name = "DEVICE")]
+        id: DeviceId,
     },
 }
 
@@ -401,6 +418,8 @@ mod tests {
             ("im list --as a/", "'a/' for '--as <USER[/DEVICE]>': an id must not be empty"),
             ("im list --format xml", "'xml' for '--format <FORMAT>'\n  [possible values: plain, json]"),
             ("im group leave 12", "'12' for '<ID>': expected a conversation id of 32 hexadecimal digits, as `im list`"),
+            ("im device kick", "<DEVICE>"),
+            ("im device kick a\tb", "'a\tb' for '<DEVICE>': an id must not hold control characters or white space"),
             ("im completions dos", "'dos' for '<SHELL>'\n  [possible values: bash"),
             ("im man", "--out <DIR>"),
             ("im send @bob", "<TEXT>..."),

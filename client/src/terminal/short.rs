@@ -1,15 +1,15 @@
-//! The commands that ask once and end: `send`, `list`, `group …`, `channel …`, `presence`, `invisible`, `locate`, and `history`, which
-//! asks page by page.
+//! The commands that ask once and end: `send`, `list`, `group …`, `channel …`, `device …`, `presence`, `invisible`, `locate`, and
+//! `history`, which asks page by page.
 
 use std::time::Duration;
 
-use im_proto::{body, v1};
+use im_proto::{Timestamp, body, v1};
 use serde::Serialize;
 
 use crate::{client::Client, config::Target};
 
 use super::{
-    args::{Channel, Command, Format, Group},
+    args::{Channel, Command, Device, Format, Group},
     failure::Failure,
     history,
     output::{Output, rfc3339},
@@ -31,6 +31,7 @@ pub(super) async fn run(
         Command::Channel(channel) => run_channel(client, channel, timeout, output).await,
         Command::Presence { users, watch: false } => presence::read(client, &users, output).await,
         Command::Invisible { switch } => presence::invisible(client, switch).await,
+        Command::Device(device) => run_device(client, device, output).await,
         Command::Locate => locate(client, output).await,
         Command::Pipe { .. }
         | Command::Presence { .. }
@@ -163,6 +164,70 @@ async fn members(client: &Client, id: im_proto::ConversationId, output: &mut Out
         }
     }
     Ok(())
+}
+
+#[derive(Serialize)]
+struct DeviceJson<'a> {
+    device: &'a str,
+    platform: &'a str,
+    client_name: &'a str,
+    client_version: &'a str,
+    connected: bool,
+    current: bool,
+    /// Absent while it is not stored yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_seen: Option<String>,
+    last_seen: String,
+}
+
+#[derive(Serialize)]
+struct KickedJson {
+    device: String,
+    was_connected: bool,
+}
+
+async fn run_device(client: &Client, command: Device, output: &mut Output) -> Result<(), Failure> {
+    match command {
+        Device::List => {
+            let devices = client.devices().await?;
+            devices.iter().try_for_each(|device| print_device(device, output))
+        }
+        Device::Kick { id } => {
+            let was_connected = client.kick_device(&id).await?;
+            match output.format() {
+                Format::Plain => output.line(if was_connected { "kicked" } else { "was not connected" }),
+                Format::Json => output.json(&KickedJson { device: id.to_string(), was_connected }),
+            }
+        }
+    }
+}
+
+fn print_device(device: &v1::Device, output: &mut Output) -> Result<(), Failure> {
+    let v1::Device { device_id, platform, client_name, client_version, connected, current, .. } = device;
+    let time = |millis| rfc3339(Timestamp::from_millis(millis));
+    let last_seen = time(device.last_seen_ms);
+    match output.format() {
+        Format::Plain => {
+            // A client may call itself anything.
+            let client = format!("{client_name} {client_version}").replace(char::is_control, " ");
+            let state = match (current, connected) {
+                (true, _) => "this",
+                (false, true) => "connected",
+                (false, false) => "away",
+            };
+            output.line(&format!("{device_id}\t{platform}\t{}\t{state}\t{last_seen}", client.trim()))
+        }
+        Format::Json => output.json(&DeviceJson {
+            device: device_id,
+            platform,
+            client_name,
+            client_version,
+            connected: *connected,
+            current: *current,
+            first_seen: (device.first_seen_ms != 0).then(|| time(device.first_seen_ms)),
+            last_seen,
+        }),
+    }
 }
 
 #[derive(Serialize)]

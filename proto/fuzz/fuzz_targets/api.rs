@@ -33,6 +33,8 @@ fuzz_target!(|data: (u32, &[u8])| {
     read::<v1::ChannelCreateRequest>(data);
     read::<v1::ChannelSubscribeRequest>(data);
     read::<v1::ChannelUnsubscribeRequest>(data);
+    read::<v1::DeviceListRequest>(data);
+    read::<v1::DeviceKickRequest>(data);
     read::<v1::SendReply>(data);
     read::<v1::HistoryReply>(data);
     read::<v1::SyncReply>(data);
@@ -49,4 +51,6 @@ fuzz_target!(|data: (u32, &[u8])| {
     read::<v1::ChannelCreateReply>(data);
     read::<v1::ChannelSubscribeReply>(data);
     read::<v1::ChannelUnsubscribeReply>(data);
+    read::<v1::DeviceListReply>(data);
+    read::<v1::DeviceKickReply>(data);
 });

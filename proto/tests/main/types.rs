@@ -29,6 +29,7 @@ types! {
     Target SendRequest SendReply HistoryRequest HistoryReply HistoryEntry SyncRequest SyncHave SyncReply ConversationRow
     MemberCursor MarkReadRequest MarkReadReply SignalRequest SignalReply GroupCreateRequest GroupCreateReply GroupInviteRequest GroupInviteReply GroupLeaveRequest
     GroupLeaveReply GroupMembersRequest GroupMembersReply GroupMember LocateRequest LocateReply Endpoint
+    DeviceListRequest DeviceListReply Device DeviceKickRequest DeviceKickReply
     PresenceReadRequest PresenceReadReply UserPresence PresenceSubscribeRequest PresenceSubscribeReply
     PresenceSetVisibilityRequest PresenceSetVisibilityReply
     ChannelCreateRequest ChannelCreateReply ChannelSubscribeRequest ChannelSubscribeReply ChannelUnsubscribeRequest

@@ -16,6 +16,9 @@ use crate::{
 impl Worker {
     /// A call for one of this worker's conversations.
     pub fn take_call(&mut self, call: Call, reply_to: ReplyTo) {
+        if matches!(call.method, Method::DeviceList | Method::DeviceKick) {
+            return self.context.device_call(call, reply_to);
+        }
         match api::conversation_of(&self.context.cluster, &call.caller, call.method, &call.request) {
             Ok(id) => self.request(id, Request::Call { call, reply_to }),
             Err(status) => self.context.cluster.answer(reply_to, Err(status.to_status())),
@@ -103,7 +106,7 @@ impl Context {
                 self.group_members(conversation, &call.caller, &request, reply_to);
             }
             // Answered without a conversation.
-            Method::PlacementLocate => return Err(reply_to),
+            Method::PlacementLocate | Method::DeviceList | Method::DeviceKick => return Err(reply_to),
         }
         Ok(())
     }

@@ -49,6 +49,7 @@ impl Worker {
         }
         self.context.flush_resyncs();
         self.tick_presence();
+        self.context.look_after_devices();
         self.expire_appends();
         let now = self.context.now();
         self.context.scans.sweep(now);

@@ -15,6 +15,7 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     Context, Worker,
+    devices::Devices,
     following::Following,
     presence::{Departure, Presences, Sight},
     shedding::Shedding,
@@ -29,11 +30,13 @@ use crate::{
 
 /// A live session.
 #[derive(Debug)]
-struct Live {
-    key: SessionKey,
-    device: DeviceId,
-    platform: Platform,
+pub struct Live {
+    pub key: SessionKey,
+    pub device: DeviceId,
+    pub platform: Platform,
     opened_at: Timestamp,
+    /// When its device was seen last as the row of it says; 0: not known.
+    pub stored_at: Timestamp,
 }
 
 /// How an owner learns of a session.
@@ -70,6 +73,7 @@ pub struct Users {
     on_gateways: BTreeMap<InstanceId, u64>,
     pub shedding: Shedding,
     pub presence: Presences,
+    pub devices: Devices,
 }
 
 struct UserSessions {
@@ -95,21 +99,16 @@ impl Users {
         Some((&mut user.following, user.sessions.iter().map(|live| &live.key)))
     }
 
-    /// Removes sessions of a user; returns how many.
-    fn remove(&mut self, cluster: &Cluster, user: &UserId, how: Departure, gone: impl Fn(&Live) -> bool) -> usize {
-        let Some(entry) = self.users.get_mut(user) else { return 0 };
-        let before = entry.sessions.len();
-        entry.sessions.retain(|live| {
-            let stays = !gone(live);
-            if !stays {
-                one_less(&mut self.on_gateways, &live.key.gateway);
-                self.shedding.forget(&live.key, Instant::now());
-                entry.following.keys().for_each(|id| cluster.audiences.remove(cluster, id, user, &live.key));
-                cluster.watches.forget(cluster, &live.key);
-            }
-            stays
-        });
-        let removed = before - entry.sessions.len();
+    /// Removes sessions of a user and returns them.
+    fn remove(&mut self, cluster: &Cluster, user: &UserId, how: Departure, gone: impl Fn(&Live) -> bool) -> Vec<Live> {
+        let Some(entry) = self.users.get_mut(user) else { return Vec::new() };
+        let removed: Vec<Live> = entry.sessions.extract_if(.., |live| gone(live)).collect();
+        for live in &removed {
+            one_less(&mut self.on_gateways, &live.key.gateway);
+            self.shedding.forget(&live.key, Instant::now());
+            entry.following.keys().for_each(|id| cluster.audiences.remove(cluster, id, user, &live.key));
+            cluster.watches.forget(cluster, &live.key);
+        }
         if entry.sessions.is_empty() {
             let (shard, sight) = (entry.shard, entry.sight);
             self.users.remove(user);
@@ -144,12 +143,25 @@ impl Users {
         self.on_gateways.get(gateway).copied().unwrap_or(0)
     }
 
+    /// The sessions of a user.
+    pub fn live(&self, user: &UserId) -> &[Live] {
+        self.users.get(user).map_or(&[], |entry| &entry.sessions)
+    }
+
+    /// The sessions of a user, to note something of them.
+    pub fn live_mut(&mut self, user: &UserId) -> &mut [Live] {
+        self.users.get_mut(user).map_or(&mut [], |entry| &mut entry.sessions)
+    }
+
     /// Users with their sessions, in order, behind one of them.
-    pub fn after(&self, after: Option<&UserId>) -> impl Iterator<Item = (&UserId, impl Iterator<Item = &SessionKey>)> {
+    pub fn live_after(&self, after: Option<&UserId>) -> impl Iterator<Item = (&UserId, &[Live])> {
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        self.users
-            .range::<UserId, _>((from, Bound::Unbounded))
-            .map(|(user, entry)| (user, entry.sessions.iter().map(|live| &live.key)))
+        self.users.range::<UserId, _>((from, Bound::Unbounded)).map(|(user, entry)| (user, &entry.sessions[..]))
+    }
+
+    /// The same, of each session how routers name it.
+    pub fn after(&self, after: Option<&UserId>) -> impl Iterator<Item = (&UserId, impl Iterator<Item = &SessionKey>)> {
+        self.live_after(after).map(|(user, sessions)| (user, sessions.iter().map(|live| &live.key)))
     }
 
     fn of_shard(&self, shard: ShardId) -> impl Iterator<Item = &UserSessions> {
@@ -198,6 +210,7 @@ impl Worker {
             let refused = v1::SessionRefused { session_id: open.session_id, status: Some(status) };
             return link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
         }
+        context.users.devices.opened(&caller, open, now);
         // The session is recorded: whatever is committed from now on is pushed to it, so the version may be read afterwards.
         let (sender, receiver) = oneshot::channel();
         let query = HeadsQuery {
@@ -248,50 +261,45 @@ impl Context {
         if let Some(newer) = user.sessions.iter().filter(has_place).find(is_newer) {
             return if newer.device == caller.device { Recorded::Outdated } else { Recorded::Displaced };
         }
-        let (mut kicked, before) = (Vec::new(), user.sessions.len());
-        let mut gone = Vec::new();
-        user.sessions.retain(|live| {
-            let replaced = live.device == caller.device || (exclusive && live.platform == caller.platform);
-            if replaced {
-                user.following
-                    .keys()
-                    .for_each(|id| self.cluster.audiences.remove(&self.cluster, id, &caller.user, &live.key));
-            }
-            if replaced {
-                gone.push(live.key.clone());
-            }
-            if replaced && live.key != key {
-                kicked.push((live.key.clone(), live.device == caller.device));
-            }
-            !replaced
-        });
-        // One that is announced again takes its own place.
-        let replaced = before - user.sessions.len();
+        let replaces =
+            |live: &mut Live| live.device == caller.device || (exclusive && live.platform == caller.platform);
+        let replaced: Vec<Live> = user.sessions.extract_if(.., replaces).collect();
+        for live in &replaced {
+            let audiences = &self.cluster.audiences;
+            user.following.keys().for_each(|id| audiences.remove(&self.cluster, id, &caller.user, &live.key));
+        }
         let room = user.sessions.len() < self.cluster.config.sessions_per_user_max;
         if room {
             user.following.keys().for_each(|id| self.cluster.audiences.add(id, &caller.user, &key));
-            let (device, platform) = (caller.device.clone(), caller.platform.clone());
+            let (device, platform, opened_at) = (caller.device.clone(), caller.platform.clone(), caller.opened_at);
+            let before = replaced.iter().find(|live| live.device == device);
+            let stored_at = before.map_or(Timestamp::default(), |live| live.stored_at);
             // Nearly everybody has one: a list that grows by itself would begin with four.
             user.sessions.reserve_exact(1);
-            user.sessions.push(Live { key, device, platform, opened_at: caller.opened_at });
+            user.sessions.push(Live { key, device, platform, opened_at, stored_at });
             self.cluster.metrics.sessions.increment(1.0);
         }
-        self.cluster.metrics.sessions.decrement(replaced as f64);
-        for key in &gone {
-            if caller.session.as_ref() != Some(key) {
-                self.cluster.watches.forget(&self.cluster, key);
+        self.cluster.metrics.sessions.decrement(replaced.len() as f64);
+        let now = self.cluster.environment.clock.now();
+        for live in &replaced {
+            if caller.session.as_ref() != Some(&live.key) {
+                self.cluster.watches.forget(&self.cluster, &live.key);
             }
-            one_less(&mut self.users.on_gateways, &key.gateway);
-            self.users.shedding.forget(key, Instant::now());
+            one_less(&mut self.users.on_gateways, &live.key.gateway);
+            self.users.shedding.forget(&live.key, Instant::now());
+            if live.device != caller.device {
+                self.users.devices.left(&caller.user, live, now);
+            }
         }
         if room {
             self.users.presence.came(&caller.user);
             *self.users.on_gateways.entry(gateway).or_insert(0) += 1;
         }
-        for (key, same_device) in kicked {
+        // One that is announced again has taken its own place.
+        for live in replaced.iter().filter(|live| caller.session.as_ref() != Some(&live.key)) {
             // Which of two announced sessions of one device its client has left only clocks tell: whoever is wronged may come back.
-            let may_come_back = same_device && arrival == Arrival::Announced;
-            self.kick(&key, if may_come_back { StatusCode::TimedOut } else { StatusCode::KickedByAnotherDevice });
+            let may_come_back = live.device == caller.device && arrival == Arrival::Announced;
+            self.kick(&live.key, if may_come_back { StatusCode::TimedOut } else { StatusCode::KickedByAnotherDevice });
         }
         if room { Recorded::Kept } else { Recorded::Refused }
     }
@@ -321,13 +329,26 @@ impl Context {
     /// A session ended. Removal is by session, so a slow disconnect cannot remove its successor.
     pub fn close_session(&mut self, caller: &Caller) {
         let Some(key) = &caller.session else { return };
-        let removed = self.users.remove(&self.cluster, &caller.user, Departure::Left, |live| live.key == *key);
-        self.cluster.metrics.sessions.decrement(removed as f64);
+        self.end_sessions(&caller.user, Departure::Left, |live| live.key == *key);
+    }
+
+    /// Sessions of a user are over.
+    pub fn end_sessions(&mut self, user: &UserId, how: Departure, over: impl Fn(&Live) -> bool) {
+        let removed = self.users.remove(&self.cluster, user, how, over);
+        self.cluster.metrics.sessions.decrement(removed.len() as f64);
+        if how != Departure::Moved {
+            let now = self.cluster.environment.clock.now();
+            removed.iter().for_each(|live| self.users.devices.left(user, live, now));
+        }
     }
 
     /// A session that another owner registered before the shard moved here. Pushes may have been lost on the way.
     pub fn announce_session(&mut self, caller: Arc<Caller>) {
         let Some(key) = &caller.session else { return };
+        if self.users.devices.is_kicked(&caller.user, &caller.device) {
+            // It was on its way here when another device of the user ended it.
+            return self.kick(key, StatusCode::KickedByAnotherDevice);
+        }
         match self.record(&caller, Arrival::Announced) {
             Recorded::Kept => self.resync(&key.gateway.clone(), vec![key.session.0]),
             // It gets no pushes here: its client, if there still is one, has to come again.
@@ -343,7 +364,8 @@ impl Context {
         }
     }
 
-    fn kick(&mut self, key: &SessionKey, why: StatusCode) {
+    /// Ends a session.
+    pub fn kick(&mut self, key: &SessionKey, why: StatusCode) {
         let status = Some(why.to_status());
         self.tell_session(key, ToGateway::Kick(v1::SessionKick { session_id: key.session.0, status }));
     }
@@ -440,8 +462,9 @@ impl Context {
     /// A shard's users are another owner's now.
     pub fn forget_users_of(&mut self, shard: ShardId) {
         let users: Vec<UserId> = self.users.by_shard.get(&shard).into_iter().flatten().cloned().collect();
-        self.remove_sessions(users, Departure::Moved, |_| true);
+        users.iter().for_each(|user| self.end_sessions(user, Departure::Moved, |_| true));
         self.users.presence.shard_ends(shard);
+        self.users.devices.forget(shard);
     }
 
     /// The users with their sessions, and which of these their gateway's link does not know.
@@ -466,11 +489,7 @@ impl Context {
         let users = self.users.users.iter().filter(|(_, user)| user.sessions.iter().any(is_there));
         let users: Vec<UserId> = users.map(|(user, _)| user.clone()).collect();
         let lives = self.cluster.links.read().contains_key(gateway);
-        self.remove_sessions(users, if lives { Departure::Left } else { Departure::Lost }, is_there);
-    }
-
-    fn remove_sessions(&mut self, users: Vec<UserId>, how: Departure, gone: impl Fn(&Live) -> bool + Copy) {
-        let removed: usize = users.iter().map(|user| self.users.remove(&self.cluster, user, how, gone)).sum();
-        self.cluster.metrics.sessions.decrement(removed as f64);
+        let how = if lives { Departure::Left } else { Departure::Lost };
+        users.iter().for_each(|user| self.end_sessions(user, how, is_there));
     }
 }

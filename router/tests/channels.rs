@@ -200,6 +200,10 @@ async fn what_is_no_channel_or_no_subscription_is_refused() {
     assert_eq!(row(&mut gateway, 3, id).await, None);
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(end(&mut gateway, 2, id, "u2").await, Err(StatusCode::Forbidden), "a writer leaves the channel");
+    let call = subscribe(id, "s2");
+    let reply: v1::ChannelSubscribeReply = gateway.call(2, Method::ChannelSubscribe, &call).await.unwrap();
+    assert_eq!(reply.own_seq, 0, "and has it in the list as it is");
+    assert_eq!(end(&mut gateway, 2, id, "u3").await, Err(StatusCode::Forbidden));
     let odd = v1::ChannelSubscribeRequest { conversation_id: Bytes::from_static(b"odd"), ..Default::default() };
     let answer = gateway.call::<v1::ChannelSubscribeReply>(3, Method::ChannelSubscribe, &odd).await;
     assert_eq!(code(answer), StatusCode::Malformed);
@@ -629,4 +633,26 @@ async fn whoever_follows_anything_is_told_to_sync_by_a_router_that_could_not_rea
         })
         .await;
     assert_eq!(told, [1, 2, 3], "the writer and the reader's devices, and nobody who follows nothing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_made_a_writer_gets_posts_at_a_router_where_nobody_followed() {
+    let mut cluster = Cluster::new(3).await;
+    let creator = cluster.come_to(&[1], 1).await.remove(0);
+    let id = cluster.channel_of(&creator, 0, &[]).await;
+    send_all(&mut cluster, &creator, id, "before", 2).await;
+    let writer = cluster.come_to(&[2], 1).await.remove(0);
+    let invite = v1::GroupInviteRequest {
+        conversation_id: id.to_bytes(),
+        members: vec![writer.clone()],
+        ..v1::GroupInviteRequest::default()
+    };
+    cluster.call::<v1::GroupInviteReply>(&creator, Method::GroupInvite, &invite).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // What came before the list had it is made good by a sync.
+    assert!(resynced(&mut cluster).await.contains(&cluster.session(&writer)));
+    cluster.pushed(id).await;
+    let seqs = send_all(&mut cluster, &creator, id, "after", 3).await;
+    let (got, _) = cluster.pushed(id).await;
+    assert_got(&cluster, &got, std::slice::from_ref(&writer), &seqs);
 }

@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use im_proto::{
     ConversationId, StatusCode, UserId, limits,
     v1::{self, system_event::Event},
@@ -39,6 +39,8 @@ struct Channel {
     id: ConversationId,
     name: String,
     head: u64,
+    /// The user may write there: the entry that says so brings it into the list.
+    writes: bool,
 }
 
 impl Context {
@@ -110,12 +112,11 @@ impl Context {
         };
         if row.kind != v1::ConversationKind::Channel {
             self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
-        } else if id.is_empty() {
-            let reply = v1::ChannelSubscribeReply { own_seq: 0 }.encode_to_vec();
-            self.answer_settled(conversation, call, reply_to, reply.into());
+        } else if id.is_empty() || !row.subscribed {
+            self.answer_settled(conversation, call, reply_to, in_list());
         } else {
             // The entry changes nothing and remembers the id: whoever unsubscribes before its repetition comes stays out.
-            let channel = Channel { id: channel, name: row.name.clone(), head: row.joined_seq };
+            let channel = Channel { id: channel, name: row.name.clone(), head: row.joined_seq, writes: false };
             self.assign_subscription(conversation, &call.caller, request, channel, reply_to);
         }
         None
@@ -131,7 +132,10 @@ impl Context {
         reply_to: ReplyTo,
     ) {
         let (caller, id) = (call.caller.clone(), channel.id);
-        let Some((_, reply_to)) = self.unless_listed(conversation, call, request, id, reply_to) else { return };
+        let Some((call, reply_to)) = self.unless_listed(conversation, call, request, id, reply_to) else { return };
+        if channel.writes {
+            return self.answer_settled(conversation, call, reply_to, in_list());
+        }
         let assigned = conversation.assigned;
         self.assign_subscription(conversation, &caller, request, channel, reply_to);
         if conversation.assigned > assigned {
@@ -242,6 +246,11 @@ impl Context {
     }
 }
 
+/// Nothing had to be done.
+fn in_list() -> Bytes {
+    v1::ChannelSubscribeReply { own_seq: 0 }.encode_to_vec().into()
+}
+
 /// A subscriber who reads on.
 struct Reading {
     store: StoreCalls,
@@ -293,7 +302,7 @@ async fn ask(cluster: &Arc<Cluster>, user: UserId, channel: ConversationId) -> R
     match heads.into_iter().next() {
         Some(head) if head.unavailable => Err(unavailable()),
         Some(head) if head.kind() == v1::ConversationKind::Channel => {
-            Ok(Channel { id: channel, name: head.name, head: head.head })
+            Ok(Channel { id: channel, name: head.name, head: head.head, writes: head.writes })
         }
         _ => Err(StatusCode::NotFound.to_status()),
     }

@@ -48,6 +48,7 @@ impl Context {
         };
         if subscribes {
             (head.kind, head.name) = (v1::ConversationKind::Channel.into(), conversation.settled.name.clone());
+            head.writes = conversation.settled.members.contains_key(user);
         }
         let facts = match asker.details {
             true => Facts::of(conversation, user),
@@ -55,8 +56,7 @@ impl Context {
         };
         let (seq, counted, all) = (conversation.committed, conversation.committed_counted, conversation.committed_all);
         // A writer's cursor is the owner's to keep; what others have read is only in the table.
-        let begins = subscribes && !conversation.settled.members.contains_key(user);
-        let begins = begins.then_some(Cursor { seq, counted, all });
+        let begins = (subscribes && !head.writes).then_some(Cursor { seq, counted, all });
         Draft { id: conversation.id, head, read_all: cursor.all, facts, begins }
     }
 }

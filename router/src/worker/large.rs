@@ -128,9 +128,10 @@ impl Context {
         let mut large = Box::new(Large { sent_from, ..Large::default() });
         if conversation.is_channel() {
             large.routers = Routers::AllBut(BTreeSet::new());
-        }
-        for user in conversation.settled.members.keys() {
-            large.add(self.cluster.shard_of_user(user), user.clone());
+        } else {
+            for user in conversation.settled.members.keys() {
+                large.add(self.cluster.shard_of_user(user), user.clone());
+            }
         }
         conversation.large = Some(large);
         self.ask_followers(conversation);
@@ -144,6 +145,11 @@ impl Context {
             }
             return;
         };
+        // Who may write into a channel reads it like everybody, by the own list. What is asked about by name is answered on another link
+        // than the one that says that nobody follows, and would be overtaken.
+        if matches!(large.routers, Routers::AllBut(_)) {
+            return;
+        }
         for user in &consequences.joined {
             large.add(self.cluster.shard_of_user(user), user.clone());
         }

@@ -72,8 +72,8 @@ pub enum Event {
     /// Somebody types, a cursor has moved ([`v1::Receipt`], also that of this user on another device), or another ephemeral signal.
     /// May be lost.
     Signal(v1::Signal),
-    /// How it is with users whom [`crate::Client::watch_presence`] named: those of whom it has changed, and all of whom it is known
-    /// after a reconnect.
+    /// How it is with users whom [`crate::Client::watch_presence`] named: those of whom it has changed, also while there was no
+    /// session. What that call has answered may be said once more.
     Presence(Vec<v1::UserPresence>),
     /// A session is up. Sends wait for the sync that follows.
     Connected { endpoint: String },

@@ -28,6 +28,8 @@ pub(crate) struct Watching {
     at: Option<Instant>,
     running: bool,
     retries: u32,
+    /// What the server said last of each.
+    known: BTreeMap<String, v1::UserPresence>,
     /// What the application has to be told.
     news: BTreeMap<String, v1::UserPresence>,
 }
@@ -36,6 +38,7 @@ impl Watching {
     /// The application watches these users from now on. It subscribes by itself, once; the client only does it again.
     pub(crate) fn watch(&mut self, users: Vec<UserId>) {
         self.users = users;
+        self.known.clear();
         self.news.clear();
     }
 
@@ -62,7 +65,12 @@ impl Watching {
     }
 
     fn learn(&mut self, user: v1::UserPresence) {
-        if self.users.iter().any(|watched| watched.as_str() == user.user_id) {
+        if !self.users.iter().any(|watched| watched.as_str() == user.user_id) {
+            return;
+        }
+        let known = self.known.insert(user.user_id.clone(), user.clone());
+        // Somebody who is still there is no news.
+        if known.is_none_or(|known| known != user && !(known.online && user.online)) {
             self.news.insert(user.user_id.clone(), user);
         }
     }

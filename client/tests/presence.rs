@@ -63,10 +63,10 @@ async fn a_subscription_is_made_again_after_each_sync_and_only_then() {
     connection.sync(1, vec![]).await;
     let (id, asked) = expect_subscribe(&mut connection).await;
     assert_eq!(asked, ["bob", "carol"]);
-    // Not now: once more, a while later.
+    // Not now: once more, a while later. What is so already is no news.
     connection.refuse_call(id, StatusCode::Unavailable).await;
     let (id, _) = expect_subscribe(&mut connection).await;
-    connection.reply(id, &v1::PresenceSubscribeReply { users: vec![seen("bob", true)] }).await;
+    connection.reply(id, &v1::PresenceSubscribeReply { users: vec![seen("bob", true), seen("carol", true)] }).await;
     assert_eq!(next_presence(&mut events).await, [seen("bob", true)]);
     drop(connection);
     let mut connection = server.accept_ready().await;

@@ -1,5 +1,7 @@
 //! `im presence`: who is there, and with `--watch` who comes and goes. `im invisible`: whether others see this.
 
+use std::collections::BTreeMap;
+
 use im_proto::{Timestamp, UserId, v1};
 use serde::Serialize;
 
@@ -42,6 +44,8 @@ pub(super) async fn watch(
         () = interrupt.requested() => return Ok(()),
     };
     print_all(users, &known, output)?;
+    let mut shown: BTreeMap<String, v1::UserPresence> =
+        known.into_iter().map(|known| (known.user_id.clone(), known)).collect();
     loop {
         output.flush()?;
         let event = tokio::select! {
@@ -51,8 +55,11 @@ pub(super) async fn watch(
         };
         match event {
             Some(Event::Presence(users)) => {
-                for user in &users {
-                    print(&user.user_id, Some(user), output)?;
+                for user in users {
+                    let before = shown.insert(user.user_id.clone(), user.clone());
+                    if before.is_none_or(|before| before != user && !(before.online && user.online)) {
+                        print(&user.user_id, Some(&user), output)?;
+                    }
                 }
             }
             Some(Event::Closed(reason)) => return Err(reason.into()),

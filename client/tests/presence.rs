@@ -21,7 +21,8 @@ fn seen(name: &str, online: bool) -> v1::UserPresence {
 }
 
 async fn expect_subscribe(connection: &mut Connection) -> (u32, Vec<String>) {
-    let call = connection.expect_call(Method::PresenceSubscribe).await;
+    let call = connection.expect_call(Method::PresenceSubscribe);
+    let call = tokio::time::timeout(Duration::from_secs(60), call).await.expect("a subscription");
     (call.request_id, v1::PresenceSubscribeRequest::decode(call.request).unwrap().user_ids)
 }
 
@@ -32,11 +33,14 @@ async fn push(connection: &mut Connection, name: &str, online: bool) {
 }
 
 async fn next_presence(events: &mut Events) -> Vec<v1::UserPresence> {
-    loop {
-        if let Event::Presence(users) = events.next().await {
-            return users;
+    let wait = async {
+        loop {
+            if let Event::Presence(users) = events.next().await {
+                return users;
+            }
         }
-    }
+    };
+    tokio::time::timeout(Duration::from_secs(60), wait).await.expect("a word")
 }
 
 #[tokio::test(start_paused = true)]
@@ -129,8 +133,9 @@ async fn while_its_user_is_invisible_a_client_tells_nothing_by_itself_and_makes_
     connection.push(conversation(1), 4).await;
     connection.push(conversation(1), 5).await;
     assert_eq!(events.entries(2).await.len(), 2);
+    connection.expect_silence(Duration::from_secs(1)).await;
     client.typing(Target::Conversation(conversation(1)), true).await.unwrap();
-    connection.expect_silence(Duration::from_secs(2)).await;
+    connection.expect_silence(Duration::from_secs(1)).await;
     let visible = Happened::VisibilityChanged(v1::VisibilityChanged { invisible: false });
     connection.send(Frame::Message(own_event(3, visible))).await;
     let client_frame::Frame::Received(received) = connection.expect().await else { panic!("no receipt") };

@@ -189,7 +189,7 @@ async fn refuse_routers(config: &Config, environment: &Environment) -> Result<()
         return Ok(());
     }
     let identity = Files::new(&config.cluster, Role::Router, None).identity()?;
-    let registry = registry::connect(&config.cluster, &identity.cluster.cluster_id, None, environment).await?;
+    let registry = registry::connect(&config.cluster, &identity.cluster.cluster_id, environment).await?;
     let view = AnyRegistry::from(registry).view().borrow().clone();
     match view.of_role(Role::Router).next() {
         Some(router) => Err(Failure::Usage(format!("the router {} is registered; stop all routers first", router.id))),

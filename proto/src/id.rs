@@ -171,6 +171,11 @@ impl Epoch {
     pub const fn generation(self) -> u64 {
         self.0 >> Self::REVISION_BITS
     }
+
+    /// The revision of the claim.
+    pub const fn revision(self) -> u64 {
+        self.0 & ((1 << Self::REVISION_BITS) - 1)
+    }
 }
 
 #[cfg(test)]

@@ -166,6 +166,29 @@ async fn an_etcd_restored_under_the_old_token_is_refused_by_whoever_saw_more() {
     refused_until_recovered(&cluster, &registry, &lease, async || etcd.restore("old", "etcd-cluster").await).await;
 }
 
+/// It has seen nothing of what was lost. The message store has.
+#[tokio::test]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn an_etcd_restored_under_the_old_token_is_refused_by_whoever_starts_if_the_store_knows_more() {
+    let mut etcd = Etcd::start(1).await;
+    let (cluster, registry, lease) = with_a_claim(&etcd).await;
+    etcd.save("old");
+    let lost = claim(&registry, &lease, ShardId(3)).await.epoch;
+    let with = |generation| EtcdOptions {
+        generation: Some(generation),
+        claimed: Some(lost),
+        ..cluster.options(&cluster.members)
+    };
+    cluster.connect(with(1)).await.check_claims().await.expect("nothing is lost yet");
+    etcd.restore("old", "etcd-cluster").await;
+    let unaware = cluster.connect(cluster.options(&cluster.members)).await;
+    unaware.check_claims().await.expect("etcd does not say that it was restored");
+    assert!(refused(&cluster.connect(with(1)).await.check_claims().await));
+    let tool = cluster.connect(EtcdOptions { generation: None, ..cluster.options(&cluster.members) }).await;
+    tool.recover(2).await.expect("recover");
+    cluster.connect(with(2)).await.check_claims().await.expect("usable");
+}
+
 /// A CA, and certificates for the members and for a client.
 fn certificates(folder: &Path) -> EtcdTls {
     let ca_key = KeyPair::generate().expect("a key");

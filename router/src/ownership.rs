@@ -7,11 +7,12 @@ use std::{
     time::Duration,
 };
 
+use futures::future::try_join;
 use im_proto::{ConversationId, InstanceId, ShardId, shard::rendezvous_owner};
 use im_registry::{
     AnyRegistry, CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Instance, Lease, Registry as _, RegistryError, Role, View,
 };
-use im_storage::{StoreError, Table};
+use im_storage::{StoreError, Table, note_claim};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -284,22 +285,22 @@ impl Ownership {
         }
     }
 
-    /// Before anything of a shard is read, every other instance on its predecessor list is fenced.
+    /// Before anything of a shard is read, every other instance on its predecessor list is fenced, and the store knows of the claim: a
+    /// registry that does not any more is found out by whoever starts.
     async fn fence_predecessors(&mut self, claims: &[Claim]) -> bool {
+        let Some(greatest) = claims.iter().map(|claim| claim.epoch).max() else { return true };
         let predecessors: BTreeSet<InstanceId> = claims
             .iter()
             .flat_map(|claim| &claim.predecessors)
             .filter(|id| !self.fenced.contains(*id))
             .cloned()
             .collect();
-        if predecessors.is_empty() {
-            return true;
-        }
         let list: Vec<InstanceId> = predecessors.iter().cloned().collect();
         let mut pause = Duration::from_millis(20);
         loop {
-            match self.store.write_fences(&list).await {
-                Ok(()) => break,
+            let fences = async { if list.is_empty() { Ok(()) } else { self.store.write_fences(&list).await } };
+            match try_join(fences, self.store.write(vec![note_claim(greatest)])).await {
+                Ok(((), ())) => break,
                 Err(StoreError::Unconfirmed(_)) => {}
                 Err(error) => {
                     self.cluster.end(Ended::StoreStopped(error.to_string()));
@@ -310,7 +311,9 @@ impl Ownership {
                 return false;
             }
         }
-        tracing::info!(fenced = list.len(), "predecessors are fenced");
+        if !list.is_empty() {
+            tracing::info!(fenced = list.len(), "predecessors are fenced");
+        }
         self.fenced.extend(predecessors);
         true
     }

@@ -3,10 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use im_proto::{Epoch, ShardId, StatusCode, Timestamp, method::Method, v1, v1::router_message::Message as Down};
-use im_registry::Reach;
+use im_registry::{AnyRegistry, Reach, Registry as _};
 use im_router::Ended;
 use im_storage::{
     AppendRequest, Batch, Directory as _, FaultPlan, Memory, MessageLog as _, Row, StateWrite, Store, Table,
+    noted_claim,
 };
 use prost::Message as _;
 
@@ -191,6 +192,28 @@ async fn nothing_is_committed_before_the_busy_row_of_its_burst_is_confirmed() {
     assert!(!gateway.inbox.iter().any(told), "{:?}", gateway.inbox);
     store.set_plan(FaultPlan::none());
     assert_eq!(gateway.ack("m1").await.seq, 1);
+}
+
+/// So that whoever starts on a registry that has lost the claim finds out.
+#[tokio::test(start_paused = true)]
+async fn a_shard_is_served_once_the_store_knows_of_its_claim() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    store.set_plan(FaultPlan { refused_table: Some(Table::Cluster), ..FaultPlan::none() });
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    let early = tokio::time::timeout(Duration::from_secs(20), gateway.open(&world, 1, "alice", "a1")).await;
+    assert!(early.is_err(), "{early:?}");
+    store.set_plan(FaultPlan::none());
+    gateway
+        .expect("session opened", |message| match message {
+            Down::Opened(opened) => Some(opened.session_id),
+            _ => None,
+        })
+        .await;
+    let registry = AnyRegistry::from(world.registry.handle("observer", world.environment.clone()));
+    let greatest = registry.view().borrow().claims.values().map(|claim| claim.epoch).max();
+    assert_eq!(Some(noted_claim(store.store()).await.unwrap()), greatest);
 }
 
 async fn is_returned(gateway: &mut TestGateway, id: &'static str) {

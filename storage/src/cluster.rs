@@ -5,7 +5,7 @@
 //! does change, is beside the fences ([`crate::MessageLog::read_fence`]).
 
 use bytes::Bytes;
-use im_proto::{key::ClusterSecret, shard::ShardCount};
+use im_proto::{Epoch, key::ClusterSecret, shard::ShardCount};
 use prost::Message;
 
 use crate::{
@@ -58,6 +58,20 @@ impl ImportRow {
 fn row(key: &'static [u8], value: &impl Message, timestamp: u64) -> StateWrite {
     let value = Some(Bytes::from(value.encode_to_vec()));
     StateWrite { table: Table::Cluster, partition: Bytes::new(), key: Bytes::from_static(key), value, timestamp }
+}
+
+/// The greatest claim of a shard that the store knows of.
+const CLAIMED: &[u8] = b"claimed";
+
+/// Notes a claim in the store, before anything is served under it: a registry that knows only smaller ones has lost claims.
+pub fn note_claim(epoch: Epoch) -> StateWrite {
+    row(CLAIMED, &(), epoch.0)
+}
+
+/// The greatest claim that was noted; zero if none was.
+pub async fn noted_claim(store: &Store) -> Result<Epoch, StoreError> {
+    let row = store.read(Table::Cluster, b"", CLAIMED).await?;
+    Ok(Epoch(row.map_or(0, |row| row.timestamp)))
 }
 
 /// Why a process may not use the store.

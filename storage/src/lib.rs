@@ -24,7 +24,7 @@ mod store;
 pub mod transfer;
 
 pub use self::scylla::{Scylla, ScyllaCredentials, ScyllaOptions};
-pub use cluster::{ClusterError, ClusterRow};
+pub use cluster::{ClusterError, ClusterRow, note_claim, noted_claim};
 pub use embedded::{Embedded, EmbeddedOptions};
 pub use faulty::{FaultPlan, Faulty};
 pub use hot::{Charge, Hot, HotHead, HotState, Limit, MemoryHot, Presence, RedisHot, RedisOptions};

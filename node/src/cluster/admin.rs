@@ -26,7 +26,7 @@ fn prepare(config: &Config) -> Result<Identity, Failure> {
 pub fn status(config: &Config, json: bool, details: Details) -> Result<(), Failure> {
     let identity = prepare(config)?;
     let text = run_tool(async |environment| {
-        let registry = registry::connect(&config.cluster, &identity.cluster.cluster_id, None, environment).await?;
+        let registry = registry::connect(&config.cluster, &identity.cluster.cluster_id, environment).await?;
         let record = registry.cluster_record().await.map_err(Failure::operation)?;
         let view = AnyRegistry::from(registry).view().borrow().clone();
         let status = status::gather(&identity, &view, record.map(|record| record.generation), details).await;
@@ -45,7 +45,7 @@ pub fn recover(config: &Config) -> Result<(), Failure> {
     }
     let generation = run_tool(async |environment| {
         let store = Place::Cql.open(&config.cluster, &identity.row(), environment).await?.store;
-        let registry = registry::connect(&config.cluster, &identity.cluster.cluster_id, None, environment).await?;
+        let registry = registry::connect(&config.cluster, &identity.cluster.cluster_id, environment).await?;
         let record = registry.cluster_record().await.map_err(Failure::operation)?;
         let nobody = InstanceId::parse(NOBODY).map_err(Failure::operation)?;
         let stored = store.read_fence(&nobody).await.map_err(Failure::operation)?.generation;

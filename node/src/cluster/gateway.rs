@@ -75,8 +75,7 @@ async fn run_role(
 ) -> Result<(), Failure> {
     let environment = process.environment();
     let Identity { cluster, shards, secret } = &prepared.identity;
-    let registry =
-        AnyRegistry::from(registry::connect(&config.cluster, &cluster.cluster_id, None, &environment).await?);
+    let registry = AnyRegistry::from(registry::connect(&config.cluster, &cluster.cluster_id, &environment).await?);
     let mut endpoints = addresses.of_gateway(&config.advertise);
     endpoints.extend(addresses.of_http(&config.advertise));
     let instance = instance(Role::Gateway, endpoints, config, &environment)?;

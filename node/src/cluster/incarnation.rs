@@ -8,7 +8,7 @@ use std::{net::TcpListener as StdListener, sync::Arc, time::Duration};
 use im_proto::{InstanceId, environment::Environment, shard::rendezvous_owner};
 use im_registry::{AnyRegistry, Endpoint, EtcdRegistry, Instance, Registry as _, RegistryError, Role, View};
 use im_router::{Ended, Router, RouterConfig};
-use im_storage::Hot;
+use im_storage::{Hot, noted_claim};
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -18,7 +18,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     files::{Identity, RouterKeys},
-    instance, registry,
+    instance,
+    registry::{self, Claims},
     store::OpenStore,
 };
 use crate::{
@@ -208,13 +209,18 @@ async fn registry(
     environment: &Environment,
 ) -> Result<(EtcdRegistry, u64), Failure> {
     let (config, cluster_id) = (&grounds.config.cluster, &grounds.identity.cluster.cluster_id);
-    let connect = |generation| registry::connect(config, cluster_id, generation, environment);
-    let observer = connect(None).await?;
+    let observer = registry::connect(config, cluster_id, environment).await?;
     refuse_other_stores(&observer.view().borrow(), instance)?;
     let registered = observer.cluster_record().await.map_err(Failure::operation)?;
     let registered = registered.map_or(0, |record| record.generation);
     let generation = grounds.store.generation(&instance.id, registered).await.map_err(Failure::operation)?;
-    let registry = connect(Some(generation.number)).await?;
+    // A new generation begins in any etcd.
+    let claimed = match generation.begins {
+        true => None,
+        false => Some(noted_claim(&grounds.store.store).await.map_err(Failure::operation)?),
+    };
+    let claims = Claims { generation: Some(generation.number), claimed };
+    let registry = registry::connect_as(config, cluster_id, claims, environment).await?;
     if generation.begins {
         registry.recover(generation.number).await.map_err(Failure::usage)?;
     }

@@ -10,10 +10,16 @@
 //!   on everything is refused, whatever later answers say.
 //!
 //! A refusal ends with a record of a greater generation, which `imd cluster recover` writes after it has fenced all that were
-//! started before. What this cannot see: a restore under the old token, met by a process that has seen nothing newer than the
-//! snapshot. README.md says how to restore so that this cannot happen.
+//! started before.
+//!
+//! A process that starts after a restore under the old token has seen nothing newer than the snapshot. The message store has: whoever
+//! claims notes it there before anything is served, and an etcd that is **behind the claims** that the store knows of may not be claimed
+//! in. What this cannot see: a restore that lost no more revisions than were made again before a router started. README.md says how to
+//! restore so that this cannot happen.
 //!
 //! Pure: no I/O, no time.
+
+use im_proto::Epoch;
 
 use super::keys::ClusterRecord;
 
@@ -56,9 +62,23 @@ pub(super) struct Lineage {
     era: Option<Era>,
     eras: u64,
     refused: Option<String>,
+    /// The greatest claim that the message store knew of when this process started.
+    claimed: Option<Epoch>,
+    /// Why nothing may be claimed in this era.
+    behind: Option<String>,
 }
 
 impl Lineage {
+    /// Nothing was read yet.
+    pub(super) fn new(claimed: Option<Epoch>) -> Self {
+        Self { claimed, ..Self::default() }
+    }
+
+    /// Why nothing may be claimed until a recovery, although the registry may be used.
+    pub(super) fn behind(&self) -> Option<&str> {
+        self.behind.as_deref()
+    }
+
     /// To be called before a request is sent.
     pub(super) fn sent(&self) -> Sent {
         Sent { era: self.eras, revision: self.era.as_ref().map_or(0, |era| era.revision) }
@@ -147,6 +167,16 @@ impl Lineage {
     fn begin(&mut self, origin: Origin, generation: Option<u64>) {
         self.eras += 1;
         self.refused = None;
+        let is_lost =
+            |claimed: &Epoch| Some(claimed.generation()) == generation && origin.revision < claimed.revision();
+        self.behind = self.claimed.filter(is_lost).map(|claimed| {
+            format!(
+                "etcd is at revision {} and the message store knows of a claim at {}, so etcd was restored from an old snapshot or lost \
+                 data: {REMEDY}",
+                origin.revision,
+                claimed.revision()
+            )
+        });
         self.era = Some(Era { etcd_cluster: origin.etcd_cluster, revision: origin.revision, generation });
     }
 }
@@ -226,6 +256,23 @@ mod tests {
         );
         assert!(lineage.refused().is_some_and(|reason| reason.contains("imd cluster recover")));
         assert!(lineage.admit(lineage.sent(), origin(HOME, 61), Some(&record(1, HOME))).is_err());
+    }
+
+    #[test]
+    fn nothing_is_claimed_in_an_etcd_that_is_behind_the_claims_of_the_store() {
+        for (revision, is_behind) in [(19, true), (20, false), (21, false)] {
+            let mut lineage = Lineage::new(Some(Epoch::new(1, 20)));
+            let first = lineage.admit(lineage.sent(), origin(HOME, revision), Some(&record(1, HOME)));
+            assert_eq!((first, lineage.behind().is_some()), (Ok(Admitted::NewEra), is_behind), "{revision}");
+        }
+        let mut lineage = Lineage::new(Some(Epoch::new(1, 20)));
+        lineage.admit(lineage.sent(), origin(HOME, 5), Some(&record(1, HOME))).unwrap();
+        lineage.admit(lineage.sent(), origin(HOME, 50), Some(&record(1, HOME))).unwrap();
+        assert!(lineage.behind().is_some_and(|reason| reason.contains("imd cluster recover")), "its history differs");
+        // Claims of a generation before say nothing of this one.
+        let mut lineage = Lineage::new(Some(Epoch::new(1, 20)));
+        lineage.admit(lineage.sent(), origin(HOME, 5), Some(&record(2, HOME))).unwrap();
+        assert_eq!(lineage.behind(), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{fmt, time::Duration};
 
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
+use im_proto::Epoch;
 
 use super::{ConnectError, keys::Keys};
 
@@ -19,6 +20,8 @@ pub struct EtcdOptions {
     pub cluster_id: String,
     /// The generation that this process was started with, from the message store. `None` for one that never claims.
     pub generation: Option<u64>,
+    /// The greatest claim that the message store knows of: an etcd that has not come so far has lost claims.
+    pub claimed: Option<Epoch>,
     /// The longest wait for one answer of one member. 2 s: far above a commit of etcd on a slow disk (0.1 s), and two tries fit
     /// twice into a lease of 10 s.
     pub call_timeout: Duration,
@@ -39,6 +42,7 @@ impl EtcdOptions {
             user: None,
             cluster_id: cluster_id.to_owned(),
             generation,
+            claimed: None,
             call_timeout: Duration::from_secs(2),
             reconcile_interval: Duration::from_secs(60),
             hold: Duration::from_secs(10),

@@ -60,7 +60,7 @@ impl Shared {
             environment,
             generation: options.generation,
             reconcile_interval: options.reconcile_interval,
-            lineage: Mutex::default(),
+            lineage: Mutex::new(Lineage::new(options.claimed)),
             mirror: Mutex::default(),
             hold: Mutex::new(Hold::new(options.hold)),
             changed: Notify::new(),
@@ -240,7 +240,13 @@ impl Shared {
 
     /// The exact bytes that the cluster record must have for a claim of this process, or why it must not claim.
     pub(super) fn may_claim(&self) -> Result<Vec<u8>, String> {
-        let etcd_cluster = self.lineage.lock().etcd_cluster().unwrap_or(0);
+        let etcd_cluster = {
+            let lineage = self.lineage.lock();
+            if let Some(reason) = lineage.behind() {
+                return Err(reason.to_owned());
+            }
+            lineage.etcd_cluster().unwrap_or(0)
+        };
         let mirror = self.mirror.lock();
         may_claim(self.generation, mirror.record().map(|(record, _)| record), etcd_cluster)?;
         Ok(mirror.record().map(|(_, bytes)| bytes.clone()).unwrap_or_default())

@@ -160,6 +160,8 @@ pub struct Conversation {
     pub unwritten: Unwritten,
     /// What `Table::Applied` says.
     pub applied_written: u64,
+    /// The last entry that costs an open much as long as it is above the mark: an invitation of many.
+    pub heavy: u64,
     /// The marks, and the cursors before them, are being written.
     pub marks_writing: bool,
     pub cursors: BTreeMap<UserId, Cursor>,
@@ -210,6 +212,7 @@ impl Conversation {
             outbox: Outbox::default(),
             unwritten: Unwritten::default(),
             applied_written: 0,
+            heavy: 0,
             marks_writing: false,
             cursors: BTreeMap::new(),
             cursors_dirty: BTreeSet::new(),

@@ -13,6 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::future::{try_join, try_join3};
 use im_proto::{ConversationId, Epoch, Timestamp, UserId, body, limits, v1};
 use im_storage::{AppendRequest, Batch, BucketId, Row, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table};
 use prost::Message as _;
@@ -51,6 +52,8 @@ pub struct Opened {
     /// One's own message moves one's cursor: the last ones above the applied mark.
     pub cursors: BTreeMap<UserId, Cursor>,
     pub applied: u64,
+    /// The last heavy entry that was applied again.
+    pub heavy: u64,
     pub keys: Vec<RowKey>,
     /// All entries above this one are among `keys`.
     pub keys_floor: u64,
@@ -90,6 +93,7 @@ struct Replayed {
     cursors: BTreeMap<UserId, Cursor>,
     newest_counted: u64,
     newest_mention: u64,
+    heavy: u64,
 }
 
 /// The end of a log as it was read.
@@ -98,6 +102,15 @@ struct Tail {
     rows: BTreeMap<u64, StoredRow>,
     head: u64,
     committed: u64,
+}
+
+impl Tail {
+    /// All entries from a seq to the head, if all are here.
+    fn since(&self, seq: u64) -> Option<Vec<StoredRow>> {
+        // Nothing is above the head.
+        let rows: Vec<StoredRow> = self.rows.range(seq..).map(|(_, row)| row.clone()).collect();
+        (rows.len() as u64 == (self.head + 1).saturating_sub(seq)).then_some(rows)
+    }
 }
 
 impl Replayed {
@@ -231,20 +244,24 @@ impl Open {
 
     /// State tables as far as they were applied, then the entries above, applied again.
     async fn load(&self, tail: Tail, head_row: HeadValue) -> Result<Opened, OpenError> {
-        let applied = self.mark(APPLIED).await?;
-        let outbox = self.mark(OUTBOX).await?;
+        // Before the rows that they speak of.
+        let (applied, outbox) = try_join(self.mark(APPLIED), self.mark(OUTBOX)).await?;
         let mut state = self.load_state().await?;
         let rewritten: Vec<Row> = tail.rows.range(tail.committed + 1..).map(|(_, row)| row.row.clone()).collect();
         // What the head row says of the log ends there.
         let from = (applied.min(outbox) + 1).min(tail.committed + 1).min(head_row.head + 1).max(1);
-        let replayed = self.replay(&mut state, from, outbox, tail.head).await?;
-        let Replayed { writes, effects, cursors, newest_counted, newest_mention } = replayed;
+        let keys_floor = tail.head.saturating_sub(self.cluster.config.dedupe_entries as u64);
+        let (replayed, keys, busy_since) = try_join3(
+            self.replay(&mut state, from, outbox, &tail),
+            self.keys(&tail, keys_floor),
+            self.burst(&head_row, tail.head),
+        )
+        .await?;
+        let Replayed { writes, effects, cursors, newest_counted, newest_mention, heavy } = replayed;
         for chunk in writes.chunks(SCAN_ROWS) {
             self.retry(|| self.store.write(chunk.to_vec())).await?;
         }
         let last = tail.rows.get(&tail.head).map(|stored| &stored.row);
-        let keys_floor = tail.head.saturating_sub(self.cluster.config.dedupe_entries as u64);
-        let keys = self.retry(|| self.store.read_keys(self.id, keys_floor + 1, tail.head)).await?;
         Ok(Opened {
             head: tail.head,
             counted: last.map_or(0, |row| row.counted),
@@ -258,10 +275,19 @@ impl Open {
             effects,
             cursors,
             applied: applied.min(outbox),
+            heavy,
             keys,
             keys_floor,
-            busy_since: self.burst(&head_row, tail.head).await?,
+            busy_since,
         })
+    }
+
+    /// The keys of all entries above a seq: those of a short log are in its tail.
+    async fn keys(&self, tail: &Tail, floor: u64) -> Result<Vec<RowKey>, OpenError> {
+        if let Some(rows) = tail.since(floor + 1) {
+            return Ok(rows.into_iter().map(RowKey::from).collect());
+        }
+        self.retry(|| self.store.read_keys(self.id, floor + 1, tail.head)).await
     }
 
     /// The busy row that stands. Entries above the head row without one were written by an owner that died before its busy row was
@@ -292,17 +318,23 @@ impl Open {
         Ok(row.map_or(0, |row| row.timestamp))
     }
 
-    async fn replay(&self, state: &mut State, from: u64, outbox: u64, head: u64) -> Result<Replayed, OpenError> {
-        let mut out = Replayed::default();
+    async fn replay(&self, state: &mut State, from: u64, outbox: u64, tail: &Tail) -> Result<Replayed, OpenError> {
+        let (mut out, head) = (Replayed::default(), tail.head);
         let mut next = from;
         while next <= head {
-            let rows = self.retry(|| self.store.read_range(self.id, next, head, REPLAY_ROWS)).await?;
+            let rows = match tail.since(next) {
+                Some(rows) => rows,
+                None => self.retry(|| self.store.read_range(self.id, next, head, REPLAY_ROWS)).await?,
+            };
             if rows.first().is_none_or(|row| row.row.seq != next) {
                 return Err(self.alarm(format!("entry {next} is missing below the head {head}")));
             }
             for stored in &rows {
                 if stored.row.kind == v1::EntryKind::Event || stored.row.seq == 1 {
                     let done = state::apply(state, &self.id, &stored.row, &self.cluster.config.cluster_secret);
+                    if done.is_heavy() {
+                        out.heavy = stored.row.seq;
+                    }
                     out.writes.extend(done.writes);
                     if stored.row.seq > outbox {
                         out.effects.extend(done.effects);
@@ -442,6 +474,7 @@ fn empty() -> Opened {
         effects: Vec::new(),
         cursors: BTreeMap::new(),
         applied: 0,
+        heavy: 0,
         keys: Vec::new(),
         keys_floor: 0,
         busy_since: None,

@@ -135,6 +135,16 @@ pub struct Consequences {
     pub invisible: Option<bool>,
 }
 
+/// Rows and effects of an entry that make it heavy.
+const HEAVY: usize = 16;
+
+impl Consequences {
+    /// Whether it costs an open much to apply the entry again.
+    pub fn is_heavy(&self) -> bool {
+        self.writes.len() + self.effects.len() >= HEAVY
+    }
+}
+
 /// Applies an entry to a state and tells what follows from it.
 pub fn apply(state: &mut State, id: &ConversationId, row: &Row, secret: &ClusterSecret) -> Consequences {
     let mut out = Consequences::default();

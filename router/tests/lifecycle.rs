@@ -14,6 +14,7 @@ use im_storage::{
     AppendRequest, Batch, Directory as _, FaultPlan, Faulty, Memory, MessageLog as _, Row, SimFaults, SimStore,
     StateWrite, Store, Table,
 };
+use prost::Message as _;
 
 use crate::support::{CLUSTER, SHARDS, World, message, to, user};
 
@@ -382,6 +383,104 @@ async fn conversations_that_somebody_waits_for_are_opened_first() {
     }
     // Forty conversations and their forty-one users' own logs take half a second each, two at a time.
     assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
+}
+
+/// After a failover whoever waits with a message goes before whoever wants to look.
+#[tokio::test(start_paused = true)]
+async fn conversations_with_messages_that_wait_are_opened_before_those_that_are_read() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let names: Vec<String> = (0..12).map(|n| format!("bob{n}")).collect();
+    let with = |name: &String| CLUSTER.direct_id(&user("alice"), &user(name));
+    for name in &names {
+        gateway.send(1, with(name), message(name, "m1", "m1", "", 0)).await;
+        gateway.ack("m1").await;
+    }
+    // Until all is quiet: nobody opens them but who asks for them.
+    tokio::time::sleep(Duration::from_secs(70)).await;
+    assert!(first.stop(Duration::from_secs(30)).await);
+    let delay = Duration::from_millis(50)..=Duration::from_millis(50);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    let second = world.router(RouterConfig { opens_max: 1, workers: 1, ..world.config("r2") }).await;
+    let mut gateway = world.gateway("g2", &second).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let read = |(request_id, name): (u32, &String)| {
+        let request = v1::HistoryRequest { target: to(with(name)), from: 1, ..v1::HistoryRequest::default() };
+        let (method, request) = (Method::MessageHistory.number(), request.encode_to_vec().into());
+        let call = Some(v1::Call { request_id, method, request });
+        v1::gateway_message::Message::Call(v1::SessionCall { session_id: 1, call })
+    };
+    gateway.push((1..).zip(&names[..11]).map(read).collect()).await;
+    gateway.send(1, with(&names[11]), message(&names[11], "m2", "m2", "m1", 1)).await;
+    gateway.ack("m2").await;
+    let answered = gateway.inbox.iter().filter(|message| matches!(message, Down::CallReply(_))).count();
+    assert!(answered <= 1, "{answered} histories came first");
+    for request_id in 1..=11 {
+        gateway
+            .expect("history", |message| match message {
+                Down::CallReply(reply) if reply.request_id == request_id && reply.status.is_none() => Some(()),
+                _ => None,
+            })
+            .await;
+    }
+}
+
+/// Else each owner would write the rows of all members, and tell all of them again, as long as the first burst lasts.
+#[tokio::test(start_paused = true)]
+async fn a_young_group_of_many_is_marked_as_applied_once_all_members_know_of_it() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let members = |from: u32, to: u32| (from..to).map(|n| format!("bob{n}")).collect::<Vec<_>>();
+    let create = v1::GroupCreateRequest { key: "k".into(), name: "g".to_owned(), members: members(0, 40) };
+    let group: v1::GroupCreateReply = gateway.call(1, Method::GroupCreate, &create).await.unwrap();
+    let id = im_proto::ConversationId::from_slice(&group.conversation_id).unwrap();
+    let memory = store.store().clone();
+    let mark = async |key: &[u8]| {
+        memory.read(Table::Applied, id.as_bytes(), key).await.unwrap().map_or(0, |row| row.timestamp)
+    };
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!((mark(b"applied").await, mark(b"outbox").await), (1, 1));
+    // A message costs little to apply again.
+    gateway.send(1, id, v1::Send { target: None, ..message("", "m1", "hello", "", 1) }).await;
+    gateway.ack("m1").await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(mark(b"applied").await, 1);
+    // Not before its rows are stored.
+    store.set_plan(FaultPlan { refused_table: Some(Table::Members), ..FaultPlan::none() });
+    let invite = v1::GroupInviteRequest {
+        conversation_id: group.conversation_id,
+        members: members(40, 80),
+        ..v1::GroupInviteRequest::default()
+    };
+    let _: v1::GroupInviteReply = gateway.call(1, Method::GroupInvite, &invite).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(mark(b"applied").await, 1);
+    store.set_plan(FaultPlan::none());
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!((mark(b"applied").await, mark(b"outbox").await), (3, 3));
+    // The members' own logs are quiet after a minute, while the burst of the group goes on.
+    for (name, seq) in ["k1", "k2", "k3", "k4", "k5", "k6", "k7", "k8"].into_iter().zip(4..) {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        gateway.send(1, id, v1::Send { target: None, ..message("", name, "hello", "", seq - 1) }).await;
+        assert_eq!(gateway.ack(name).await.seq, seq);
+    }
+    // The next owner has little to do: a dozen calls for each of the eighty logs would be a thousand.
+    assert!(router.stop(Duration::from_secs(30)).await);
+    let before = store.calls();
+    let second = world.router(world.config("r2")).await;
+    let mut gateway = world.gateway("g2", &second).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    gateway.send(1, id, v1::Send { target: None, ..message("", "m2", "hello", "m1", 11) }).await;
+    assert_eq!(gateway.ack("m2").await.seq, 12);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let calls = store.calls() - before;
+    assert!(calls < 100, "{calls} calls");
 }
 
 /// A gateway may dial before the router has seen that it registered: a view made before must not leave it with a link that takes

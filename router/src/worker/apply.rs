@@ -56,6 +56,9 @@ impl Context {
 
     /// Writes the rows and queues the effects of a committed entry.
     pub fn apply_consequences(&mut self, conversation: &mut Conversation, seq: u64, consequences: Consequences) {
+        if consequences.is_heavy() {
+            conversation.heavy = seq;
+        }
         let Consequences { writes, effects, .. } = consequences;
         if !writes.is_empty() {
             conversation.unwritten.push(seq, writes);
@@ -79,8 +82,16 @@ impl Context {
                     conversation.mentions_unwritten.remove(&seq);
                 }
                 worker.context.write_entries(conversation);
+                worker.context.mark_soon(conversation);
             }
         });
+    }
+
+    /// Writes the marks with the next tick if they are wanted now.
+    pub fn mark_soon(&mut self, conversation: &mut Conversation) {
+        if self.wants_marks(conversation) {
+            self.look_soon(conversation);
+        }
     }
 
     /// Sends the effects that none of the same target precedes.
@@ -134,6 +145,7 @@ impl Worker {
         conversation.outbox.answered(target, origin_seq, done);
         if done {
             self.context.send_effects(conversation);
+            self.context.mark_soon(conversation);
         } else {
             // It goes out again with the next tick.
             self.context.look_soon(conversation);
@@ -153,8 +165,8 @@ impl Worker {
                 {
                     return self.context.give_back(id, request);
                 }
-                if slot.wait(request) {
-                    self.open_sooner(id);
+                if let Some(haste) = slot.wait(request) {
+                    self.open_sooner(id, haste);
                 }
             }
             None if request.is_ephemeral() => self.open_for_ephemeral(id, request),

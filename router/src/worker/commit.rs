@@ -237,9 +237,7 @@ impl Context {
             }
         }
         fan_out::deliver(self, conversation, &delivered);
-        if self.wants_marks(conversation) {
-            self.look_soon(conversation);
-        }
+        self.mark_soon(conversation);
         if !conversation.queue.is_empty() {
             self.mark_dirty(conversation);
         }

@@ -41,8 +41,7 @@ impl Worker {
         }
         let opens = &self.context.opens;
         if opens.running > 0 {
-            let (wanted, others) = (opens.wanted.len(), opens.others.len());
-            lines.push(format!("{} opens are under way, {wanted} and {others} wait", opens.running));
+            lines.push(format!("{} opens are under way, {} wait", opens.running, opens.waiting()));
         }
         lines.extend(self.context.describe_sessions());
         lines

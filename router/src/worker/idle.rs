@@ -91,11 +91,14 @@ impl Context {
         }
     }
 
-    /// The applied marks are far behind.
+    /// The applied marks are far behind, or below an entry that is dear to apply again: else each open of a young group would write the
+    /// rows of all its members, and tell all of them again, as long as its first burst lasts.
     pub fn wants_marks(&self, conversation: &Conversation) -> bool {
-        conversation.committed >= conversation.applied_written + APPLIED_EVERY
-            && !conversation.marks_writing
-            && conversation.applied().min(conversation.outbox_done()) >= conversation.applied_written + APPLIED_EVERY
+        let (written, heavy) = (conversation.applied_written, conversation.heavy);
+        let is_worthwhile = |done: u64| done >= written + APPLIED_EVERY || (heavy > written && done >= heavy);
+        !conversation.marks_writing
+            && is_worthwhile(conversation.committed)
+            && is_worthwhile(conversation.applied().min(conversation.outbox_done()))
     }
 
     /// Looks after a conversation with the next tick.

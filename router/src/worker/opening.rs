@@ -6,7 +6,7 @@ use im_proto::ConversationId;
 
 use super::{
     Context, Worker, fan_out,
-    waiting::{Request, Slot},
+    waiting::{Haste, Request, Slot, hastiest},
 };
 use crate::{
     conversation::{Busy, Conversation, Dedupe, Seen},
@@ -19,20 +19,18 @@ const EPHEMERAL_OPENS_WAITING_MAX: usize = 256;
 impl Worker {
     /// Opens a conversation for a request.
     pub fn open_for(&mut self, id: ConversationId, request: Request) {
+        let haste = request.haste();
         self.conversations.insert(id, Slot::Opening { attempt: 0, waiting: VecDeque::from([request]) });
-        self.context.opens.wanted.push_back(id);
-        self.start_opens();
+        self.open_sooner(id, haste);
     }
 
     /// Opens a conversation for a receipt or a signal, once nobody else waits for one. Whoever names very many of them, which need not
     /// even exist, is not heard: a receipt comes again with the next one, a signal is worth nothing later.
     pub fn open_for_ephemeral(&mut self, id: ConversationId, request: Request) {
-        if self.context.opens.others.len() >= EPHEMERAL_OPENS_WAITING_MAX {
+        if self.context.opens.unhurried() >= EPHEMERAL_OPENS_WAITING_MAX {
             return self.context.cluster.metrics.signals_dropped.increment(1);
         }
-        self.conversations.insert(id, Slot::Opening { attempt: 0, waiting: VecDeque::from([request]) });
-        self.context.opens.others.push_back(id);
-        self.start_opens();
+        self.open_for(id, request);
     }
 
     /// Opens a conversation that nobody waits for yet.
@@ -41,21 +39,19 @@ impl Worker {
             return;
         }
         self.conversations.insert(id, Slot::Opening { attempt: 0, waiting: VecDeque::new() });
-        self.context.opens.others.push_back(id);
-        self.start_opens();
+        self.open_sooner(id, Haste::None);
     }
 
-    /// Somebody waits for a conversation that nobody has waited for: it need not wait for others of that kind.
-    pub fn open_sooner(&mut self, id: ConversationId) {
-        self.context.opens.wanted.push_back(id);
+    /// Somebody waits for a conversation with more haste than all before: it need not wait for others that have less.
+    pub fn open_sooner(&mut self, id: ConversationId, haste: Haste) {
+        self.context.opens.push(id, haste);
         self.start_opens();
     }
 
     /// Starts opens up to the bound.
     pub fn start_opens(&mut self) {
         while self.context.opens.running < self.context.cluster.config.opens_max {
-            let opens = &mut self.context.opens;
-            let Some(id) = opens.wanted.pop_front().or_else(|| opens.others.pop_front()) else { return };
+            let Some(id) = self.context.opens.pop() else { return };
             self.start_open(id);
         }
     }
@@ -63,7 +59,7 @@ impl Worker {
     fn start_open(&mut self, id: ConversationId) {
         let shard = self.context.cluster.shard_of(&id);
         let Some(Slot::Opening { attempt, .. }) = self.conversations.get_mut(&id) else { return };
-        // Asked for twice (first by nobody, then by somebody): the first start serves both.
+        // Asked for again with more haste: the first start serves both.
         if *attempt != 0 {
             return;
         }
@@ -123,7 +119,8 @@ impl Worker {
             {
                 *attempt = 0;
                 if !waiting.is_empty() {
-                    worker.open_sooner(id);
+                    let haste = hastiest(waiting);
+                    worker.open_sooner(id, haste);
                 }
             }
         });
@@ -150,6 +147,7 @@ impl Worker {
         }
         self.context.send_effects(&mut conversation);
         self.context.plan_look(&mut conversation);
+        self.context.mark_soon(&mut conversation);
         self.context.cluster.metrics.conversations_open.increment(1.0);
         self.conversations.insert(id, Slot::Open(conversation));
         for request in waiting {
@@ -186,6 +184,7 @@ impl Context {
             // The burst of the last owner is taken over and ended in its time.
             busy: opened.busy_since.map_or(Busy::Quiet, |since| Busy::Inherited { since }),
             applied_written: opened.applied,
+            heavy: opened.heavy,
             ..Conversation::new(id, self.cluster.shard_of(&id), epoch)
         }
     }

@@ -29,6 +29,25 @@ impl Request {
     pub fn is_ephemeral(&self) -> bool {
         matches!(self, Request::Signal { .. } | Request::Received { .. })
     }
+
+    /// Who waits for the conversation to be opened.
+    pub fn haste(&self) -> Haste {
+        match self {
+            Request::Send { .. } => Haste::Send,
+            Request::Call { .. } | Request::Head { .. } => Haste::Call,
+            // The outbox of another log can wait: whoever made the entry has its answer.
+            Request::Effect { .. } | Request::Signal { .. } | Request::Received { .. } => Haste::None,
+        }
+    }
+}
+
+/// How soon a conversation is wanted open: after a failover, when many are, messages that wait go before lists and histories, and these
+/// before what nobody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Haste {
+    None,
+    Call,
+    Send,
 }
 
 /// A message to be numbered.
@@ -77,27 +96,61 @@ impl Slot {
         }
     }
 
-    /// Lets a request wait; `true` if it is the first one for which somebody waits and the open has not begun.
-    pub fn wait(&mut self, request: Request) -> bool {
+    /// Lets a request wait; its haste, if that is greater than the others' and the open has not begun.
+    pub fn wait(&mut self, request: Request) -> Option<Haste> {
         match self {
-            Slot::Open(_) => false,
+            Slot::Open(_) => None,
             Slot::Opening { attempt, waiting } => {
-                let first = *attempt == 0 && !request.is_ephemeral() && waiting.iter().all(Request::is_ephemeral);
+                let haste = request.haste();
+                let sooner = *attempt == 0 && haste > Haste::None && waiting.iter().all(|other| other.haste() < haste);
                 waiting.push_back(request);
-                first
+                sooner.then_some(haste)
             }
             Slot::Raising { waiting } => {
                 waiting.push_back(request);
-                false
+                None
             }
         }
     }
 }
 
-/// A conversation that wants to be opened, in two classes: first those that somebody waits for.
+/// The greatest haste of requests.
+pub fn hastiest(waiting: &VecDeque<Request>) -> Haste {
+    waiting.iter().map(Request::haste).max().unwrap_or(Haste::None)
+}
+
+/// The conversations that want to be opened, by haste. One that became more urgent may be in it twice.
 #[derive(Default)]
 pub struct OpenQueue {
-    pub wanted: VecDeque<ConversationId>,
-    pub others: VecDeque<ConversationId>,
+    sends: VecDeque<ConversationId>,
+    calls: VecDeque<ConversationId>,
+    others: VecDeque<ConversationId>,
     pub running: usize,
+}
+
+impl OpenQueue {
+    /// Queues a conversation.
+    pub fn push(&mut self, id: ConversationId, haste: Haste) {
+        let queue = match haste {
+            Haste::Send => &mut self.sends,
+            Haste::Call => &mut self.calls,
+            Haste::None => &mut self.others,
+        };
+        queue.push_back(id);
+    }
+
+    /// The next one.
+    pub fn pop(&mut self) -> Option<ConversationId> {
+        self.sends.pop_front().or_else(|| self.calls.pop_front()).or_else(|| self.others.pop_front())
+    }
+
+    /// How many wait that nobody waits for.
+    pub fn unhurried(&self) -> usize {
+        self.others.len()
+    }
+
+    /// How many wait.
+    pub fn waiting(&self) -> usize {
+        self.sends.len() + self.calls.len() + self.others.len()
+    }
 }

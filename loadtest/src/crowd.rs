@@ -35,8 +35,11 @@ use crate::{
 
 /// Time without an entry for a gap before it is read from the history: acks and messages of one commit may cross.
 const GAP_PATIENCE: Micros = 50_000;
-/// A call that failed is repeated after this.
-const RETRY: Micros = 50_000;
+/// A history that had nothing new is read again after this.
+const LOOK_AGAIN: Micros = 50_000;
+/// A call that failed is repeated after this, the next time after twice as long, as by the SDK, or when the server says if that is later.
+const RETRY: Micros = 200_000;
+const RETRY_MAX: Micros = 5_000_000;
 /// The server's limit of un-acknowledged sends a session.
 const PENDING_MAX: usize = im_proto::limits::PENDING_SENDS_MAX;
 /// How often the controller is told how far this thread is.
@@ -164,6 +167,8 @@ struct Participant {
     /// When a `Sync` is due.
     sync_at: Option<Micros>,
     sync_page: bytes::Bytes,
+    /// Syncs that failed in a row.
+    sync_failures: u32,
     heartbeat: Micros,
     written_at: Micros,
     /// When its silence is looked at next.
@@ -273,6 +278,7 @@ impl Participants {
         participant.calls.clear();
         participant.sync_at = None;
         participant.sync_page.clear();
+        participant.sync_failures = 0;
         participant.reading.iter_mut().for_each(|reading| reading.under_way = false);
         participant.written_at = now;
         participant.lanes.iter_mut().for_each(Lane::session_began);
@@ -381,6 +387,12 @@ impl Participants {
     }
 }
 
+/// The pause before a call is repeated that failed so often before. Spread by the participant's place instead of by chance.
+fn pause(failures: u32, status: &v1::Status, member: usize) -> Micros {
+    let half = (RETRY << failures.min(8)).min(RETRY_MAX) / 2;
+    (half + half * (member as u64 % 64) / 64).max(Micros::from(status.retry_after_ms) * 1000)
+}
+
 impl Participant {
     fn new(user: String, token: String, client: Client, lanes: Vec<Lane>) -> Self {
         Self {
@@ -395,6 +407,7 @@ impl Participant {
             next_request: 1,
             sync_at: None,
             sync_page: bytes::Bytes::new(),
+            sync_failures: 0,
             heartbeat: HEARTBEAT,
             written_at: 0,
             beat_at: Micros::MAX,

@@ -69,6 +69,8 @@ pub(super) struct Lane {
     /// A history call is in flight.
     pub(super) reading: bool,
     pub(super) read_again_at: Micros,
+    /// History calls that failed in a row.
+    pub(super) read_failures: u32,
     pub(super) sending: Option<Sending>,
 }
 
@@ -129,6 +131,7 @@ impl Lane {
             catch_up_to: 0,
             reading: false,
             read_again_at: 0,
+            read_failures: 0,
             sending: None,
         }
     }
@@ -137,6 +140,7 @@ impl Lane {
     pub(super) fn session_began(&mut self) {
         self.reading = false;
         self.read_again_at = 0;
+        self.read_failures = 0;
         if let Some(sending) = &mut self.sending {
             sending.unsent = 0;
             sending.paused_until = 0;

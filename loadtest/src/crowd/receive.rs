@@ -8,9 +8,10 @@ use im_proto::{
 use prost::Message as _;
 
 use super::{
-    Call, GAP_PATIENCE, Participants, RETRY, State,
+    Call, GAP_PATIENCE, LOOK_AGAIN, Participants, State,
     flow::MessageId,
     lane::{AHEAD_MAX, Ahead, Pending},
+    pause,
 };
 use crate::{
     checker::Entry,
@@ -286,14 +287,17 @@ impl Participants {
             }
             (Call::Sync, Some(status)) => {
                 *self.statistics.retries.entry(format!("sync: {}", status.text)).or_default() += 1;
-                participant.sync_at = Some(now + RETRY);
-                self.wake_at(now + RETRY, member);
+                let at = now + pause(participant.sync_failures, &status, member);
+                participant.sync_failures += 1;
+                participant.sync_at = Some(at);
+                self.wake_at(at, member);
             }
             (Call::History { lane }, Some(status)) => {
                 *self.statistics.retries.entry(format!("history: {}", status.text)).or_default() += 1;
-                participant.lanes[lane].reading = false;
-                participant.lanes[lane].read_again_at = now + RETRY;
-                self.wake_at(now + RETRY, member);
+                let lane = &mut participant.lanes[lane];
+                let at = now + pause(lane.read_failures, &status, member);
+                (lane.reading, lane.read_failures, lane.read_again_at) = (false, lane.read_failures + 1, at);
+                self.wake_at(at, member);
             }
         }
     }
@@ -309,6 +313,7 @@ impl Participants {
             self.caught_up(member, index);
         }
         let participant = &mut self.members[member];
+        participant.sync_failures = 0;
         participant.sync_page = reply.next;
         if participant.sync_page.is_empty() {
             participant.state = State::Live;
@@ -320,6 +325,7 @@ impl Participants {
     fn history_page(&mut self, member: usize, index: usize, answer: &[u8], now: Micros) {
         let Ok(reply) = v1::HistoryReply::decode(answer) else { return self.error("malformed history reply") };
         self.members[member].lanes[index].reading = false;
+        self.members[member].lanes[index].read_failures = 0;
         let before = self.members[member].lanes[index].have;
         for message in reply.entries.iter().filter_map(|entry| entry.message.as_ref()) {
             if message.seq == self.members[member].lanes[index].have + 1 {
@@ -331,8 +337,8 @@ impl Participants {
         self.statistics.gaps_repaired += u64::from(lane.have > before);
         if lane.have == before && lane.catch_up_to > lane.have {
             // Nothing new: do not ask again at once.
-            lane.read_again_at = now + RETRY;
-            self.wake_at(now + RETRY, member);
+            lane.read_again_at = now + LOOK_AGAIN;
+            self.wake_at(now + LOOK_AGAIN, member);
         }
         self.caught_up(member, index);
     }

@@ -35,6 +35,9 @@ struct Server {
     drop_pushes: bool,
     /// Reads of the history do not see the last entries.
     reads_behind: u64,
+    /// All calls are refused with this.
+    refuse_calls: Option<v1::Status>,
+    calls: usize,
 }
 
 impl Server {
@@ -99,6 +102,12 @@ impl Server {
     }
 
     fn call(&mut self, member: usize, call: &v1::Call) {
+        self.calls += 1;
+        if let Some(status) = self.refuse_calls.clone() {
+            let request_id = call.request_id;
+            let reply = v1::Reply { request_id, status: Some(status), payload: Bytes::new(), last: true };
+            return self.push(member, server_frame::Frame::Reply(reply));
+        }
         let head = self.log.len() as u64;
         let payload = if call.method == Method::ConversationSync.number() {
             let row = v1::ConversationRow { conversation_id: GROUP.to_bytes(), head, ..v1::ConversationRow::default() };
@@ -312,6 +321,24 @@ fn while_nothing_is_acknowledged_all_lanes_together_keep_the_limit_of_a_session(
     let pending = |lane: &Lane| lane.sending.as_ref().unwrap().pending.len();
     let pending: Vec<usize> = members.members[0].lanes.iter().map(pending).collect();
     assert!(pending.iter().all(|&count| count > 0) && pending.iter().sum::<usize>() == PENDING_MAX, "{pending:?}");
+}
+
+/// Else a crowd that waits for an owner keeps the machine so busy that there is none for long.
+#[test]
+fn refused_calls_are_repeated_less_and_less_often_and_not_before_the_server_says() {
+    for (retry_after_ms, calls_max) in [(0, 8), (3000, 5)] {
+        let mut world = World::new();
+        let status = StatusCode::Unavailable.to_status();
+        world.server.refuse_calls = Some(v1::Status { retry_after_ms, ..status });
+        // Ten seconds.
+        (0..500).for_each(|_| world.apply(Event::Step));
+        let calls = world.server.calls;
+        assert!((3 * MEMBERS..=calls_max * MEMBERS).contains(&calls), "{calls} calls, {retry_after_ms}");
+        world.server.refuse_calls = None;
+        (0..300).for_each(|_| world.apply(Event::Step));
+        let (verdict, _) = world.finish();
+        assert!(verdict.is_clean() && verdict.acknowledged > 0, "{verdict}");
+    }
 }
 
 #[test]

@@ -404,3 +404,46 @@ async fn past_the_lease_deadline_no_device_is_listed_or_kicked_from_memory_alone
         }
     }
 }
+
+/// Who was kicked, came again at another router and came back with the shard was not kicked since.
+#[tokio::test(start_paused = true)]
+async fn a_kick_ends_no_session_that_began_while_another_router_had_the_shard() {
+    let mesh = Mesh::default();
+    let mut world = World { shards: 64, peers: mesh.of("r1"), ..world() };
+    let first = world.router(world.config("r1")).await;
+    mesh.add("r1", &first);
+    let mut one = world.gateway("g1", &first).await;
+    let users: Vec<String> = (0..12).map(|number| format!("user{number}")).collect();
+    for (number, name) in (0..).zip(&users) {
+        open(&mut one, &world, 100 + number, [name, "laptop", "desktop"], "").await;
+        open(&mut one, &world, 200 + number, [name, "pixel", "phone"], "").await;
+        assert_eq!(kick(&mut one, 100 + number, "pixel").await, Ok(true));
+    }
+    assert_eq!(kicked(&mut one).await.len(), users.len());
+    world.peers = mesh.of("r2");
+    let second = world.router(world.config("r2")).await;
+    mesh.add("r2", &second);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let handle = AnyRegistry::from(world.registry.handle("watcher", world.environment.clone()));
+    let view = handle.view().borrow().clone();
+    let id = InstanceId::parse("r2").unwrap();
+    let shard = |name: &str| ShardCount::new(64).unwrap().shard_of(&CLUSTER.self_id(&user(name)));
+    let moved: Vec<&String> = users.iter().filter(|name| view.owner(shard(name)) == Some(&id)).collect();
+    assert!(!moved.is_empty());
+    let mut other = world.gateway("g2", &second).await;
+    let mut phones = Vec::new();
+    for (number, name) in (300..).zip(&moved) {
+        phones.push(other.open_on(&world, number, name, "pixel", "phone").await);
+    }
+    assert!(second.stop(Duration::from_secs(30)).await);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let mut other = world.link("g2", &first).await;
+    for opened in &phones {
+        let announce = v1::SessionAnnounce { session_id: opened.session_id, capability: opened.capability.clone() };
+        other.push(vec![Up::Announce(announce)]).await;
+    }
+    assert_eq!(kicked(&mut other).await, []);
+    for opened in &phones {
+        assert!(list(&mut other, opened.session_id).await.iter().any(|device| device.current && device.connected));
+    }
+}

@@ -456,16 +456,18 @@ async fn a_post_costs_the_same_with_thirty_subscribers_and_with_five_hundred() {
 #[tokio::test(start_paused = true)]
 async fn subscribers_get_everything_in_order_when_the_channel_and_their_own_shards_move() {
     let mut cluster = Cluster::new(3).await;
-    let there = cluster.come_to(&[1, 2], 20).await;
-    let id = cluster.channel_of(&there[0], 0, &[]).await;
-    for name in &there[1..] {
+    let creator = cluster.come_to(&[1], 1).await.remove(0);
+    let id = cluster.channel_of(&creator, 0, &[]).await;
+    let mut readers = cluster.come_to(&[0, 1, 2], 20).await;
+    readers.retain(|name| *name != creator);
+    for name in &readers {
         cluster.join(name, id).await;
     }
-    let before = send_all(&mut cluster, &there[0], id, "before", 5).await;
+    let before = send_all(&mut cluster, &creator, id, "before", 5).await;
     let (got, _) = cluster.pushed(id).await;
-    assert_got(&cluster, &got, &there[1..], &before);
-    // A planned move, with subscribers who come while it goes on.
-    let stopping = cluster.routers[0].clone();
+    assert_got(&cluster, &got, &readers, &before);
+    // A planned move of the channel and of some readers, while others come.
+    let (stopping, homes) = (cluster.routers[0].clone(), cluster.sessions.clone());
     let joining = async {
         let late = cluster.come_to(&[1, 2], 30).await;
         for name in &late {
@@ -475,10 +477,17 @@ async fn subscribers_get_everything_in_order_when_the_channel_and_their_own_shar
     };
     let (stopped, late) = tokio::join!(stopping.stop(Duration::from_secs(30)), joining);
     assert!(stopped);
-    let after = send_all(&mut cluster, &there[0], id, "after", 5).await;
+    let moved = readers.iter().filter(|name| homes[&user(name)].0 == 0);
+    let moved: Vec<String> = moved.cloned().collect();
+    assert!(!moved.is_empty());
+    for name in &moved {
+        cluster.come(name).await;
+    }
+    let after = send_all(&mut cluster, &creator, id, "after", 5).await;
     assert_eq!(after[0], before[4] + 1);
     let (got, _) = cluster.pushed(id).await;
-    assert_got(&cluster, &got, &late.into_iter().filter(|name| *name != there[0]).collect::<Vec<_>>(), &after);
+    readers.extend(late.into_iter().filter(|name| *name != creator));
+    assert_got(&cluster, &got, &readers, &after);
 }
 
 #[tokio::test(start_paused = true)]

@@ -49,6 +49,8 @@ pub struct Presences {
     came: BTreeSet<UserId>,
     /// Users with sessions of whom is not known whether they are invisible.
     unread: BTreeSet<UserId>,
+    /// That is being read of some.
+    reading: bool,
     /// Who has left, or become invisible, and is still seen online.
     leaving: BTreeMap<UserId, Leaving>,
     /// Where to go on saying that users are still online.

@@ -16,16 +16,19 @@ use crate::{
     worker::{Context, Worker, waiting::Slot},
 };
 
-/// Users looked at in one tick. After a failover they are all read within seconds.
-const USERS_A_TICK: usize = 8_192;
-/// Rows that are read at a time.
+/// Users looked at in one go.
+const USERS_MAX: usize = 2_048;
+/// Rows that are read at a time, of all that there are: after a failover messages must not wait for them.
 const READS_AT_A_TIME: usize = 32;
 
 impl Worker {
-    /// Finds out of users who came whether they are invisible.
+    /// Finds out of users who came whether they are invisible. One such task at a time.
     pub fn read_visibility(&mut self) {
+        if self.context.users.presence.reading {
+            return;
+        }
         let (mut asked, mut later) = (Vec::new(), Vec::new());
-        for _ in 0..USERS_A_TICK {
+        for _ in 0..USERS_MAX {
             let Some(user) = self.context.users.presence.unread.pop_first() else { break };
             let id = self.context.cluster.config.cluster_secret.self_id(&user);
             match self.conversations.get(&id) {
@@ -41,6 +44,7 @@ impl Worker {
         if asked.is_empty() {
             return;
         }
+        self.context.users.presence.reading = true;
         let store = self.context.store.clone();
         let read = async move {
             let reads = asked.into_iter().map(|(user, id)| {
@@ -50,6 +54,7 @@ impl Worker {
             stream::iter(reads).buffered(READS_AT_A_TIME).collect::<Vec<_>>().await
         };
         self.context.then(read, |worker, rows| {
+            worker.context.users.presence.reading = false;
             for (user, id, row) in rows {
                 worker.visibility_read(&user, &id, row);
             }

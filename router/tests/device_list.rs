@@ -393,7 +393,8 @@ async fn past_the_lease_deadline_no_device_is_listed_or_kicked_from_memory_alone
         let call = v1::Call { request_id: 900, method: method.number(), request };
         gateway.push(vec![Up::Call(v1::SessionCall { session_id: 1, call: Some(call) })]).await;
         let mut ended = first.ended();
-        let why = ended.wait_for(Option::is_some).await.unwrap().clone();
+        let why = tokio::time::timeout(Duration::from_secs(60), ended.wait_for(Option::is_some)).await;
+        let why = why.expect("it asks whether it is fenced").unwrap().clone();
         assert_eq!(why, Some(Ended::Fenced), "{method:?}");
         gateway.gather().await;
         for told in &gateway.inbox {

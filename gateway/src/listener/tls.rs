@@ -1,26 +1,29 @@
 //! TCP with TLS 1.3.
 
+mod stream;
+
 use std::{net::SocketAddr, sync::Arc};
 
+use rustls::ServerConfig;
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout},
 };
-use tokio_rustls::TlsAcceptor;
 
+use self::stream::TlsStream;
 use super::{ALPN, certificate::Certificate, tcp};
 use crate::{Gateway, ListenError, PeerInfo, Transport};
 
 /// A bound listener.
 pub struct Listener {
     tcp: tcp::Listener,
-    acceptor: TlsAcceptor,
+    config: Arc<ServerConfig>,
 }
 
 /// Binds an address; port 0 takes any free one.
 pub fn bind(address: SocketAddr, certificate: Certificate) -> Result<Listener, ListenError> {
-    let acceptor = TlsAcceptor::from(Arc::new(certificate.tls_config()?));
-    Ok(Listener { tcp: tcp::bind(address)?, acceptor })
+    let config = Arc::new(certificate.tls_config()?);
+    Ok(Listener { tcp: tcp::bind(address)?, config })
 }
 
 impl Listener {
@@ -32,7 +35,7 @@ impl Listener {
     /// Accepts until the gateway drains or stops. Connections go on as tasks of the environment.
     pub async fn run(self, gateway: Gateway) {
         let accepting = self.tcp.accept_each(&gateway, |stream, remote_address| {
-            let serving = serve(gateway.clone(), self.acceptor.clone(), stream, remote_address);
+            let serving = serve(gateway.clone(), self.config.clone(), stream, remote_address);
             gateway.shared.environment.spawn(serving);
         });
         tcp::until_drain(&gateway, accepting).await;
@@ -40,7 +43,7 @@ impl Listener {
 }
 
 /// The handshake is a task of its own, boxed, so that a served connection does not carry its state for life.
-async fn serve(gateway: Gateway, acceptor: TlsAcceptor, stream: TcpStream, remote_address: SocketAddr) {
+async fn serve(gateway: Gateway, config: Arc<ServerConfig>, stream: TcpStream, remote_address: SocketAddr) {
     let shared = gateway.shared.clone();
     let address = match gateway.arrive(remote_address) {
         Ok(address) => address,
@@ -50,10 +53,10 @@ async fn serve(gateway: Gateway, acceptor: TlsAcceptor, stream: TcpStream, remot
         // There is no cheap way to say why before the handshake.
         return shared.metrics.refused_handshakes.increment(1);
     };
-    let handshake = shared.limits.effort.pace(acceptor.accept(stream));
+    let handshake = shared.limits.effort.pace(TlsStream::accept(config, stream));
     let handshake = Box::pin(timeout(shared.config.handshake_deadline, handshake));
     let stream = match handshake.await {
-        Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(ALPN) => stream,
+        Ok(Ok(stream)) if stream.agreed().alpn_protocol() == Some(ALPN) => stream,
         refused => {
             // Not by its own fault: the connection broke, or it was this gateway that had no time.
             let at_fault = match &refused {

@@ -402,8 +402,9 @@ impl Cluster {
         let (conversation, last_seq) = (*conversation, *last_seq);
         let push = AudiencePush { conversation, frames, last_seq, except: except.as_ref() };
         self.audiences.push(self, &push, || {
-            // Whoever begins to follow now asks for the head later than this is sent, and so is registered after it.
-            let gone = ShardMessage::AudienceGone { conversation, router: self.config.instance.clone() };
+            // Whoever begins to follow now asks for the head later than this is sent, and so is registered after it. An answer that
+            // somebody follows may overtake this: it is registered after entries that the owner had sent by then.
+            let gone = ShardMessage::AudienceGone { conversation, router: self.config.instance.clone(), seq: last_seq };
             if let Some(peer) = self.peers.read().get(from) {
                 peer.send(gone.to_peer(shard, 0));
             }

@@ -32,10 +32,11 @@ pub enum ShardMessage {
     Follow(Follow),
     /// They are members no longer.
     Unfollow(Follow),
-    /// Nobody follows a large conversation at a router.
+    /// Nobody follows a large conversation at a router, as a push up to `seq` found.
     AudienceGone {
         conversation: ConversationId,
         router: InstanceId,
+        seq: u64,
     },
     /// Sessions at a router want to know when users of the shard come and go.
     Watch(Watch),
@@ -224,8 +225,8 @@ impl ShardMessage {
                 conversation_id: unfollow.conversation.to_bytes(),
                 user_ids: unfollow.users.iter().map(UserId::to_string).collect(),
             }),
-            ShardMessage::AudienceGone { conversation, .. } => {
-                Message::AudienceGone(v1::PeerAudienceGone { conversation_id: conversation.to_bytes() })
+            ShardMessage::AudienceGone { conversation, seq, .. } => {
+                Message::AudienceGone(v1::PeerAudienceGone { conversation_id: conversation.to_bytes(), seq: *seq })
             }
             ShardMessage::Watch(watch) => {
                 Message::Watch(v1::PeerWatch { user_ids: watch.users.iter().map(UserId::to_string).collect() })
@@ -255,6 +256,7 @@ impl ShardMessage {
             Message::AudienceGone(gone) => ShardMessage::AudienceGone {
                 conversation: ConversationId::from_slice(&gone.conversation_id).ok()?,
                 router: other.clone(),
+                seq: gone.seq,
             },
             Message::Watch(watch) => {
                 let known = watch.user_ids.len() <= WATCH_USERS_MAX;

@@ -244,7 +244,7 @@ impl Worker {
             ShardMessage::Heads(query) => self.heads(query, reply_to),
             ShardMessage::Follow(follow) => self.context.follow(&follow, reply_to),
             ShardMessage::Unfollow(unfollow) => self.context.unfollow(&unfollow),
-            ShardMessage::AudienceGone { conversation, router } => self.audience_gone(&conversation, &router),
+            ShardMessage::AudienceGone { conversation, router, seq } => self.audience_gone(&conversation, &router, seq),
             ShardMessage::Watch(watch) => self.context.watch(shard, &watch, reply_to),
             ShardMessage::Call(call) => self.take_call(call, reply_to),
         }

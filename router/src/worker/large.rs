@@ -33,45 +33,56 @@ pub struct Large {
     groups: Groups,
     /// Entries below this one were sent by an earlier owner, or never; 0 if that does not matter.
     sent_from: u64,
+    /// The last entry that was sent to the routers, here or by an earlier owner.
+    sent_through: u64,
     next_ask: u64,
 }
 
 /// Which routers get the entries.
 #[derive(Debug)]
 enum Routers {
-    /// Those where somebody follows.
-    Registered(BTreeSet<InstanceId>),
+    /// Those where somebody follows, with the last entry that was sent before they were registered.
+    Registered(BTreeMap<InstanceId, u64>),
     /// All but those where nobody does.
     AllBut(BTreeSet<InstanceId>),
 }
 
 impl Default for Routers {
     fn default() -> Self {
-        Routers::Registered(BTreeSet::new())
+        Routers::Registered(BTreeMap::new())
     }
 }
 
 impl Routers {
-    /// Somebody at a router follows the conversation; `false` if it gets the entries anyway.
-    fn add(&mut self, router: &InstanceId) -> bool {
+    /// Somebody at a router follows the conversation, of which entries up to one were sent; `false` if it gets the entries anyway.
+    fn add(&mut self, router: &InstanceId, sent_through: u64) -> bool {
         match self {
-            Routers::Registered(registered) => registered.insert(router.clone()),
+            Routers::Registered(registered) => registered.insert(router.clone(), sent_through).is_none(),
             Routers::AllBut(others) => others.remove(router),
+        }
+    }
+
+    /// A router says that a push up to an entry found nobody there. If it was registered since, somebody has come: the answer to
+    /// [`Follow`] comes on another link than this, and may come first.
+    fn gone(&mut self, router: &InstanceId, seq: u64) {
+        match self {
+            Routers::Registered(registered) if registered.get(router).is_some_and(|since| seq <= *since) => {}
+            _ => self.remove(router),
         }
     }
 
     /// Nobody there does, or the router is gone.
     fn remove(&mut self, router: &InstanceId) {
         match self {
-            Routers::Registered(registered) => registered.remove(router),
-            Routers::AllBut(others) => others.insert(router.clone()),
-        };
+            Routers::Registered(registered) => drop(registered.remove(router)),
+            Routers::AllBut(others) => drop(others.insert(router.clone())),
+        }
     }
 
     /// Whom the next entry goes to. What is known of routers that are gone is forgotten.
     fn targets(&mut self, cluster: &Cluster) -> Vec<InstanceId> {
         match self {
-            Routers::Registered(registered) => registered.iter().cloned().collect(),
+            Routers::Registered(registered) => registered.keys().cloned().collect(),
             Routers::AllBut(others) => {
                 cluster.audiences.sent_to_all.store(true, Ordering::Release);
                 let own = &cluster.config.instance;
@@ -125,7 +136,8 @@ impl Context {
     }
 
     fn become_large(&mut self, conversation: &mut Conversation, sent_from: u64) {
-        let mut large = Box::new(Large { sent_from, ..Large::default() });
+        let sent_through = conversation.committed;
+        let mut large = Box::new(Large { sent_from, sent_through, ..Large::default() });
         if conversation.is_channel() {
             large.routers = Routers::AllBut(BTreeSet::new());
         } else {
@@ -182,7 +194,7 @@ impl Context {
         if !self.is_reachable(router) {
             return Registration::Unreachable;
         }
-        large.routers.add(router);
+        large.routers.add(router, large.sent_through);
         Registration::Made
     }
 
@@ -195,6 +207,7 @@ impl Context {
     pub fn push_large(&self, conversation: &mut Conversation, push: &AudiencePush<'_>) {
         let Some(large) = &mut conversation.large else { return };
         let shard = conversation.shard;
+        large.sent_through = large.sent_through.max(push.last_seq);
         for router in large.routers.targets(&self.cluster) {
             let mut stays = true;
             self.cluster.metrics.audience_pushes.increment(1);
@@ -239,18 +252,43 @@ impl Worker {
         };
         large.pending.remove(&shard);
         large.groups.invalidate();
-        let is_new = registered && large.routers.add(&router);
+        let is_new = registered && large.routers.add(&router, large.sent_through);
         if is_new && pushed_through > 0 && pushed_through + 1 < large.sent_from {
             self.context.cluster.resync_audience(&router, conversation.shard, id);
         }
     }
 
-    /// Nobody follows the conversation at a router.
-    pub fn audience_gone(&mut self, id: &ConversationId, router: &InstanceId) {
+    /// A push up to an entry found nobody who follows the conversation at a router.
+    pub fn audience_gone(&mut self, id: &ConversationId, router: &InstanceId, seq: u64) {
         if let Some(Slot::Open(conversation)) = self.conversations.get_mut(id)
             && let Some(large) = &mut conversation.large
         {
-            large.routers.remove(router);
+            large.routers.gone(router, seq);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_there_does_not_unregister_a_router_that_was_registered_since() {
+        let router = InstanceId::parse("router").expect("an id");
+        let is_registered =
+            |routers: &Routers| matches!(routers, Routers::Registered(all) if all.contains_key(&router));
+        let mut routers = Routers::default();
+        assert!(routers.add(&router, 3));
+        routers.gone(&router, 0);
+        routers.gone(&router, 3);
+        assert!(is_registered(&routers), "it was said of pushes before");
+        routers.gone(&router, 4);
+        assert!(!is_registered(&routers));
+        assert!(routers.add(&router, 4));
+        assert!(!routers.add(&router, 6), "somebody else there asked");
+        routers.gone(&router, 5);
+        assert!(is_registered(&routers));
+        routers.gone(&router, 7);
+        assert!(!is_registered(&routers));
     }
 }

@@ -88,6 +88,8 @@ pub(crate) struct Core {
     receipts_wanted: bool,
     /// Others do not see this user: what would betray that it is there is held back.
     pub(crate) invisible: bool,
+    /// The entry of the own log that said so last: the answer to a sync may be older.
+    pub(crate) visibility_seq: u64,
     /// Frames to write.
     pub(crate) out: BytesMut,
     session: Option<Session>,
@@ -111,6 +113,7 @@ impl Core {
             receipts: Receipts::default(),
             receipts_wanted: config.receipts,
             invisible: false,
+            visibility_seq: 0,
             out: BytesMut::new(),
             session: None,
             window: config.window.max(1),

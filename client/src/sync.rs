@@ -108,7 +108,9 @@ impl Core {
 
     fn sync_page(&mut self, reply: v1::SyncReply, now: Instant) {
         let version = *self.sync.running_version.get_or_insert(reply.version);
-        self.invisible = reply.invisible;
+        if reply.version >= self.visibility_seq {
+            self.invisible = reply.invisible;
+        }
         for row in reply.conversations {
             self.sync_row(&row, now);
         }
@@ -162,7 +164,9 @@ impl Core {
                         self.conversations.left(id, left.left_seq);
                     }
                 }
-                v1::system_event::Event::VisibilityChanged(changed) => self.invisible = changed.invisible,
+                v1::system_event::Event::VisibilityChanged(changed) => {
+                    (self.invisible, self.visibility_seq) = (changed.invisible, entry.seq);
+                }
                 _ => {}
             }
         }

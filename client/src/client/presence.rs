@@ -1,9 +1,12 @@
 //! Who is there: read once, or watched; and whether others see this user.
 
-use im_proto::{UserId, limits, method::Method, v1};
+use im_proto::{StatusCode, UserId, limits, method::Method, v1};
 
 use super::{Client, texts};
-use crate::{core::Command, error::CallError};
+use crate::{
+    core::Command,
+    error::{CallError, Status},
+};
 
 impl Client {
     /// Who of these users is online, and was last seen when. Those who share no conversation with this user, or of whom nothing is known
@@ -19,8 +22,11 @@ impl Client {
     }
 
     /// Watches these users, and none besides: from now on [`crate::Event::Presence`] tells who of them comes and goes, across reconnects.
-    /// At most [`limits::PRESENCE_WATCHED_MAX`]. The answer is how it is now, as [`Self::presence`] tells it.
+    /// At most [`limits::PRESENCE_WATCHED_MAX`], else `too large`, and those who were watched before still are. The answer is how it is now, as [`Self::presence`] tells it.
     pub async fn watch_presence(&self, users: &[UserId]) -> Result<Vec<v1::UserPresence>, CallError> {
+        if users.len() > limits::PRESENCE_WATCHED_MAX {
+            return Err(CallError::Refused(Status::from_code(StatusCode::TooLarge)));
+        }
         let sent = self.inner.commands.send(Command::Watch(users.to_vec())).await;
         sent.map_err(|_| CallError::Closed(self.closed_reason()))?;
         let request = v1::PresenceSubscribeRequest { user_ids: texts(users) };

@@ -167,7 +167,7 @@ pub(super) enum Command {
     /// Create channels, into which few write and which anybody may read; subscribe to them. `im group` changes who may write.
     #[command(subcommand, after_help = "Example: im --as alice channel create news @bob")]
     Channel(Channel),
-    /// Print who is there: user, online, offline or unknown, and when last seen, separated by tabs.
+    /// Print who is there: user, online, offline or unknown, when last seen, and of yourself whether you are invisible, separated by tabs.
     #[command(after_help = "Example: im --as alice presence @bob @carol --watch")]
     Presence {
         /// @user …, who share a conversation with you.

@@ -1,9 +1,9 @@
 //! The server's side of TLS over any stream, without buffers at rest.
 //!
 //! `rustls` with its own buffers keeps 4 KiB to read into for each connection, forever. Here the bytes of a read lie in a buffer of the
-//! thread, records are opened there, and the stream keeps only what is not whole: a part of a record that has not come yet, plain bytes
-//! that the reader had no room for, sealed bytes that the socket did not take. Each of them is bounded by one read or one write and given
-//! back when it is empty.
+//! thread, records are opened there, and the stream keeps only what is not whole: a part of a record or of a message of the handshake
+//! that has not come yet (bounded by [`PARTIAL_BYTES_MAX`]), plain bytes that the reader had no room for (by one read), sealed bytes that
+//! the socket did not take (by one write). Each is given back when it is empty.
 
 use std::{
     cell::RefCell,
@@ -23,6 +23,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Sealed bytes of one read: one whole record at least.
 const READ_BYTES: usize = 32 * 1024;
+/// Of records that cannot be opened yet, or hold a part of a message of the handshake: these must stay where they are until the message is
+/// whole, and a peer may cut it into as many records as it likes. As much as rustls keeps in buffers of its own.
+const PARTIAL_BYTES_MAX: usize = 64 * 1024;
 /// Plain bytes of one write.
 const WRITE_BYTES: usize = 32 * 1024;
 /// What sealing adds at most to a write: a header, a content type and a tag for each record of 16 KiB, and a change of keys.
@@ -155,7 +158,7 @@ impl Session {
     fn open(&mut self, sealed: &mut [u8], plain: &mut ReadBuf<'_>) -> io::Result<()> {
         if self.partial.is_empty() {
             let done = self.process(sealed, plain)?;
-            self.partial = sealed[done..].to_vec();
+            self.keep(sealed[done..].to_vec());
             return Ok(());
         }
         self.partial.extend_from_slice(sealed);
@@ -167,8 +170,16 @@ impl Session {
         let mut joined = std::mem::take(&mut self.partial);
         let done = self.process(&mut joined, plain)?;
         // Not the large buffer of records that are opened for the sake of the beginning of the next.
-        self.partial = if done == 0 { joined } else { joined[done..].to_vec() };
+        self.keep(if done == 0 { joined } else { joined[done..].to_vec() });
         Ok(())
+    }
+
+    fn keep(&mut self, partial: Vec<u8>) {
+        if partial.len() <= PARTIAL_BYTES_MAX {
+            self.partial = partial;
+        } else {
+            self.failure = Some(rustls::Error::General("a message in too many records".to_owned()));
+        }
     }
 
     /// Does everything that can be done with these bytes; returns how many of them are done with. What is to be sent for it (the
@@ -176,7 +187,11 @@ impl Session {
     fn process(&mut self, sealed: &mut [u8], plain: &mut ReadBuf<'_>) -> io::Result<usize> {
         let mut done = 0;
         loop {
-            // After a failure there is only the alert to take.
+            // After a failure there is only the alert to take. With nothing to send, rustls would go on where it was in bytes that it is
+            // not given any more, and panic.
+            if self.failure.is_some() && !self.tls.wants_write() {
+                return Ok(sealed.len());
+            }
             let rest: &mut [u8] = if self.failure.is_some() { &mut [] } else { &mut sealed[done..] };
             let UnbufferedStatus { mut discard, state } = self.tls.process_tls_records(rest);
             match state {

@@ -226,3 +226,40 @@ async fn a_writer_that_nobody_reads_waits_with_one_write() {
     assert_eq!(got, data);
     assert!(is_empty_at_rest(&server));
 }
+
+/// What a server makes of bytes, and the first byte that it answers with.
+async fn answer_to(bytes: Vec<u8>) -> (io::ErrorKind, Option<u8>) {
+    let (server, _) = configs();
+    let (mut theirs, ours) = duplex(10_000);
+    let says = async {
+        // It may stop listening.
+        let _ = theirs.write_all(&bytes).await;
+        let mut told = Vec::new();
+        theirs.read_to_end(&mut told).await.expect("read");
+        told.first().copied()
+    };
+    let accepts = async { TlsStream::accept(server, ours).await.err().expect("refused").kind() };
+    tokio::join!(accepts, says)
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_long_or_is_broken_off_is_refused_and_panics_nothing() {
+    // A ClientHello of 64 KiB.
+    let too_long = vec![0x16, 3, 1, 0, 4, 1, 1, 0, 0];
+    assert_eq!(answer_to(too_long).await.0, io::ErrorKind::InvalidData);
+    // The beginning of one of 4 KiB, then what is no record.
+    let mut broken_off = vec![0x16, 3, 1, 0, 5, 1, 0, 0x10, 0, 7];
+    broken_off.extend([0xff; 20]);
+    assert_eq!(answer_to(broken_off).await.0, io::ErrorKind::InvalidData);
+}
+
+#[tokio::test]
+async fn a_message_in_very_many_records_is_refused() {
+    let mut records = Vec::new();
+    let hello = [1, 0, 0xea, 0x60].into_iter().chain(std::iter::repeat_n(7, 60_000));
+    for byte in hello {
+        records.extend([0x16, 3, 1, 0, 1, byte]);
+    }
+    assert!(records.len() > 4 * PARTIAL_BYTES_MAX);
+    assert_eq!(answer_to(records).await.0, io::ErrorKind::InvalidData);
+}

@@ -34,6 +34,7 @@ use crate::{
     worker::{
         Worker,
         input::{GatewayInput, Input},
+        presence::Turns,
     },
 };
 
@@ -82,6 +83,8 @@ pub struct Cluster {
     pub audiences: Audiences,
     /// Who at this router watches the presence of whom.
     pub watches: Watches,
+    /// Bounds the lists that are read to decide who may know of whom.
+    pub turns: Turns,
     pub links: RwLock<BTreeMap<InstanceId, Arc<GatewayLink>>>,
     pub peers: RwLock<BTreeMap<InstanceId, Arc<PeerLink>>>,
     /// Links that other routers have dialled: their requests come in and our answers go out on these.
@@ -110,6 +113,7 @@ impl Cluster {
             workers,
             audiences: Audiences::new(),
             watches: Watches::default(),
+            turns: Turns::default(),
             links: RwLock::default(),
             peers: RwLock::default(),
             incoming_peers: Mutex::default(),

@@ -23,7 +23,7 @@ pub mod heads;
 mod history;
 pub mod idle;
 mod opening;
-mod presence;
+pub mod presence;
 pub mod receipts;
 pub mod repeats;
 mod sends;

@@ -329,7 +329,15 @@ async fn store_devices(store: StoreCalls, batch: Vec<Job>) -> Result<(Stored, u6
     let plan = |job: Job| {
         let store = &store;
         async move {
-            let mut rows = Rows::of(&read_rows(store, &job.self_id).await?);
+            let rows = match read_rows(store, &job.self_id).await {
+                // One user's damage must not keep the others waiting for ever.
+                Err(StoreError::Damaged(error)) => {
+                    tracing::error!(user = %job.user, error, "the devices of a user cannot be read");
+                    return Ok(((job.user, BTreeMap::new()), Vec::new()));
+                }
+                rows => rows?,
+            };
+            let mut rows = Rows::of(&rows);
             let see = |(device, seen)| rows.see(&job.self_id, device, seen, &job.connected);
             let writes: Vec<_> = job.seen.iter().filter_map(see).collect();
             let last_seen = |device: &DeviceId| Some((device.clone(), rows.last_seen(device)?));

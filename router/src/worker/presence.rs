@@ -15,6 +15,8 @@ mod calls;
 mod sharing;
 mod visibility;
 
+pub use self::sharing::Turns;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,
@@ -154,12 +156,14 @@ impl Presences {
         }
     }
 
-    /// Forgets who is watched no longer, a part of the shards each time.
-    fn sweep(&mut self, now: Instant) {
+    /// Forgets who is watched no longer, a part of the shards each time. A worker has each `workers`th shard.
+    fn sweep(&mut self, now: Instant, workers: usize) {
         self.ticks += 1;
         let turn = self.ticks % TICKS_A_ROUND;
         self.settling.retain(|_, until| *until > now);
-        for (_, users) in self.watched.iter_mut().filter(|(shard, _)| shard.0 as usize % TICKS_A_ROUND == turn) {
+        for (_, users) in
+            self.watched.iter_mut().filter(|(shard, _)| shard.0 as usize / workers % TICKS_A_ROUND == turn)
+        {
             let before = users.len();
             users.retain(|_, watched| {
                 watched.routers.retain(|_, until| *until > now);
@@ -216,14 +220,15 @@ impl Context {
             }
         }
         words.extend(self.still_online().into_iter().map(|user| (user, online)));
-        if !words.is_empty() {
+        // Past the lease another router may own these users and know better; what was said holds for a while.
+        if !words.is_empty() && !self.past_lease() {
             self.cluster.metrics.presence_words.increment(words.len() as u64);
             self.cluster.hot.put_presence(now, words);
         }
         for (router, users) in told {
             tell(&self.cluster, &router, &users);
         }
-        self.users.presence.sweep(at);
+        self.users.presence.sweep(at, self.cluster.config.workers.max(1));
     }
 
     /// Some of those who are seen online: all of them in one round.
@@ -237,6 +242,9 @@ impl Context {
 
     /// Users of a shard are watched at a router from now on. The answer has those of whom is known how it is.
     pub fn watch(&mut self, shard: ShardId, watch: &Watch, reply_to: ReplyTo) {
+        if self.past_lease() {
+            return self.refuse(reply_to);
+        }
         let (until, max) = (self.now() + WATCH_HOLDS, self.cluster.config.presence_watched_max);
         let mut known = Vec::with_capacity(watch.users.len());
         for user in watch.users.iter() {

@@ -290,9 +290,8 @@ impl Worker {
         self.context.cluster.metrics.epochs_raised.increment(1);
         self.context.shards.raise(shard, claim);
         if let Some(Slot::Raising { waiting, .. }) = self.conversations.remove(&id) {
-            if waiting.is_empty() {
-                self.open_later(id);
-            }
+            // Also if only what is dropped when much waits wants it: its head row may be older than its log, so it keeps its place.
+            self.open_later(id);
             for request in waiting {
                 self.request(id, request);
             }

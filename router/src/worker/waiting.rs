@@ -96,13 +96,16 @@ impl Slot {
         }
     }
 
-    /// Lets a request wait; its haste, if that is greater than the others' and the open has not begun.
+    /// Lets a request wait; its haste, if the open has not begun and it is the first or has more than the others. The first may find a
+    /// conversation that is in no queue, because its last open failed.
     pub fn wait(&mut self, request: Request) -> Option<Haste> {
         match self {
             Slot::Open(_) => None,
             Slot::Opening { attempt, waiting } => {
                 let haste = request.haste();
-                let sooner = *attempt == 0 && haste > Haste::None && waiting.iter().all(|other| other.haste() < haste);
+                let first = waiting.is_empty() && !request.is_ephemeral();
+                let hastier = haste > Haste::None && waiting.iter().all(|other| other.haste() < haste);
+                let sooner = *attempt == 0 && (first || hastier);
                 waiting.push_back(request);
                 sooner.then_some(haste)
             }

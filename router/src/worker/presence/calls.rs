@@ -34,7 +34,7 @@ impl Context {
         }
         let Some(users) = parse(&request.user_ids) else { return Err(reply_to) };
         let own = users.contains(&caller.user).then(|| self.own_presence(conversation, caller));
-        let (cluster, known) = (self.cluster.clone(), self.look_up(conversation, caller, users));
+        let (cluster, known) = (self.cluster.clone(), self.look_up(conversation, caller, users, false));
         let answer = async move {
             let Some(known) = known.await else { return cluster.answer(reply_to, Err(unavailable())) };
             let now = cluster.environment.clock.now();
@@ -69,7 +69,7 @@ impl Context {
             return Ok(());
         };
         let own = users.contains(&caller.user).then(|| self.own_presence(conversation, caller));
-        let (known, user) = (self.look_up(conversation, caller, users), caller.user.clone());
+        let (known, user) = (self.look_up(conversation, caller, users, true), caller.user.clone());
         self.then(known, move |worker, known| {
             let context = &mut worker.context;
             match known {
@@ -119,12 +119,14 @@ impl Context {
     }
 
     /// What is known of those of these users, besides the caller, who share a conversation with the caller. The same is read for
-    /// everybody who is asked for, allowed or not, existing or not. `None` if this router may own the caller's log no longer.
+    /// everybody who is asked for, allowed or not, existing or not. `None` if this router may own the caller's log no longer, if too many wait
+    /// for an answer, or if it must be `complete` and a list could not be read.
     fn look_up(
         &self,
         conversation: &Conversation,
         caller: &Caller,
         mut users: BTreeSet<UserId>,
+        complete: bool,
     ) -> impl Future<Output = Option<Known>> + Send + 'static {
         users.remove(&caller.user);
         let rows = conversation.settled.list.iter().filter(|(_, row)| !row.left() && is_mutual(row.kind.into()));
@@ -139,8 +141,12 @@ impl Context {
             }
             let users: Vec<UserId> = users.into_iter().collect();
             let known = cluster.hot.presence(&users).await;
+            let _place = cluster.turns.call()?;
             // A list that cannot be read has nothing in common.
             let allowed = share(&cluster, &store, &own, &users).await;
+            if complete && allowed.iter().any(Result::is_err) {
+                return None;
+            }
             let told = users.into_iter().zip(known).zip(allowed).filter(|(_, allowed)| matches!(allowed, Ok(true)));
             Some(told.map(|(told, _)| told).collect())
         }

@@ -8,6 +8,7 @@ use futures::{StreamExt as _, stream};
 use im_proto::{ConversationId, UserId, v1};
 use im_storage::{StoreError, Table};
 use prost::Message as _;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{cluster::Cluster, deadline::StoreCalls, state::ListValue, watches::Check, worker::Context};
 
@@ -15,8 +16,32 @@ use crate::{cluster::Cluster, deadline::StoreCalls, state::ListValue, watches::C
 const LIST_ROWS_MAX: usize = 1_024;
 /// Lists that are read at a time for one call, and for all that is checked again.
 const LISTS_AT_A_TIME: usize = 8;
+/// Lists that are read at a time by a router. After it lost its clients for a moment all of them subscribe again, and the store has more
+/// urgent things to do.
+const LISTS_MAX: usize = 32;
+/// Calls that may wait for their turn; the next one is refused, and its client tries again later.
+const CALLS_MAX: usize = 4_096;
 /// Pages of one's own list that are read for a check: a million conversations.
 const OWN_PAGES_MAX: usize = 1_024;
+
+/// How much may be asked at a time.
+pub struct Turns {
+    lists: Semaphore,
+    calls: Semaphore,
+}
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self { lists: Semaphore::new(LISTS_MAX), calls: Semaphore::new(CALLS_MAX) }
+    }
+}
+
+impl Turns {
+    /// A place for a call; `None` if too many wait.
+    pub fn call(&self) -> Option<SemaphorePermit<'_>> {
+        self.calls.try_acquire().ok()
+    }
+}
 
 impl Context {
     /// Checks again of some sessions whether they may still watch whom they watch. One such task at a time.
@@ -60,7 +85,11 @@ pub async fn share(
 ) -> Vec<Result<bool, StoreError>> {
     let shares = |user: &UserId| {
         let self_id = cluster.config.cluster_secret.self_id(user);
-        async move { shares_one(store, self_id, own).await }
+        async move {
+            // It is never closed.
+            let _turn = cluster.turns.lists.acquire().await;
+            shares_one(store, self_id, own).await
+        }
     };
     stream::iter(users.iter().map(shares)).buffered(LISTS_AT_A_TIME).collect().await
 }

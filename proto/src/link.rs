@@ -37,6 +37,7 @@ pub struct Outgoing<B> {
     kept: VecDeque<Kept<B>>,
     kept_bytes: usize,
     limit_bytes: usize,
+    acknowledged_through: u64,
 }
 
 #[derive(Debug)]
@@ -51,7 +52,7 @@ impl<B: Batch + Clone> Outgoing<B> {
     /// Keeps at most `limit_bytes` of unacknowledged batches, and always the newest; beyond that the oldest are dropped and
     /// [`Self::replay`] reports it.
     pub fn new(limit_bytes: usize) -> Self {
-        Self { next_number: 1, kept: VecDeque::new(), kept_bytes: 0, limit_bytes }
+        Self { next_number: 1, kept: VecDeque::new(), kept_bytes: 0, limit_bytes, acknowledged_through: 0 }
     }
 
     /// Numbers a batch and keeps a copy; returns the number of its first message. A batch without messages (an acknowledgement
@@ -74,6 +75,7 @@ impl<B: Batch + Clone> Outgoing<B> {
 
     /// Forgets what the other side has received.
     pub fn acknowledge(&mut self, through: u64) {
+        self.acknowledged_through = self.acknowledged_through.max(through);
         while self.kept.front().is_some_and(|oldest| oldest.last <= through) {
             self.forget_oldest();
         }
@@ -100,6 +102,11 @@ impl<B: Batch + Clone> Outgoing<B> {
     /// The number that the next message gets.
     pub fn next_number(&self) -> u64 {
         self.next_number
+    }
+
+    /// The last number that the other side is known to have received. What was dropped for the bound counts as not received.
+    pub fn acknowledged_through(&self) -> u64 {
+        self.acknowledged_through
     }
 
     /// Bytes of what is kept for a replay.

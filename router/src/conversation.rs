@@ -169,7 +169,11 @@ pub struct Conversation {
     pub marks: Marks,
     /// Personal mentions whose rows are being written.
     pub mentions_unwritten: BTreeMap<u64, Vec<UserId>>,
+    /// What `Table::Heads` is known to say.
+    pub head_written: u64,
     pub last_entry: Instant,
+    /// When the last entries were delivered.
+    pub last_push: Instant,
     pub last_use: Instant,
     /// Members by the owner of their shard, for the current owners and members.
     pub routes: Groups,
@@ -218,7 +222,9 @@ impl Conversation {
             cursors_dirty: BTreeSet::new(),
             marks: Marks::default(),
             mentions_unwritten: BTreeMap::new(),
+            head_written: 0,
             last_entry: now,
+            last_push: now,
             last_use: now,
             routes: Groups::default(),
             large: None,

@@ -25,7 +25,7 @@ use im_registry::{Role, View};
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, mpsc, watch},
-    time::MissedTickBehavior,
+    time::{Instant, MissedTickBehavior},
 };
 
 use crate::{
@@ -60,6 +60,17 @@ struct Numbering {
     /// The boot of the other side that `incoming` counts.
     boot: u64,
     acknowledged: Acknowledged,
+    arrived: Arrived,
+}
+
+/// How far what was queued has arrived at the other side.
+struct Arrived {
+    /// All that was queued before this moment has, or a resync in its place.
+    until: Instant,
+    /// When this number is acknowledged, all that was queued before that moment has.
+    mark: Option<(u64, Instant)>,
+    /// A resync for what was refused is being queued.
+    resyncs: bool,
 }
 
 impl PeerLink {
@@ -74,6 +85,7 @@ impl PeerLink {
                 incoming: Incoming::default(),
                 boot: 0,
                 acknowledged: Acknowledged::default(),
+                arrived: Arrived { until: Instant::now(), mark: None, resyncs: false },
             }),
             connection: AtomicU64::new(0),
             overflowed: AtomicBool::new(false),
@@ -93,6 +105,32 @@ impl PeerLink {
         }
         self.wake.notify_one();
         true
+    }
+
+    /// Whether all that was queued before a moment has arrived at the other router. What could not be kept has when the resync in its
+    /// place has.
+    pub fn has_arrived(&self, before: Instant) -> bool {
+        let numbering = &mut *self.numbering.lock();
+        let Numbering { outgoing, arrived, .. } = numbering;
+        if arrived.resyncs || self.overflowed.load(Ordering::Acquire) {
+            // The resync is queued later than this.
+            arrived.mark = None;
+            return arrived.until > before;
+        }
+        let acknowledged = outgoing.acknowledged_through();
+        if let Some((_, at)) = arrived.mark.take_if(|(number, _)| *number <= acknowledged) {
+            arrived.until = at;
+        }
+        if arrived.mark.is_none() {
+            let now = Instant::now();
+            let last = outgoing.next_number() - 1 + self.queue.lock().len() as u64;
+            if last <= acknowledged {
+                arrived.until = now;
+            } else {
+                arrived.mark = Some((last, now));
+            }
+        }
+        arrived.until > before
     }
 
     /// Queues an answer. Answers are bounded by the requests that the other side may have open.
@@ -254,6 +292,8 @@ async fn their_hello(cluster: &Cluster, end: &mut PeerEnd) -> Option<v1::LinkHel
 async fn run(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, connection: u64, theirs: &v1::LinkHello, end: &mut PeerEnd) {
     let replay = resume(peer, theirs, cluster.config.boot.0).unwrap_or_else(|| {
         cluster.resync_router(&peer.instance);
+        // Whatever was marked before speaks of what is lost.
+        peer.numbering.lock().arrived.mark = None;
         Vec::new()
     });
     let replay = replay.into_iter().map(|(_, batch)| batch).collect();
@@ -366,10 +406,13 @@ fn send_next(
         let batch = Arc::new(v1::PeerBatch { first_number, acknowledged_through, messages });
         numbering.outgoing.push(batch.clone());
         permit.send(LinkItem::Batch(batch));
+        numbering.arrived.resyncs = peer.overflowed.swap(false, Ordering::AcqRel);
+        if !numbering.arrived.resyncs {
+            return true;
+        }
     }
-    if peer.overflowed.swap(false, Ordering::AcqRel) {
-        cluster.resync_router(&peer.instance);
-    }
+    cluster.resync_router(&peer.instance);
+    peer.numbering.lock().arrived.resyncs = false;
     true
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use crate::support::{CLUSTER, SHARDS, World, message, user};
 
 /// The first of many users whose conversation belongs to a router.
-fn user_of(
+pub fn user_of(
     world: &World,
     registry: &AnyRegistry,
     owner: &str,

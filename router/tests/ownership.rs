@@ -2,9 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use im_proto::{Epoch, ShardId, StatusCode, Timestamp, method::Method, v1, v1::router_message::Message as Down};
-use im_registry::{AnyRegistry, Reach, Registry as _};
-use im_router::Ended;
+use bytes::Bytes;
+use im_proto::{
+    ConversationId, Epoch, ShardId, StatusCode, Timestamp, UserId, method::Method, v1,
+    v1::router_message::Message as Down,
+};
+use im_registry::{AnyRegistry, InProcessHandle, Reach, Registry as _};
+use im_router::{Ended, Router};
 use im_storage::{
     AppendRequest, Batch, Directory as _, FaultPlan, Memory, MessageLog as _, Row, StateWrite, Store, Table,
     noted_claim,
@@ -13,7 +17,8 @@ use prost::Message as _;
 
 use crate::{
     lifecycle::faulty,
-    support::{CLUSTER, TestGateway, World, message, to, user},
+    moves::user_of,
+    support::{CLUSTER, Mesh, TestGateway, World, decode, message, to, user},
 };
 
 #[tokio::test(start_paused = true)]
@@ -120,7 +125,7 @@ async fn past_the_lease_deadline_no_answer_and_no_refusal_comes_from_memory_alon
         let create =
             v1::GroupCreateRequest { key: "k".into(), name: "team".to_owned(), members: vec!["bob".to_owned()] };
         let created: v1::GroupCreateReply = gateway.call(1, Method::GroupCreate, &create).await.unwrap();
-        let id = im_proto::ConversationId::from_slice(&created.conversation_id).unwrap();
+        let id = ConversationId::from_slice(&created.conversation_id).unwrap();
         let read = v1::MarkReadRequest { target: to(id), seq: 1 };
         gateway.call::<v1::MarkReadReply>(1, Method::ConversationMarkRead, &read).await.unwrap();
         handle.set_reach(Reach::Refused);
@@ -291,5 +296,109 @@ async fn a_head_row_without_its_log_or_without_sense_is_an_alarm_and_never_a_sta
         assert_eq!(gateway.ack("m1").await.status.unwrap().code, StatusCode::Unavailable.number(), "{value:?}");
         let row = store.read_range(id, 1, 10, 10).await.unwrap();
         assert!(row.is_empty(), "nothing was written: {row:?}");
+    }
+}
+
+/// Two routers and a gateway linked to both; a conversation of the first router between a user of it and one of the second.
+struct Pair {
+    world: World,
+    mesh: Mesh,
+    first: InProcessHandle,
+    _routers: [Router; 2],
+    sender: TestGateway,
+    receiver: TestGateway,
+    id: ConversationId,
+    bob: UserId,
+}
+
+impl Pair {
+    async fn new() -> Self {
+        let mut world = World::new(Store::from(Memory::new()));
+        let mesh = Mesh::default();
+        let handles = ["r1", "r2"].map(|name| world.registry.handle(name, world.environment.clone()));
+        let mut routers = Vec::new();
+        for (name, handle) in ["r1", "r2"].into_iter().zip(&handles) {
+            world.peers = mesh.of(name);
+            let router = world.router_on(world.config(name), handle.clone().into()).await;
+            mesh.add(name, &router);
+            routers.push(router);
+        }
+        let routers: [Router; 2] = routers.try_into().ok().unwrap();
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let registry = AnyRegistry::from(handles[0].clone());
+        let alice = user_of(&world, &registry, "r1", |user| CLUSTER.self_id(user));
+        let bob = (0..1000).map(|n| user(&format!("user{n}"))).find(|user| {
+            let (view, shards) = (registry.view().borrow().clone(), world.config("any").shards);
+            let owner = |id: &ConversationId| view.owner(shards.shard_of(id)).map(|owner| owner.as_str().to_owned());
+            owner(&CLUSTER.self_id(user)).as_deref() == Some("r2")
+                && owner(&CLUSTER.direct_id(&alice, user)).as_deref() == Some("r1")
+        });
+        let bob = bob.expect("such a user");
+        let mut sender = world.gateway("g1", &routers[0]).await;
+        let mut receiver = world.link("g1", &routers[1]).await;
+        sender.open(&world, 1, alice.as_str(), "a1").await;
+        receiver.open(&world, 2, bob.as_str(), "b1").await;
+        let id = CLUSTER.direct_id(&alice, &bob);
+        let [first, _] = handles;
+        Self { world, mesh, first, _routers: routers, sender, receiver, id, bob }
+    }
+
+    async fn send(&mut self, name: &'static str, after: &'static str) {
+        self.sender.send(1, self.id, message(self.bob.as_str(), name, name, after, 0)).await;
+        self.sender.ack(name).await;
+    }
+
+    /// The ids of the conversation's messages that came to the receiver since the last time.
+    async fn received(&mut self) -> Vec<Bytes> {
+        self.receiver.gather().await;
+        let frames = self.receiver.inbox.drain(..).filter_map(|message| match message {
+            Down::Deliver(deliver) => Some(deliver.frame),
+            _ => None,
+        });
+        let messages = frames.flat_map(decode).filter(|message| message.conversation_id == self.id.to_bytes());
+        messages.map(|message| message.client_message_id).collect()
+    }
+
+    /// Whether the conversation's busy row stands: the next owner would open it unasked.
+    async fn is_busy(&self) -> bool {
+        let shard = self.world.config("any").shards.shard_of(&self.id);
+        self.world.store.read(Table::Busy, &shard.0.to_be_bytes(), self.id.as_bytes()).await.unwrap().is_some()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_ends_once_its_entries_have_arrived_at_the_other_routers() {
+    let mut pair = Pair::new().await;
+    pair.send("m1", "").await;
+    assert_eq!(pair.received().await, ["m1"]);
+    tokio::time::sleep(Duration::from_secs(65)).await;
+    assert!(!pair.is_busy().await, "everything has arrived");
+    pair.mesh.cut("r1", "r2");
+    pair.send("m2", "m1").await;
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert!(pair.is_busy().await, "m2 waits for r2");
+    pair.mesh.mend();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(pair.received().await, ["m2"]);
+    assert!(!pair.is_busy().await, "m2 has arrived");
+}
+
+/// However long ago: also if the conversation was dropped from memory meanwhile.
+#[tokio::test(start_paused = true)]
+async fn what_waited_for_a_router_when_its_owner_died_is_delivered_by_the_next_owner() {
+    for minutes in [2, 8] {
+        let mut pair = Pair::new().await;
+        // Else its own effect, the entry in bob's list, would hold the burst.
+        pair.send("m0", "").await;
+        assert_eq!(pair.received().await, ["m0"]);
+        pair.mesh.cut("r1", "r2");
+        pair.send("m1", "m0").await;
+        pair.send("m2", "m1").await;
+        tokio::time::sleep(Duration::from_secs(60 * minutes)).await;
+        assert!(pair.received().await.is_empty());
+        pair.first.set_reach(Reach::Refused);
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        // A client asks for what is before it.
+        assert_eq!(pair.received().await, ["m2"], "after {minutes} minutes");
     }
 }

@@ -114,6 +114,11 @@ impl Mesh {
         self.0.lock().unwrap().cut.push(ids);
     }
 
+    /// Everything passes again.
+    pub fn mend(&self) {
+        self.0.lock().unwrap().cut.clear();
+    }
+
     /// From now on messages of a kind get lost.
     pub fn lose(&self, kind: &'static str) {
         self.0.lock().unwrap().lost = Some(kind);

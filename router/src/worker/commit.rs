@@ -188,6 +188,8 @@ impl Context {
                 && conversation.busy == Busy::Writing
             {
                 conversation.busy = Busy::Confirmed { since };
+                // Else one that was quiet before is looked at only when it would leave.
+                worker.context.plan_look(conversation);
                 worker.context.await_fence(conversation);
             }
         });

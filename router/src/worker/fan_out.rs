@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use bytes::{Bytes, BytesMut};
 use im_proto::{InstanceId, ShardId, UserId, frame, v1};
 use im_storage::Row;
+use tokio::time::Instant;
 
 use crate::{
     audience::AudiencePush,
@@ -114,6 +115,7 @@ pub fn deliver(context: &Context, conversation: &mut Conversation, entries: &[(R
         send(context, conversation, &frames, last_seq, session);
         from += run;
     }
+    conversation.last_push = Instant::now();
 }
 
 /// Delivers a frame that is not an entry.

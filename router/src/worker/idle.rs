@@ -6,12 +6,15 @@ use bytes::Bytes;
 use im_proto::UserId;
 use im_storage::{StateWrite, Table};
 use prost::Message as _;
+use tokio::time::Instant;
 
 use super::{Context, TICK, Worker, waiting::Slot};
 use crate::conversation::{Busy, Conversation};
 
 /// The applied mark is written at least this often, so that an open applies few entries again.
 const APPLIED_EVERY: u64 = 1024;
+/// How often a conversation is looked at whose burst would end if its entries had arrived everywhere.
+const HELD_LOOK: Duration = Duration::from_secs(1);
 /// Keys of `Table::Applied`.
 pub const APPLIED: &[u8] = b"applied";
 /// The outbox has a cursor of its own, so that an unreachable target does not hold up the tables.
@@ -46,6 +49,8 @@ impl Worker {
     pub fn tick(&mut self) {
         if self.context.index == 0 {
             self.context.cluster.sweep_awaited();
+            // So that what arrives is noted soon after.
+            self.context.cluster.pushes_arrived(Instant::now());
         }
         self.context.flush_resyncs();
         self.tick_presence();
@@ -87,8 +92,18 @@ impl Context {
             && conversation.applied() == conversation.committed
             && !conversation.marks_writing
         {
-            self.end_burst(conversation, since);
+            if self.pushes_arrived(conversation) {
+                self.end_burst(conversation, since);
+            } else if conversation.head_written < conversation.committed {
+                self.write_marks(conversation, |_| {});
+            }
         }
+    }
+
+    /// Whether nobody needs the next owner to deliver the last entries again. What still waits for another router is lost with this
+    /// one; what was sent past the lease may have gone to a router that no longer holds the sessions.
+    fn pushes_arrived(&self, conversation: &Conversation) -> bool {
+        !self.past_lease() && self.cluster.pushes_arrived(conversation.last_push)
     }
 
     /// The applied marks are far behind, or below an entry that is dear to apply again: else each open of a young group would write the
@@ -113,7 +128,9 @@ impl Context {
         let at = match conversation.busy {
             Busy::Quiet => conversation.last_use + self.stays(conversation),
             Busy::Confirmed { .. } | Busy::Inherited { .. } => {
-                conversation.last_entry + self.cluster.config.quiet_after
+                let quiet_from = conversation.last_entry + self.cluster.config.quiet_after;
+                // Quiet already, and its burst cannot end yet: that may last, and there may be many.
+                if quiet_from > self.now() { quiet_from } else { self.now() + HELD_LOOK }
             }
             Busy::Writing | Busy::Ending => soon,
         };
@@ -126,8 +143,19 @@ impl Context {
         if conversation.assigned == 0 { Duration::ZERO } else { self.cluster.config.evict_after }
     }
 
+    /// The head row says it all, or it and a busy row, which stays: with it the next open delivers the last entries again.
+    fn is_at_rest(&self, conversation: &Conversation) -> bool {
+        match conversation.busy {
+            Busy::Quiet => true,
+            Busy::Confirmed { .. } | Busy::Inherited { .. } => {
+                conversation.head_written == conversation.committed && !conversation.marks_writing
+            }
+            Busy::Writing | Busy::Ending => false,
+        }
+    }
+
     fn may_leave(&self, conversation: &Conversation) -> bool {
-        conversation.busy == Busy::Quiet
+        self.is_at_rest(conversation)
             && conversation.is_settled()
             && conversation.waiters.is_empty()
             && conversation.cursors_dirty.is_empty()
@@ -155,11 +183,12 @@ impl Context {
         };
         // The head row goes with them, so that an open in the middle of a long burst begins near its end.
         let marks = vec![mark(APPLIED, applied), mark(OUTBOX, outbox), head_write(conversation)];
-        let (id, epoch) = (conversation.id, conversation.epoch);
+        let (id, epoch, head) = (conversation.id, conversation.epoch, conversation.committed);
         let written = move |worker: &mut Worker| {
             if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
                 && conversation.epoch == epoch
             {
+                conversation.head_written = head;
                 conversation.marks_writing = false;
             }
             then(worker);

@@ -20,7 +20,13 @@ async fn next_call(router: &mut Router) -> v1::Call {
 
 fn reply(session_id: u64, call: &v1::Call, reply: impl Into<Bytes>) -> FromRouter {
     let reply = reply.into();
-    FromRouter::CallReply(v1::CallReply { session_id, request_id: call.request_id, status: None, reply })
+    FromRouter::CallReply(v1::CallReply {
+        session_id,
+        request_id: call.request_id,
+        status: None,
+        reply,
+        in_order: false,
+    })
 }
 
 async fn reply_of(client: &mut Client<tokio::io::DuplexStream>) -> v1::Reply {
@@ -56,7 +62,15 @@ async fn a_failed_call_keeps_its_status() {
     client.send(call(1)).await;
     let request_id = next_call(&mut router).await.request_id;
     let status = Some(StatusCode::NotFound.to_status());
-    router.say(FromRouter::CallReply(v1::CallReply { session_id, request_id, status, reply: Bytes::new() })).await;
+    router
+        .say(FromRouter::CallReply(v1::CallReply {
+            session_id,
+            request_id,
+            status,
+            reply: Bytes::new(),
+            in_order: false,
+        }))
+        .await;
     assert_eq!(status_of(reply_of(&mut client).await.status.as_ref()), Some(StatusCode::NotFound));
 }
 
@@ -71,7 +85,13 @@ async fn a_router_that_does_not_know_who_calls_is_told_and_the_repeated_call_fol
     router
         .say_all(vec![
             FromRouter::CapabilityWanted(wanted),
-            FromRouter::CallReply(v1::CallReply { session_id, request_id, status, reply: Bytes::new() }),
+            FromRouter::CallReply(v1::CallReply {
+                session_id,
+                request_id,
+                status,
+                reply: Bytes::new(),
+                in_order: false,
+            }),
         ])
         .await;
     assert_eq!(status_of(reply_of(&mut client).await.status.as_ref()), Some(StatusCode::Unavailable));
@@ -202,4 +222,20 @@ async fn replies_that_pile_up_are_refused_one_by_one() {
     outcomes.sort();
     let overloaded = Some(StatusCode::Overloaded);
     assert_eq!(outcomes, [(1, None), (2, overloaded), (3, overloaded)]);
+}
+
+/// What is told after an answer about presence would else be undone by it.
+#[tokio::test(start_paused = true)]
+async fn what_is_live_does_not_overtake_a_reply_that_is_in_order() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session) = bench.login(&mut router, "ann").await;
+    client.send(call(1)).await;
+    let call = next_call(&mut router).await;
+    let FromRouter::CallReply(reply) = reply(session, &call, "as it is now") else { panic!("a reply") };
+    let reply = FromRouter::CallReply(v1::CallReply { in_order: true, ..reply });
+    router.say_all(vec![deliver(&[session], 1, 10), reply, deliver(&[session], 2, 10)]).await;
+    assert!(matches!(client.next().await, ServerFrame::Message(message) if message.seq == 1));
+    let answered = reply_of(&mut client).await;
+    assert_eq!((answered.request_id, &answered.payload[..], answered.last), (1, &b"as it is now"[..], true));
+    assert!(matches!(client.next().await, ServerFrame::Message(message) if message.seq == 2));
 }

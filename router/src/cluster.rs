@@ -368,7 +368,7 @@ impl Cluster {
                 let worker = self.worker_of(self.shard_of(&origin));
                 self.to_worker(worker, Input::EffectAnswered { origin, target, origin_seq, done });
             }
-            ReplyTo::Watch { shard, users } => self.watches.answered(self, shard, users, answer),
+            ReplyTo::Watch { shard, users, owner } => self.watches.answered(self, shard, users, owner.as_ref(), answer),
             ReplyTo::Follow { conversation, shard, ask } => {
                 let worker = self.worker_of(self.shard_of(&conversation));
                 let step = move |worker: &mut Worker| worker.followed(&conversation, shard, ask, answer);

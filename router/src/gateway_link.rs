@@ -120,12 +120,13 @@ impl GatewayLink {
 
     /// Queues the answer to a call.
     pub fn reply(&self, session: SessionId, request_id: u32, answer: Answer) {
+        let in_order = matches!(answer, Ok(AnswerValue::ReplyInOrder(_)));
         let (status, reply) = match answer {
-            Ok(AnswerValue::Reply(reply)) => (None, reply),
+            Ok(AnswerValue::Reply(reply) | AnswerValue::ReplyInOrder(reply)) => (None, reply),
             Ok(_) => (None, Bytes::new()),
             Err(status) => (Some(status), Bytes::new()),
         };
-        let reply = v1::CallReply { session_id: session.0, request_id, status, reply };
+        let reply = v1::CallReply { session_id: session.0, request_id, status, reply, in_order };
         self.send(vec![v1::RouterMessage { message: Some(ToGateway::CallReply(reply)) }]);
     }
 

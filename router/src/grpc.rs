@@ -107,7 +107,7 @@ impl Api {
         let (sender, receiver) = oneshot::channel();
         api::call(&self.cluster, Arc::new(caller), method.number(), bytes, ReplyTo::Task(sender));
         match receiver.await {
-            Ok(Ok(AnswerValue::Reply(reply))) => {
+            Ok(Ok(AnswerValue::Reply(reply) | AnswerValue::ReplyInOrder(reply))) => {
                 A::decode(reply).map(Response::new).map_err(|error| Status::internal(error.to_string()))
             }
             Ok(Ok(_)) => Err(Status::internal("the answer is not a reply")),

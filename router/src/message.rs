@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use im_proto::{
-    ConversationId, InstanceId, SessionId, ShardId, StatusCode, UserId, id::IdError, key::ClusterSecret,
+    ConversationId, Epoch, InstanceId, SessionId, ShardId, StatusCode, UserId, id::IdError, key::ClusterSecret,
     method::Method, v1,
 };
 use tokio::{sync::oneshot, time::Instant};
@@ -115,6 +115,8 @@ pub type Answer = Result<AnswerValue, v1::Status>;
 #[derive(Clone, Debug)]
 pub enum AnswerValue {
     Reply(Bytes),
+    /// The same, which nothing that is told to the session later may overtake.
+    ReplyInOrder(Bytes),
     Heads(Vec<v1::Head>),
     EffectDone(u64),
     /// Whether anybody follows a large conversation at a router, and up to which seq it was pushed there.
@@ -124,7 +126,7 @@ pub enum AnswerValue {
         pushed_through: u64,
     },
     /// How it is with users who are watched.
-    Presence(Vec<v1::UserPresence>),
+    Presence(v1::PresenceList),
     Nothing,
 }
 
@@ -156,13 +158,25 @@ pub enum ReplyTo {
         shard: ShardId,
         ask: u64,
     },
-    /// Those at this router who watch users of a shard; so many were asked for.
+    /// Those at this router who watch users of a shard; so many were asked for, of whoever owned the shard then.
     Watch {
         shard: ShardId,
         users: usize,
+        owner: Option<(InstanceId, Epoch)>,
     },
     /// To a caller of the api; the time that the answer took is counted.
     Timed(Box<TimedReply>),
+}
+
+impl ReplyTo {
+    /// Whether the answer goes to the caller by the link of its own session.
+    pub fn is_own_session(&self) -> bool {
+        match self {
+            ReplyTo::Session { .. } => true,
+            ReplyTo::Timed(timed) => timed.to.is_own_session(),
+            _ => false,
+        }
+    }
 }
 
 /// An answer to a call of the api that is timed.
@@ -398,14 +412,14 @@ pub fn answer_to_peer(answer: Answer) -> v1::PeerAnswer {
         Ok(value) => v1::PeerAnswer {
             status: None,
             answer: match value {
-                AnswerValue::Reply(reply) => Some(Wire::Reply(reply)),
+                AnswerValue::Reply(reply) | AnswerValue::ReplyInOrder(reply) => Some(Wire::Reply(reply)),
                 AnswerValue::Heads(heads) => Some(Wire::Heads(v1::HeadList { heads })),
                 AnswerValue::EffectDone(seq) => Some(Wire::EffectDone(seq)),
                 AnswerValue::Following { router, registered, pushed_through } => {
                     let router_id = router.to_string();
                     Some(Wire::Following(v1::Following { router_id, registered, pushed_through }))
                 }
-                AnswerValue::Presence(users) => Some(Wire::Presence(v1::PresenceList { users })),
+                AnswerValue::Presence(list) => Some(Wire::Presence(list)),
                 AnswerValue::Nothing => None,
             },
         },
@@ -427,7 +441,7 @@ pub fn answer_from_peer(answer: v1::PeerAnswer) -> Answer {
             registered: following.registered,
             pushed_through: following.pushed_through,
         },
-        Some(Wire::Presence(list)) => AnswerValue::Presence(list.users),
+        Some(Wire::Presence(list)) => AnswerValue::Presence(list),
         None => AnswerValue::Nothing,
     })
 }

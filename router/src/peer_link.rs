@@ -455,7 +455,7 @@ fn take_message(cluster: &Arc<Cluster>, other: &InstanceId, message: &v1::PeerMe
                 cluster.audiences.resync(cluster, &id);
             }
         }
-        Some(Message::Presence(presence)) => cluster.watches.told(cluster, other, &presence.users),
+        Some(Message::Presence(presence)) => cluster.watches.told(cluster, other, presence),
         Some(request) => {
             match ShardMessage::from_peer(request, ShardId(message.shard), other, &cluster.config.cluster_secret) {
                 Some(request) => cluster.receive(ShardId(message.shard), request, reply_to),

@@ -5,6 +5,10 @@
 //! tells what changes. So whatever is lost between the two is made good by the next renewal; what is lost on the way to a client ends
 //! in a `Resync`, after which it subscribes again. Sessions are told only what differs from what they were told before.
 //!
+//! What an owner answers and what it tells come on different links, in any order: its count says which was said later. A subscription is
+//! answered under the lock and in the order of what is told, so that what a session hears last is what is known last. Of two subscriptions
+//! of a session the one that was asked for later stands, whichever is decided first.
+//!
 //! Nobody watches without a session at this router: what is known here goes with the session, and with the user's shard. Whether
 //! somebody may watch is decided before.
 
@@ -19,12 +23,13 @@ use im_proto::{
     v1::{self, router_message::Message as ToGateway},
 };
 use parking_lot::Mutex;
+use prost::Message as _;
 use tokio::time::Instant;
 
 use crate::{
     caller::SessionKey,
     cluster::Cluster,
-    message::{Answer, AnswerValue, ReplyTo, ShardMessage, WATCH_USERS_MAX, Watch},
+    message::{Answer, AnswerValue, ReplyTo, ShardMessage, WATCH_USERS_MAX, Watch, overloaded},
 };
 
 /// The owner is told again who is watched before this has passed. It forgets who is watched after three times as long.
@@ -54,10 +59,16 @@ impl Seen {
     }
 }
 
-/// What a session is told when it subscribes, and of whom the owners are to be asked.
-pub struct Subscribed {
-    pub users: Vec<v1::UserPresence>,
-    pub ask: BTreeMap<ShardId, Vec<UserId>>,
+/// What a session asks for.
+pub struct Subscription {
+    pub key: SessionKey,
+    pub watcher: UserId,
+    /// Grows with each subscription of a session.
+    pub number: u64,
+    /// Whom the session may watch, each with what hot state says.
+    pub users: Vec<(ShardId, UserId, Option<Seen>)>,
+    /// How it is with the watcher, if that was asked for.
+    pub own: Option<v1::UserPresence>,
 }
 
 /// A session of which it is time to ask whether its user may still watch these users.
@@ -89,6 +100,8 @@ struct State {
 /// Whom a session watches.
 struct Watching {
     watcher: UserId,
+    /// Of its last subscription.
+    number: u64,
     users: Vec<(ShardId, UserId)>,
     check_at: Instant,
 }
@@ -98,6 +111,8 @@ struct OfShard {
     /// Who was asked last, and under which claim.
     asked: Option<(InstanceId, Epoch)>,
     ask_at: Instant,
+    /// Whose count the users' orders are of.
+    heard: Option<InstanceId>,
 }
 
 /// A user whom somebody watches.
@@ -105,57 +120,40 @@ struct OfShard {
 struct Watched {
     sessions: BTreeSet<SessionKey>,
     known: Option<Seen>,
+    /// When the owner said so, by its count.
+    order: u64,
 }
 
 impl Watches {
-    /// A session watches these users and no others from now on; each with what hot state says. `None` if that would be too many here.
+    /// A session watches these users and no others from now on, unless it has asked for others since. Answers it, and tells of whom the
+    /// owners are to be asked.
     pub fn subscribe(
         &self,
         cluster: &Cluster,
-        key: &SessionKey,
-        watcher: &UserId,
-        users: Vec<(ShardId, UserId, Option<Seen>)>,
-    ) -> Option<Subscribed> {
-        let owners = cluster.owners();
+        subscription: Subscription,
+        reply_to: ReplyTo,
+    ) -> BTreeMap<ShardId, Vec<UserId>> {
         let mut state = self.state.lock();
         let state = &mut *state;
-        let before = state.sessions.get(key).map_or(0, |watching| watching.users.len());
-        if state.count - before + users.len() > cluster.config.presence_watches_max {
-            return None;
+        let watching = state.sessions.get(&subscription.key);
+        let before = watching.map_or(0, |watching| watching.users.len());
+        let is_outdated = watching.is_some_and(|watching| watching.number > subscription.number);
+        if !is_outdated && state.count - before + subscription.users.len() > cluster.config.presence_watches_max {
+            cluster.answer(reply_to, Err(overloaded()));
+            return BTreeMap::new();
         }
-        let former = state.end(key);
-        let mut subscribed = Subscribed { users: Vec::with_capacity(users.len()), ask: BTreeMap::new() };
-        let mut watching = Vec::with_capacity(users.len());
-        let (ask_at, check_at) = (Instant::now() + cluster.environment.jitter(RENEW), Instant::now() + CHECK);
-        for (shard, user, hot) in users {
-            let of_shard = state.shards.entry(shard).or_insert_with(|| {
-                let asked = owners.get(shard).cloned();
-                OfShard { users: BTreeMap::new(), asked, ask_at }
-            });
-            let watched = match of_shard.users.entry(user.clone()) {
-                Entry::Occupied(occupied) => occupied.into_mut(),
-                Entry::Vacant(vacant) => {
-                    subscribed.ask.entry(shard).or_default().push(user.clone());
-                    vacant.insert(Watched::default())
-                }
-            };
-            // What the owner says counts for more.
-            watched.known = watched.known.or(hot);
-            watched.sessions.insert(key.clone());
-            subscribed.users.extend(watched.known.map(|seen| seen.to_wire(&user)));
-            watching.push((shard, user));
-        }
-        let watches: BTreeSet<&UserId> = watching.iter().map(|(_, user)| user).collect();
-        for (shard, user) in former.iter().filter(|(_, user)| !watches.contains(user)) {
-            leave(&mut state.shards, *shard, user, key);
-        }
-        if !watching.is_empty() {
-            state.count += watching.len();
-            state.checks.insert((check_at, key.clone()));
-            state.sessions.insert(key.clone(), Watching { watcher: watcher.clone(), users: watching, check_at });
-        }
+        let own = subscription.own.clone();
+        let (mut users, ask) = match is_outdated {
+            // As if it had been decided before the one that has taken its place.
+            true => (state.known(subscription.users), BTreeMap::new()),
+            false => state.replace(cluster, subscription),
+        };
+        users.extend(own);
         cluster.metrics.presence_watches.set(state.count as f64);
-        Some(subscribed)
+        let reply = v1::PresenceSubscribeReply { users }.encode_to_vec();
+        // Under the lock, so that what is learnt from now on is told after it.
+        cluster.answer(reply_to, Ok(AnswerValue::ReplyInOrder(reply.into())));
+        ask
     }
 
     /// A session has ended.
@@ -171,7 +169,8 @@ impl Watches {
     pub fn ask(&self, cluster: &Cluster, shard: ShardId, users: &[UserId]) {
         for users in users.chunks(WATCH_USERS_MAX) {
             let watch = Watch { router: cluster.config.instance.clone(), users: users.into() };
-            let reply_to = ReplyTo::Watch { shard, users: users.len() };
+            let owner = cluster.owners().get(shard).cloned();
+            let reply_to = ReplyTo::Watch { shard, users: users.len(), owner };
             cluster.send(shard, ShardMessage::Watch(watch), reply_to);
         }
     }
@@ -193,12 +192,20 @@ impl Watches {
         }
     }
 
-    /// The owner of a shard has answered, or could not be reached.
-    pub fn answered(&self, cluster: &Cluster, shard: ShardId, asked: usize, answer: Answer) {
+    /// The owner of a shard has answered, or could not be reached. What was asked under another claim than the present one may be older
+    /// than what the next owner said.
+    pub fn answered(
+        &self,
+        cluster: &Cluster,
+        shard: ShardId,
+        asked: usize,
+        owner: Option<&(InstanceId, Epoch)>,
+        answer: Answer,
+    ) {
         let again = match answer {
-            Ok(AnswerValue::Presence(users)) => {
-                self.take(cluster, None, &users);
-                (users.len() < asked).then_some(ASK_AGAIN)
+            Ok(AnswerValue::Presence(list)) if owner.is_some() && cluster.owners().get(shard) == owner => {
+                self.take(cluster, owner.map(|(owner, _)| owner), list.order, &list.users);
+                (list.users.len() < asked).then_some(ASK_AGAIN)
             }
             _ => Some(TRY_AGAIN),
         };
@@ -210,8 +217,8 @@ impl Watches {
     }
 
     /// A router tells that users came or went. Of users whose shard it does not own it knows nothing (any more).
-    pub fn told(&self, cluster: &Cluster, from: &InstanceId, users: &[v1::UserPresence]) {
-        self.take(cluster, Some(from), users);
+    pub fn told(&self, cluster: &Cluster, from: &InstanceId, told: &v1::PeerPresence) {
+        self.take(cluster, Some(from), told.order, &told.users);
     }
 
     /// Sessions that are to be checked now, none while others are.
@@ -262,18 +269,27 @@ impl Watches {
         }
     }
 
-    fn take(&self, cluster: &Cluster, from: Option<&InstanceId>, users: &[v1::UserPresence]) {
+    fn take(&self, cluster: &Cluster, from: Option<&InstanceId>, order: u64, users: &[v1::UserPresence]) {
         let owners = cluster.owners();
         let mut to_gateways: BTreeMap<InstanceId, Vec<v1::RouterMessage>> = BTreeMap::new();
         let mut state = self.state.lock();
         for told in users {
             let Ok(user) = UserId::parse(&told.user_id) else { continue };
             let shard = cluster.shard_of_user(&user);
-            if from.is_some_and(|from| owners.get(shard).is_none_or(|(owner, _)| owner != from)) {
+            if owners.get(shard).is_none_or(|(owner, _)| Some(owner) != from) {
                 continue;
             }
-            let watched = state.shards.get_mut(&shard).and_then(|of_shard| of_shard.users.get_mut(&user));
-            let Some(watched) = watched else { continue };
+            let Some(of_shard) = state.shards.get_mut(&shard) else { continue };
+            if of_shard.heard.as_ref() != from {
+                of_shard.heard = from.cloned();
+                of_shard.users.values_mut().for_each(|watched| watched.order = 0);
+            }
+            let Some(watched) = of_shard.users.get_mut(&user) else { continue };
+            if order != 0 && order < watched.order {
+                // Said before what is known.
+                continue;
+            }
+            watched.order = order;
             if let Some(seen) = watched.learn(told) {
                 watched.push(cluster, &user, seen, &mut to_gateways);
             }
@@ -289,6 +305,58 @@ impl Watches {
 }
 
 impl State {
+    /// What is known of users, besides what hot state says.
+    fn known(&self, users: Vec<(ShardId, UserId, Option<Seen>)>) -> Vec<v1::UserPresence> {
+        let known = |(shard, user, hot): (ShardId, UserId, Option<Seen>)| {
+            let watched = self.shards.get(&shard).and_then(|of_shard| of_shard.users.get(&user));
+            let seen = watched.and_then(|watched| watched.known).or(hot)?;
+            Some(seen.to_wire(&user))
+        };
+        users.into_iter().filter_map(known).collect()
+    }
+
+    /// A session watches others than before. What is known of them, and of whom the owners are to be asked.
+    fn replace(
+        &mut self,
+        cluster: &Cluster,
+        subscription: Subscription,
+    ) -> (Vec<v1::UserPresence>, BTreeMap<ShardId, Vec<UserId>>) {
+        let Subscription { key, watcher, number, users, .. } = subscription;
+        let (owners, former) = (cluster.owners(), self.end(&key));
+        let mut known = Vec::with_capacity(users.len());
+        let (mut watching, mut ask) = (Vec::with_capacity(users.len()), BTreeMap::<_, Vec<_>>::new());
+        let (ask_at, check_at) = (Instant::now() + cluster.environment.jitter(RENEW), Instant::now() + CHECK);
+        for (shard, user, hot) in users {
+            let of_shard = self.shards.entry(shard).or_insert_with(|| {
+                let asked = owners.get(shard).cloned();
+                OfShard { users: BTreeMap::new(), asked, ask_at, heard: None }
+            });
+            let watched = match of_shard.users.entry(user.clone()) {
+                Entry::Occupied(occupied) => occupied.into_mut(),
+                Entry::Vacant(vacant) => {
+                    ask.entry(shard).or_default().push(user.clone());
+                    vacant.insert(Watched::default())
+                }
+            };
+            // What the owner says counts for more.
+            watched.known = watched.known.or(hot);
+            watched.sessions.insert(key.clone());
+            known.extend(watched.known.map(|seen| seen.to_wire(&user)));
+            watching.push((shard, user));
+        }
+        let watches: BTreeSet<&UserId> = watching.iter().map(|(_, user)| user).collect();
+        for (shard, user) in former.iter().filter(|(_, user)| !watches.contains(user)) {
+            leave(&mut self.shards, *shard, user, &key);
+        }
+        self.count += watching.len();
+        if !watching.is_empty() {
+            self.checks.insert((check_at, key.clone()));
+        }
+        // Also of one that watches nobody: an older subscription may still be decided.
+        self.sessions.insert(key, Watching { watcher, number, users: watching, check_at });
+        (known, ask)
+    }
+
     /// A session watches nobody any more; gives back whom it did.
     fn end(&mut self, key: &SessionKey) -> Vec<(ShardId, UserId)> {
         let Some(Watching { users, check_at, .. }) = self.sessions.remove(key) else { return Vec::new() };
@@ -356,3 +424,6 @@ fn leave(shards: &mut BTreeMap<ShardId, OfShard>, shard: ShardId, user: &UserId,
         shards.remove(&shard);
     }
 }
+
+#[cfg(test)]
+mod tests;

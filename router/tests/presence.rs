@@ -583,3 +583,91 @@ async fn who_became_invisible_by_an_entry_that_an_open_committed_is_so() {
     let own = read(&mut gateway, 2, "bob").await.unwrap();
     assert!(own.online && own.invisible, "{own:?}");
 }
+
+/// A call whose answer is not waited for.
+fn subscription(request_id: u32, users: &[&str]) -> Up {
+    let request = v1::PresenceSubscribeRequest { user_ids: users.iter().map(|user| (*user).to_owned()).collect() };
+    let (method, request) = (Method::PresenceSubscribe.number(), request.encode_to_vec().into());
+    Up::Call(v1::SessionCall { session_id: 1, call: Some(v1::Call { request_id, method, request }) })
+}
+
+async fn reply_to(gateway: &mut TestGateway, request_id: u32) -> v1::CallReply {
+    let is_it = |message: &Down| matches!(message, Down::CallReply(reply) if reply.request_id == request_id);
+    let reply = gateway.expect("a reply", |message| match message {
+        Down::CallReply(reply) if is_it(message) => Some(reply.clone()),
+        _ => None,
+    });
+    reply.await
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_subscriptions_under_way_the_later_one_stands_whichever_is_decided_first() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    befriend(&mut gateway, 1, "alice", &["bob", "carol"]).await;
+    tokio::time::sleep(11 * SECOND).await;
+    let delay = Duration::from_millis(50)..=Duration::from_millis(50);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    // Eight lists at a time are read for one call.
+    let strangers: Vec<String> = (0..100).map(|n| format!("stranger{n}")).collect();
+    let mut many: Vec<&str> = strangers.iter().map(String::as_str).collect();
+    many.push("carol");
+    for (round, last) in [(0, &["bob"][..]), (1, &[])] {
+        let [first, second] = [1, 2].map(|n| 900 + 10 * round + n);
+        gateway.push(vec![subscription(first, &many), subscription(second, last)]).await;
+        let decided = reply_to(&mut gateway, second).await;
+        assert!(decided.status.is_none() && decided.in_order, "{decided:?}");
+        let is_there = |message: &Down| matches!(message, Down::CallReply(reply) if reply.request_id == first);
+        assert!(!gateway.inbox.iter().any(is_there), "the first one takes longer");
+        let first = reply_to(&mut gateway, first).await;
+        assert_eq!(first.status, None, "as if it had been replaced at once");
+        told_after(&mut gateway, SOON).await;
+        let session = 10 * (u64::from(round) + 1);
+        gateway.open(&world, session, "bob", "d").await;
+        gateway.open(&world, session + 1, "carol", "d").await;
+        let wanted: Vec<_> = last.iter().map(|name| came(1, name)).collect();
+        assert_eq!(told_after(&mut gateway, 2 * SOON).await, wanted, "round {round}");
+        close(&mut gateway, session).await;
+        close(&mut gateway, session + 1).await;
+        told_after(&mut gateway, GRACE).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_comes_behind_what_was_told_later_changes_nothing() {
+    let mut cluster = Cluster::new(2).await;
+    let (alice, bob) = (cluster.users_of(0).next().unwrap(), cluster.users_of(1).next().unwrap());
+    cluster.open(1, alice).await;
+    cluster.befriend(1, alice, bob).await;
+    subscribe(&mut cluster.links[0], 1, &[bob]).await;
+    assert_eq!(told_after(&mut cluster.links[0], SOON).await, [went(1, bob)]);
+    cluster.mesh.hold_answers_to(Some("r0"));
+    cluster.mesh.take();
+    while !cluster.mesh.take().0.contains_key("watch") {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // The owner has answered that nobody is there; that is on its way.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    cluster.open(2, bob).await;
+    assert_eq!(told_after(&mut cluster.links[0], SOON).await, [came(1, bob)]);
+    cluster.mesh.hold_answers_to(None);
+    assert_eq!(told_after(&mut cluster.links[0], SOON).await, []);
+    assert_eq!(subscribe(&mut cluster.links[0], 1, &[bob]).await, [(bob.to_owned(), true)]);
+    assert_eq!(told_after(&mut cluster.links[0], RENEWAL).await, []);
+}
+
+/// Its answer would not come in the order of what is told.
+#[tokio::test(start_paused = true)]
+async fn a_subscription_by_another_router_than_the_sessions_is_to_be_tried_again() {
+    let mut cluster = Cluster::new(2).await;
+    let alice = cluster.users_of(0).next().unwrap();
+    let opened = cluster.open(1, alice).await;
+    let present = v1::SessionPresent { session_id: 1, capability: opened.capability };
+    cluster.links[1].push(vec![Up::Present(present)]).await;
+    let refused = try_subscribe(&mut cluster.links[1], 1, &[]).await.map_err(|status| status.code);
+    assert_eq!(refused, Err(StatusCode::Unavailable.number()));
+    assert_eq!(try_subscribe(&mut cluster.links[0], 1, &[]).await, Ok(Vec::new()));
+}

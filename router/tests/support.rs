@@ -82,7 +82,7 @@ pub const SHARDS: u32 = 4;
 
 /// Links between the routers of a test, with a count of what travels on them.
 #[derive(Clone, Default)]
-pub struct Mesh(Arc<Mutex<MeshState>>);
+pub struct Mesh(Arc<Mutex<MeshState>>, Arc<tokio::sync::watch::Sender<Option<InstanceId>>>);
 
 /// The mesh as one router dials into it.
 struct MeshOf {
@@ -124,6 +124,16 @@ impl Mesh {
         self.0.lock().unwrap().lost = Some(kind);
     }
 
+    /// From now on nothing gets lost.
+    pub fn lose_nothing(&self) {
+        self.0.lock().unwrap().lost = None;
+    }
+
+    /// From now on the answers to a router wait, until they are let go.
+    pub fn hold_answers_to(&self, name: Option<&str>) {
+        self.1.send_replace(name.map(|name| InstanceId::parse(name).unwrap()));
+    }
+
     fn is_cut(&self, one: &InstanceId, other: &InstanceId) -> bool {
         self.0.lock().unwrap().cut.iter().any(|pair| pair.contains(one) && pair.contains(other))
     }
@@ -162,12 +172,16 @@ impl Mesh {
     fn wire(
         &self,
         ends: [InstanceId; 2],
+        has_answers: bool,
         mut from: tokio::sync::mpsc::Receiver<LinkItem<v1::PeerBatch>>,
         to: tokio::sync::mpsc::Sender<LinkItem<v1::PeerBatch>>,
     ) {
         let mesh = self.clone();
         tokio::spawn(async move {
             while let Some(item) = from.recv().await {
+                let mut held = mesh.1.subscribe();
+                let goes_on = held.wait_for(|held| !has_answers || held.as_ref() != Some(&ends[0]));
+                goes_on.await.unwrap();
                 if mesh.is_cut(&ends[0], &ends[1]) {
                     return;
                 }
@@ -188,6 +202,7 @@ fn kind(message: &v1::PeerMessage) -> &'static str {
         Some(Message::Heads(_)) => "heads",
         Some(Message::ResyncShard(_)) => "resync",
         Some(Message::AudienceResync(_)) => "audience resync",
+        Some(Message::Effect(_)) => "effect",
         Some(Message::Watch(_)) => "watch",
         Some(Message::Presence(_)) => "presence",
         _ => "other",
@@ -203,8 +218,8 @@ impl Connector<PeerEnd> for MeshOf {
         };
         let ((near, first), (second, far)) = (pair(64), pair(64));
         let ends = || [self.from.clone(), to.clone()];
-        self.mesh.wire(ends(), first.receiver, second.sender);
-        self.mesh.wire(ends(), second.receiver, first.sender);
+        self.mesh.wire(ends(), false, first.receiver, second.sender);
+        self.mesh.wire(ends(), true, second.receiver, first.sender);
         router.accept_peer(far);
         Box::pin(async move { Ok(near) })
     }

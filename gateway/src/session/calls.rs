@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use im_proto::{StatusCode, v1};
+use im_proto::{StatusCode, limits, v1};
 use v1::{gateway_message::Message, server_frame::Frame};
 
 use super::{Session, State, gather::Gather};
@@ -78,6 +78,15 @@ impl Session {
         drop(state);
         if let Some(status) = reply.status.as_ref().filter(|status| status.code != 0) {
             return self.push(shared, failed_reply(request_id, status.clone()), wakers);
+        }
+        if reply.in_order && reply.reply.len() <= limits::REPLY_PART_BYTES_MAX {
+            // Replies wait apart, where what is live would overtake them.
+            let payload = reply.reply.clone();
+            return self.push(
+                shared,
+                Frame::Reply(v1::Reply { request_id, status: None, payload, last: true }),
+                wakers,
+            );
         }
         match self.outbox.push_reply(request_id, &reply.reply, shared.bounds) {
             Ok(waker) => wakers.add(waker),

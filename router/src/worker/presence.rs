@@ -8,7 +8,8 @@
 //!
 //! A word in hot state holds for 60 s and is said again every 20 s for whoever is seen online. Nothing waits for hot state: what
 //! cannot be stored is said again, and what is not there is *unknown* to who asks, never *offline*. To watchers each change is told
-//! once; what is lost of that comes with the answer to the next renewal ([`crate::watches`]). Who is watched is soft state: it goes
+//! once; what is lost of that comes with the answer to the next renewal ([`crate::watches`]). Both are counted, so that a watcher that gets
+//! them in another order knows which was said later. Who is watched is soft state: it goes
 //! with the shard, and unless it is said again.
 
 mod calls;
@@ -62,6 +63,10 @@ pub struct Presences {
     /// Shards that were taken over a moment ago.
     settling: BTreeMap<ShardId, Instant>,
     ticks: usize,
+    /// Subscriptions that were asked for.
+    pub subscriptions: u64,
+    /// What was said to watchers: answers, and what was told in a tick.
+    said: u64,
 }
 
 /// What others see of a user with sessions.
@@ -225,8 +230,9 @@ impl Context {
             self.cluster.metrics.presence_words.increment(words.len() as u64);
             self.cluster.hot.put_presence(now, words);
         }
+        self.users.presence.said += 1;
         for (router, users) in told {
-            tell(&self.cluster, &router, &users);
+            tell(&self.cluster, &router, self.users.presence.said, users);
         }
         self.users.presence.sweep(at, self.cluster.config.workers.max(1));
     }
@@ -257,7 +263,9 @@ impl Context {
             }
             known.extend(self.seen(shard, user).map(|seen| seen.to_wire(user)));
         }
-        self.cluster.answer(reply_to, Ok(AnswerValue::Presence(known)));
+        self.users.presence.said += 1;
+        let list = v1::PresenceList { users: known, order: self.users.presence.said };
+        self.cluster.answer(reply_to, Ok(AnswerValue::Presence(list)));
     }
 
     /// How others see a user of this worker's; `None` if that is not known yet. Of an invisible one and of one who is not there the
@@ -282,13 +290,13 @@ impl Context {
 }
 
 /// Tells a router that users came or went whom somebody watches there. It may be lost.
-fn tell(cluster: &Cluster, router: &InstanceId, users: &[v1::UserPresence]) {
+fn tell(cluster: &Cluster, router: &InstanceId, order: u64, users: Vec<v1::UserPresence>) {
     if *router == cluster.config.instance {
-        return cluster.watches.told(cluster, router, users);
+        return cluster.watches.told(cluster, router, &v1::PeerPresence { users, order });
     }
     let Some(peer) = cluster.peers.read().get(router).cloned() else { return };
     for users in users.chunks(WATCH_USERS_MAX) {
-        let presence = v1::PeerPresence { users: users.to_vec() };
+        let presence = v1::PeerPresence { users: users.to_vec(), order };
         let message = Some(v1::peer_message::Message::Presence(presence));
         peer.send(v1::PeerMessage { shard: 0, request_id: 0, message });
     }

@@ -2,17 +2,17 @@
 
 use std::{collections::BTreeSet, future::Future, sync::Arc};
 
-use im_proto::{ConversationId, StatusCode, UserId, body, limits, v1};
+use im_proto::{ConversationId, ShardId, StatusCode, UserId, body, limits, v1};
 use im_storage::{HotState as _, Presence};
 use prost::Message as _;
 
 use super::sharing::{is_mutual, share};
 use crate::{
-    caller::{Caller, SessionKey},
+    caller::Caller,
     conversation::{Assigned, Completion, Conversation, ReplyKind},
     message::{AnswerValue, Call, ReplyTo, overloaded, unavailable},
     state::{EntryMeta, Kind},
-    watches::Seen,
+    watches::{Seen, Subscription},
     worker::{Context, waiting::Request},
 };
 
@@ -68,13 +68,21 @@ impl Context {
             self.cluster.answer(reply_to, Err(StatusCode::Forbidden.to_status()));
             return Ok(());
         };
+        if !reply_to.is_own_session() {
+            // By another router: its answer could come behind what is told later. The gateway is about to know the owner.
+            self.refuse(reply_to);
+            return Ok(());
+        }
         let own = users.contains(&caller.user).then(|| self.own_presence(conversation, caller));
-        let (known, user) = (self.look_up(conversation, caller, users, true), caller.user.clone());
+        let (known, watcher) = (self.look_up(conversation, caller, users, true), caller.user.clone());
+        self.users.presence.subscriptions += 1;
+        let number = self.users.presence.subscriptions;
         self.then(known, move |worker, known| {
             let context = &mut worker.context;
             match known {
-                Some(known) if context.users.has_session(&user, &key) => {
-                    context.subscribe(&key, &user, known, own, reply_to)
+                Some(known) if context.users.has_session(&watcher, &key) => {
+                    let subscription = Subscription { key, watcher, number, users: context.seen_in_hot(known), own };
+                    context.subscribe(subscription, reply_to);
                 }
                 // One that is not recorded here would not be found by what is told; its gateway is about to announce it.
                 _ => context.refuse(reply_to),
@@ -83,29 +91,15 @@ impl Context {
         Ok(())
     }
 
-    fn subscribe(
-        &mut self,
-        key: &SessionKey,
-        watcher: &UserId,
-        known: Known,
-        own: Option<v1::UserPresence>,
-        reply_to: ReplyTo,
-    ) {
+    fn seen_in_hot(&self, known: Known) -> Vec<(ShardId, UserId, Option<Seen>)> {
         let now = self.cluster.environment.clock.now();
-        let watched = known.into_iter().map(|(user, known)| {
-            let seen =
-                |known: Presence| Seen { online: known.is_online(now), last_seen_ms: known.last_seen.as_millis() };
-            (self.cluster.shard_of_user(&user), user, known.map(seen))
-        });
-        let subscribed = self.cluster.watches.subscribe(&self.cluster, key, watcher, watched.collect());
-        let Some(mut subscribed) = subscribed else {
-            return self.cluster.answer(reply_to, Err(overloaded()));
-        };
-        subscribed.users.extend(own);
-        let reply = v1::PresenceSubscribeReply { users: subscribed.users };
-        // First, so that what the owners answer is told after it.
-        self.cluster.answer(reply_to, Ok(AnswerValue::Reply(reply.encode_to_vec().into())));
-        for (shard, users) in subscribed.ask {
+        let seen = |known: Presence| Seen { online: known.is_online(now), last_seen_ms: known.last_seen.as_millis() };
+        let users = known.into_iter();
+        users.map(|(user, known)| (self.cluster.shard_of_user(&user), user, known.map(seen))).collect()
+    }
+
+    fn subscribe(&mut self, subscription: Subscription, reply_to: ReplyTo) {
+        for (shard, users) in self.cluster.watches.subscribe(&self.cluster, subscription, reply_to) {
             self.cluster.watches.ask(&self.cluster, shard, &users);
         }
     }

@@ -1,0 +1,88 @@
+use std::{
+    future::Future as _,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
+};
+
+use im_proto::{
+    BootId, SessionId, Timestamp,
+    environment::{Clock, Environment, Random, Spawn, Task},
+    key::{ClusterSecret, RouterSecret},
+};
+use tokio::sync::oneshot;
+
+use super::*;
+use crate::config::RouterConfig;
+
+struct Still;
+
+impl Clock for Still {
+    fn now(&self) -> Timestamp {
+        Timestamp::from_millis(1_700_000_000_000)
+    }
+
+    fn since_boot(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+impl Random for Still {
+    fn next_u64(&self) -> u64 {
+        0
+    }
+}
+
+impl Spawn for Still {
+    fn spawn(&self, _: Task) {}
+}
+
+pub fn cluster() -> Cluster {
+    let still = Arc::new(Still);
+    let environment = Environment { clock: still.clone(), random: still.clone(), tasks: still };
+    let instance = InstanceId::parse("r1").expect("an id");
+    let secrets = (ClusterSecret::new([7; 32]), RouterSecret::new([9; 32]));
+    Cluster::new(RouterConfig::new(instance, BootId(1), secrets.0, secrets.1), environment, Vec::new())
+}
+
+fn subscription(cluster: &Cluster, number: u64, users: &[&str]) -> Subscription {
+    let gateway = InstanceId::parse("g1").expect("an id");
+    let parse = |name: &&str| UserId::parse(name).expect("an id");
+    let users = users.iter().map(parse).map(|user| (cluster.shard_of_user(&user), user, None));
+    Subscription {
+        key: SessionKey { gateway, session: SessionId(1) },
+        watcher: UserId::parse("alice").expect("an id"),
+        number,
+        users: users.collect(),
+        own: None,
+    }
+}
+
+/// Woken when the answer is there; counts the times when nothing could be learnt meanwhile.
+struct WhileLocked(Arc<Cluster>, AtomicUsize);
+
+impl Wake for WhileLocked {
+    fn wake(self: Arc<Self>) {
+        self.1.fetch_add(usize::from(self.0.watches.state.is_locked()), Ordering::Relaxed);
+    }
+}
+
+/// Else what is told by another thread between the look and the answer would come before the answer, which does not know of it.
+#[test]
+fn nothing_is_told_between_what_a_subscription_finds_and_its_answer() {
+    let cluster = Arc::new(cluster());
+    let seen = Arc::new(WhileLocked(cluster.clone(), AtomicUsize::new(0)));
+    let waker = Waker::from(seen.clone());
+    for (number, answers) in [(2, 1), (1, 2)] {
+        let (sender, receiver) = oneshot::channel();
+        let mut receiver = pin!(receiver);
+        assert!(receiver.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        cluster.watches.subscribe(&cluster, subscription(&cluster, number, &["bob"]), ReplyTo::Task(sender));
+        let answer = receiver.as_mut().poll(&mut Context::from_waker(&waker));
+        assert!(matches!(answer, Poll::Ready(Ok(Ok(AnswerValue::ReplyInOrder(_))))));
+        assert_eq!(seen.1.load(Ordering::Relaxed), answers);
+    }
+}

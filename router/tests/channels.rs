@@ -14,7 +14,7 @@ use im_router::Router;
 use im_storage::{FaultPlan, Memory, Store, Table};
 
 use crate::{
-    large::{Cluster, assert_got, names, resynced, send_all},
+    large::{Cluster, assert_got, call, names, resynced, send_all},
     lifecycle::faulty,
     moves::peer_hello,
     support::{CLUSTER, TestGateway, World, to, user},
@@ -664,4 +664,103 @@ async fn who_is_made_a_writer_gets_posts_at_a_router_where_nobody_followed() {
     let seqs = send_all(&mut cluster, &creator, id, "after", 3).await;
     let (got, _) = cluster.pushed(id).await;
     assert_got(&cluster, &got, std::slice::from_ref(&writer), &seqs);
+}
+
+/// The effect on the reader's own list is on its way: there the reader still writes.
+#[tokio::test(start_paused = true)]
+async fn who_subscribes_right_after_leaving_as_a_writer_is_subscribed() {
+    let mut cluster = Cluster::new(2).await;
+    let creator = cluster.come_to(&[0], 1).await.remove(0);
+    let writer = cluster.come_to(&[1], 1).await.remove(0);
+    let id = cluster.channel_of(&creator, 0, &[&writer]).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let leave = v1::GroupLeaveRequest { conversation_id: id.to_bytes(), ..v1::GroupLeaveRequest::default() };
+    for (round, call) in ["s1", ""].into_iter().enumerate() {
+        cluster.mesh.lose("effect");
+        cluster.call::<v1::GroupLeaveReply>(&writer, Method::GroupLeave, &leave).await.unwrap();
+        let reply: v1::ChannelSubscribeReply =
+            cluster.call(&writer, Method::ChannelSubscribe, &subscribe(id, call)).await.unwrap();
+        assert_ne!(reply.own_seq, 0, "an entry of the list says so");
+        cluster.mesh.lose_nothing();
+        // The effect comes again, and is of a time before the subscription.
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        cluster.pushed(id).await;
+        let seqs = send_all(&mut cluster, &creator, id, ["first", "second"][round], 2).await;
+        let (got, _) = cluster.pushed(id).await;
+        assert_got(&cluster, &got, std::slice::from_ref(&writer), &seqs);
+        let (home, session) = cluster.sessions[&user(&writer)];
+        let row = row(&mut cluster.gateways[home], session, id).await.expect("a row");
+        assert_eq!((row.left, row.unread), (false, 2), "round {round}");
+        let invite = v1::GroupInviteRequest {
+            conversation_id: id.to_bytes(),
+            members: vec![writer.clone()],
+            ..v1::GroupInviteRequest::default()
+        };
+        cluster.call::<v1::GroupInviteReply>(&creator, Method::GroupInvite, &invite).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+}
+
+/// The router of a new writer asks for the channel's head; the answer comes when the writer has left again.
+#[tokio::test(start_paused = true)]
+async fn who_left_a_channel_follows_it_no_more_whatever_was_asked_before() {
+    let mut cluster = Cluster::new(2).await;
+    let creator = cluster.come_to(&[0], 1).await.remove(0);
+    let writer = cluster.come_to(&[1], 1).await.remove(0);
+    let id = cluster.channel_of(&creator, 0, &[]).await;
+    let (home, session) = cluster.sessions[&user(&writer)];
+    cluster.mesh.hold_answers_to(Some("r1"));
+    let invite = v1::GroupInviteRequest {
+        conversation_id: id.to_bytes(),
+        members: vec![writer.clone()],
+        ..v1::GroupInviteRequest::default()
+    };
+    cluster.call::<v1::GroupInviteReply>(&creator, Method::GroupInvite, &invite).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let leave = v1::GroupLeaveRequest { conversation_id: id.to_bytes(), ..v1::GroupLeaveRequest::default() };
+    cluster.gateways[home].push(vec![call(session, 701, Method::GroupLeave, &leave)]).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    cluster.mesh.hold_answers_to(None);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(row(&mut cluster.gateways[home], session, id).await.expect("a row").left);
+    cluster.pushed(id).await;
+    send_all(&mut cluster, &creator, id, "after", 2).await;
+    assert_eq!(cluster.pushed(id).await.0.get(&session), None);
+}
+
+/// The entry of the subscription is given up: its cursor was stored, then the store takes nothing more for a while.
+#[tokio::test(start_paused = true)]
+async fn a_subscription_that_was_given_up_is_followed_no_longer() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let patience = Duration::from_secs(2);
+    let config = im_router::RouterConfig { append_patience: patience, workers: 1, ..world.config("r1") };
+    let router = world.router(config).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    for (session, name, device) in SESSIONS {
+        gateway.open(&world, session, name, device).await;
+    }
+    let id = channel(&mut gateway, 1, &[]).await;
+    // A burst begins in the reader's log: the next entry is one append.
+    let call_of_burst = v1::PresenceSetVisibilityRequest { invisible: true };
+    let began = gateway.call::<v1::PresenceSetVisibilityReply>(2, Method::PresenceSetVisibility, &call_of_burst).await;
+    assert_eq!(began.unwrap().seq, 1);
+    let delay = Duration::from_millis(100)..=Duration::from_millis(100);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    gateway.push(vec![call(2, 701, Method::ChannelSubscribe, &subscribe(id, "s1"))]).await;
+    // The cursor is written and read, then comes the append.
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    store.set_plan(FaultPlan { refused_permille: 1000, ..FaultPlan::none() });
+    tokio::time::sleep(2 * patience).await;
+    store.set_plan(FaultPlan::none());
+    let refused = gateway.expect("an answer", |message| match message {
+        Down::CallReply(reply) if reply.request_id == 701 => Some(reply.status.clone()),
+        _ => None,
+    });
+    assert_eq!(refused.await.expect("refused").code, StatusCode::Unavailable.number());
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(history(&mut gateway, 2, CLUSTER.self_id(&user("bob"))).await, [1]);
+    assert_eq!(got_by(&mut gateway, 3, id, "m2").await, None);
+    join(&mut gateway, 2, id).await;
+    assert_eq!(got_by(&mut gateway, 3, id, "m3").await, Some(3));
 }

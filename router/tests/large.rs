@@ -502,6 +502,48 @@ async fn who_has_left_a_large_group_gets_nothing_from_that_entry_on() {
     assert_eq!(got.get(&session), None);
 }
 
+/// A call whose answer is not waited for.
+pub fn call(
+    session_id: u64,
+    request_id: u32,
+    method: Method,
+    request: &impl prost::Message,
+) -> v1::gateway_message::Message {
+    let call = v1::Call { request_id, method: method.number(), request: request.encode_to_vec().into() };
+    v1::gateway_message::Message::Call(v1::SessionCall { session_id, call: Some(call) })
+}
+
+/// The owner told the member's router of the member's sync that the group is large, then that the member has left; it comes the other way
+/// round.
+#[tokio::test(start_paused = true)]
+async fn who_has_left_a_large_group_gets_nothing_though_a_sync_from_before_ends_later() {
+    let mut cluster = Cluster::new(3).await;
+    let (id, there) = group_of_the_first(&mut cluster).await;
+    let leaver = there[1..].iter().find(|name| cluster.sessions[&user(name)].0 != 0).unwrap().clone();
+    let (home, session) = cluster.sessions[&user(&leaver)];
+    cluster.mesh.hold_answers_to(Some(&format!("r{home}")));
+    let leave = v1::GroupLeaveRequest { conversation_id: id.to_bytes(), ..Default::default() };
+    let sync = call(session, 701, Method::ConversationSync, &v1::SyncRequest::default());
+    for call in [sync, call(session, 702, Method::GroupLeave, &leave)] {
+        cluster.gateways[home].push(vec![call]).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    cluster.mesh.hold_answers_to(None);
+    for request_id in [701, 702] {
+        let answered = cluster.gateways[home].expect("an answer", |message| match message {
+            Down::CallReply(reply) if reply.request_id == request_id => Some(reply.status.clone()),
+            _ => None,
+        });
+        assert_eq!(answered.await, None);
+    }
+    cluster.pushed(id).await;
+    let seqs = send_all(&mut cluster, &there[0], id, "after", 1).await;
+    let (got, _) = cluster.pushed(id).await;
+    let stay: Vec<String> = there[1..].iter().filter(|name| **name != leaver).cloned().collect();
+    assert_got(&cluster, &got, &stay, &seqs);
+    assert_eq!(got.get(&session), None);
+}
+
 /// What an owner committed and could not pass on before it died is not among what its successor sends again.
 #[tokio::test(start_paused = true)]
 async fn who_may_have_missed_entries_of_a_dead_owner_is_told_to_sync() {

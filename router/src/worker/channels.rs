@@ -88,7 +88,7 @@ impl Context {
         Ok(())
     }
 
-    /// Answers a call that was made before, or whose channel is in the list; gives it back if neither.
+    /// Answers a call that was made before, or whose channel the user subscribes to; gives it back if neither.
     fn unless_listed(
         &mut self,
         conversation: &mut Conversation,
@@ -112,7 +112,10 @@ impl Context {
         };
         if row.kind != v1::ConversationKind::Channel {
             self.refuse_call(conversation, call, reply_to, StatusCode::NotFound);
-        } else if id.is_empty() || !row.subscribed {
+        } else if !row.subscribed {
+            // The channel's log put it there, for a writer, who may have left: the entry that says so may be on its way. Its owner knows.
+            return Some((call, reply_to));
+        } else if id.is_empty() {
             self.answer_settled(conversation, call, reply_to, in_list());
         } else {
             // The entry changes nothing and remembers the id: whoever unsubscribes before its repetition comes stays out.
@@ -133,8 +136,14 @@ impl Context {
     ) {
         let (caller, id) = (call.caller.clone(), channel.id);
         let Some((call, reply_to)) = self.unless_listed(conversation, call, request, id, reply_to) else { return };
-        if channel.writes {
+        let row = conversation.deciding.list.get(&id);
+        // What the list knows of the channel may be newer than the answer.
+        let is_writer = row.is_some_and(|row| !row.left() && row.joined_seq > channel.head);
+        if channel.writes || is_writer {
             return self.answer_settled(conversation, call, reply_to, in_list());
+        }
+        if row.is_some_and(|row| row.origin_seq() > channel.head) {
+            return self.refuse(reply_to);
         }
         let assigned = conversation.assigned;
         self.assign_subscription(conversation, &caller, request, channel, reply_to);

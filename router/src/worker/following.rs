@@ -2,7 +2,8 @@
 //! that ask.
 //!
 //! A user follows while it is asked for heads, before any owner can register this router: what the owner sends from then on finds
-//! the user. What turns out not to be large is followed no longer, unless somebody else has said that it is.
+//! the user. What turns out not to be large is followed no longer, unless somebody else has said that it is. Who has left follows no
+//! longer whatever the answer is: it may have been given before.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,8 +21,21 @@ use crate::{
 pub struct Reasons {
     /// Its owner said that it is large.
     confirmed: bool,
+    /// The user's list has the channel.
+    listed: bool,
     /// Syncs whose answer will tell.
     asked: BTreeSet<u64>,
+}
+
+impl Reasons {
+    fn stays(&self) -> bool {
+        self.confirmed || self.listed
+    }
+
+    /// The user is out: what is being asked was asked before.
+    fn end(&mut self) {
+        *self = Self::default();
+    }
 }
 
 /// What a user follows.
@@ -45,24 +59,31 @@ impl Context {
     /// The users are not members any more.
     pub fn unfollow(&mut self, unfollow: &Follow) {
         for user in unfollow.users.iter() {
-            self.change_following(user, &unfollow.conversation, |reasons| reasons.confirmed = false);
+            self.change_following(user, &unfollow.conversation, Reasons::end);
         }
     }
 
     /// The user's list has a channel. The list alone says so: the channel's owner does not know its readers.
     pub fn follow_channel(&mut self, user: &UserId, channel: &ConversationId) {
-        self.start_following(user, *channel, |reasons| reasons.confirmed = true);
+        self.start_following(user, *channel, |reasons| reasons.listed = true);
     }
 
-    /// The user's list has a channel no more, or not after all.
-    pub fn unfollow_channel(&mut self, user: &UserId, channel: &ConversationId) {
-        self.change_following(user, channel, |reasons| reasons.confirmed = false);
+    /// A user's own log was opened. A subscription that it was to have may not be in it after all.
+    pub fn following_opened(&mut self, conversation: &Conversation) {
+        let Kind::SelfLog(user) = &conversation.settled.kind else { return };
+        let Some((following, _)) = self.users.following(user) else { return };
+        let list = &conversation.settled.list;
+        let listed = following.iter().filter(|(_, reasons)| reasons.listed).map(|(id, _)| *id);
+        let gone: Vec<_> = listed.filter(|id| list.get(id).is_none_or(|row| row.left())).collect();
+        for id in gone {
+            self.change_following(user, &id, |reasons| reasons.listed = false);
+        }
     }
 
     /// A user's own log says that the user is out of a conversation.
     pub fn left_elsewhere(&mut self, conversation: &Conversation, consequences: &Consequences) {
         if let (Some(left), Kind::SelfLog(user)) = (consequences.left, &conversation.settled.kind) {
-            self.change_following(user, &left, |reasons| reasons.confirmed = false);
+            self.change_following(user, &left, Reasons::end);
         }
     }
 
@@ -73,7 +94,7 @@ impl Context {
         let Kind::SelfLog(user) = &conversation.settled.kind else { return };
         let Some((entered, kind)) = consequences.entered else { return };
         match self.users.following(user) {
-            Some((following, _)) if following.get(&entered).is_none_or(|reasons| !reasons.confirmed) => {}
+            Some((following, _)) if following.get(&entered).is_none_or(|reasons| !reasons.stays()) => {}
             _ => return,
         }
         let is_channel = kind == v1::ConversationKind::Channel;
@@ -89,7 +110,8 @@ impl Context {
                 // Where the head could not be had the sync asks again, until it is answered.
                 let missed =
                     is_channel || heads.as_ref().map_or(true, |heads| heads.values().any(|head| head.registered));
-                let registered = heads.unwrap_or_default().into_iter().filter(|(_, head)| head.registered);
+                let registered =
+                    heads.unwrap_or_default().into_iter().filter(|(_, head)| head.registered && !is_channel);
                 let registered = registered.map(|(id, _)| id).collect();
                 worker.context.asked_heads(&user, sync, &[entered], &registered);
                 if missed {
@@ -111,7 +133,7 @@ impl Context {
         sync
     }
 
-    /// The sync has its heads, or has failed.
+    /// The sync has its heads, or has failed. Of a conversation that the user has left meanwhile they tell nothing.
     pub fn asked_heads(
         &mut self,
         user: &UserId,
@@ -120,11 +142,8 @@ impl Context {
         registered: &BTreeSet<ConversationId>,
     ) {
         for conversation in conversations {
-            if registered.contains(conversation) {
-                self.start_following(user, *conversation, |reasons| reasons.confirmed = true);
-            }
             self.change_following(user, conversation, |reasons| {
-                reasons.asked.remove(&sync);
+                reasons.confirmed |= reasons.asked.remove(&sync) && registered.contains(conversation);
             });
         }
     }
@@ -141,7 +160,7 @@ impl Context {
         let Some((following, sessions)) = self.users.following(user) else { return };
         let Some(reasons) = following.get_mut(id) else { return };
         change(reasons);
-        if !reasons.confirmed && reasons.asked.is_empty() {
+        if !reasons.stays() && reasons.asked.is_empty() {
             following.remove(id);
             for key in sessions {
                 self.cluster.audiences.remove(&self.cluster, id, user, key);

@@ -1,4 +1,4 @@
-//! Which conversations are being opened: bounded in number, those that somebody waits for first.
+//! Which conversations are being opened: bounded in number, those that somebody waits for first, and of the others one for so many of these.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -51,7 +51,9 @@ impl Worker {
     /// Starts opens up to the bound.
     pub fn start_opens(&mut self) {
         while self.context.opens.running < self.context.cluster.config.opens_max {
-            let Some(id) = self.context.opens.pop() else { return };
+            let conversations = &self.conversations;
+            let waits = |id: &ConversationId| matches!(conversations.get(id), Some(Slot::Opening { attempt: 0, .. }));
+            let Some(id) = self.context.opens.pop(waits) else { return };
             self.start_open(id);
         }
     }
@@ -141,6 +143,7 @@ impl Worker {
         let sent_from = opened.rewritten.first().map_or(opened.head + 1, |row| row.seq);
         self.context.open_large(&mut conversation, sent_from);
         self.context.visibility_opened(&conversation);
+        self.context.following_opened(&conversation);
         let rewritten: Vec<_> = opened.rewritten.into_iter().map(|row| (row, None)).collect();
         if !rewritten.is_empty() {
             fan_out::deliver(&self.context, &mut conversation, &rewritten);

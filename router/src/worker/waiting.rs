@@ -122,38 +122,113 @@ pub fn hastiest(waiting: &VecDeque<Request>) -> Haste {
     waiting.iter().map(Request::haste).max().unwrap_or(Haste::None)
 }
 
+/// So many opens of more haste go before one of less that waits: enough that a message hardly waits for it, few enough that an effect
+/// comes through however long others keep coming.
+const GO_BEFORE: u32 = 16;
+
 /// The conversations that want to be opened, by haste. One that became more urgent may be in it twice.
 #[derive(Default)]
 pub struct OpenQueue {
-    sends: VecDeque<ConversationId>,
-    calls: VecDeque<ConversationId>,
-    others: VecDeque<ConversationId>,
+    /// The one of the least haste first.
+    queues: [Turns; 3],
     pub running: usize,
+}
+
+/// Those of one haste.
+#[derive(Default)]
+struct Turns {
+    waiting: VecDeque<ConversationId>,
+    /// Opens of more haste that went before the first of them.
+    passed: u32,
 }
 
 impl OpenQueue {
     /// Queues a conversation.
     pub fn push(&mut self, id: ConversationId, haste: Haste) {
         let queue = match haste {
-            Haste::Send => &mut self.sends,
-            Haste::Call => &mut self.calls,
-            Haste::None => &mut self.others,
+            Haste::None => 0,
+            Haste::Call => 1,
+            Haste::Send => 2,
         };
-        queue.push_back(id);
+        self.queues[queue].waiting.push_back(id);
     }
 
-    /// The next one.
-    pub fn pop(&mut self) -> Option<ConversationId> {
-        self.sends.pop_front().or_else(|| self.calls.pop_front()).or_else(|| self.others.pop_front())
+    /// The next one that still `waits` to be opened.
+    pub fn pop(&mut self, waits: impl Fn(&ConversationId) -> bool) -> Option<ConversationId> {
+        for queue in &mut self.queues {
+            while queue.waiting.front().is_some_and(|id| !waits(id)) {
+                queue.waiting.pop_front();
+            }
+            if queue.waiting.is_empty() {
+                queue.passed = 0;
+            }
+        }
+        let is_due = |queue: &Turns| queue.passed >= GO_BEFORE && !queue.waiting.is_empty();
+        let hastiest = || self.queues.iter().rposition(|queue| !queue.waiting.is_empty());
+        let next = self.queues.iter().position(is_due).or_else(hastiest)?;
+        let (less, rest) = self.queues.split_at_mut(next);
+        for queue in less.iter_mut().filter(|queue| !queue.waiting.is_empty()) {
+            queue.passed += 1;
+        }
+        let queue = rest.first_mut()?;
+        queue.passed = 0;
+        queue.waiting.pop_front()
     }
 
     /// How many wait that nobody waits for.
     pub fn unhurried(&self) -> usize {
-        self.others.len()
+        self.queues[0].waiting.len()
     }
 
     /// How many wait.
     pub fn waiting(&self) -> usize {
-        self.sends.len() + self.calls.len() + self.others.len()
+        self.queues.iter().map(|queue| queue.waiting.len()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: u8, haste: u8) -> ConversationId {
+        let mut bytes = [0; 16];
+        (bytes[0], bytes[1]) = (number, haste);
+        ConversationId::from_bytes(bytes)
+    }
+
+    /// Under a load that never ends those of less haste come through, at a bounded distance, and take no more than their share.
+    #[test]
+    fn whoever_nobody_waits_for_is_opened_however_many_others_come() {
+        let mut queue = OpenQueue::default();
+        for number in 0..200 {
+            queue.push(id(number, 0), Haste::None);
+            queue.push(id(number, 1), Haste::Call);
+        }
+        let mut taken = [0_u32; 3];
+        for turn in 0..1_000_u32 {
+            queue.push(id(turn.to_le_bytes()[0], 2), Haste::Send);
+            let next = queue.pop(|_| true).expect("one");
+            taken[usize::from(next.as_bytes()[1])] += 1;
+            for of_less in &taken[..2] {
+                let (least, most) = ((turn + 1) / (GO_BEFORE + 2), (turn + 1) / GO_BEFORE);
+                assert!((least..=most).contains(of_less), "turn {turn}: {taken:?}");
+            }
+        }
+        assert!(taken[..2].iter().all(|taken| *taken >= 50), "{taken:?}");
+        assert!(taken[2] >= 1_000 * (GO_BEFORE - 1) / (GO_BEFORE + 1), "{taken:?}");
+    }
+
+    #[test]
+    fn the_hastiest_come_first_and_what_does_not_wait_any_more_takes_no_turn() {
+        let mut queue = OpenQueue::default();
+        for (number, haste) in
+            [(1, Haste::None), (2, Haste::Call), (3, Haste::Send), (4, Haste::Send), (5, Haste::None)]
+        {
+            queue.push(id(number, 0), haste);
+        }
+        let waits = |id: &ConversationId| ![1, 3].contains(&id.as_bytes()[0]);
+        let order: Vec<u8> = std::iter::from_fn(|| queue.pop(waits)).map(|id| id.as_bytes()[0]).collect();
+        assert_eq!(order, [4, 2, 5]);
+        assert_eq!(queue.waiting(), 0);
     }
 }

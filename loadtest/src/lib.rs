@@ -142,9 +142,10 @@ async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
         Scenario::Fanout(common) => scenario::fanout::run(common).await,
         Scenario::Idle(common) => scenario::idle::run(common).await,
         Scenario::Crash { common, kills } => scenario::crash::run(common, *kills).await,
-        Scenario::Soak { common, marks, settle, goal_back } => {
+        Scenario::Soak { common, marks, settle, goal_back, wait_max } => {
             let settle = std::time::Duration::from_secs_f64(settle.clamp(0.0, 3600.0));
-            scenario::soak::run(common, *marks, settle, *goal_back).await
+            let bounds = scenario::soak::Bounds { settle, goal_back: *goal_back, wait_max: *wait_max };
+            scenario::soak::run(common, *marks, bounds).await
         }
         Scenario::Connect(common) => scenario::connect::run(common).await,
         Scenario::Stall { common, slow_disk: true, .. } => scenario::outrun::run(common).await,

@@ -72,6 +72,9 @@ pub enum Scenario {
         /// After each mark that does not begin with `end:` no conversation may wait any more within this: judged as a goal.
         #[arg(long, value_name = "S")]
         goal_back: Option<f64>,
+        /// No acknowledgement may be waited for longer than this, whatever is broken: else a promise did not hold (exit code 3).
+        #[arg(long, value_name = "S")]
+        wait_max: Option<f64>,
     },
     /// CPU a message at 1 to 8 gateways and 1 to 4 routers, and in groups of up to 100,000 members, on a cluster of this machine.
     #[command(after_help = "Example:  loadtest scale --seconds 20 --html scale.html")]

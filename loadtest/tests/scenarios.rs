@@ -189,6 +189,23 @@ fn a_cluster_that_never_comes_back_is_a_broken_promise() {
 }
 
 #[test]
+fn a_send_that_waits_longer_than_it_may_is_a_broken_promise() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_server, ready) = Server::start(directory.path());
+    let url = format!("tcp://{}", ready["tcp"].as_str().unwrap());
+    let key = directory.path().join("keys/signing.pk8");
+    let soak = |wait_max: &str| {
+        let mut command = Command::new(LOADTEST);
+        command
+            .args(["soak", "--seconds", "1", "--pairs", "2", "--wait-max", wait_max, "--server", &url, "--key"])
+            .arg(&key);
+        command.output().unwrap()
+    };
+    assert!(broken(&soak("0.000001")).iter().any(|found| found.contains("a send waited")));
+    assert!(soak("600").status.success());
+}
+
+#[test]
 fn a_server_that_is_killed_comes_back_with_everything() {
     let report = report(&["crash", "--kills", "2"]);
     assert_eq!((&report["details"]["kills"], goals(&report)), (&2.into(), vec!["PF12"]));

@@ -32,8 +32,20 @@ const LIVE_WITHIN: Duration = Duration::from_secs(60);
 const CALM: Duration = Duration::from_secs(2);
 const CALM_WITHIN: Duration = Duration::from_secs(60);
 
-/// One run. After the last fault everything must be back within `settle`.
-pub async fn run(options: &Common, marks: bool, settle: Duration, goal_back: Option<f64>) -> anyhow::Result<Report> {
+/// What is asked of the service while it is broken.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// After the last fault everything must be back within this.
+    pub settle: Duration,
+    /// Seconds from a fault until no conversation waits any more: a goal.
+    pub goal_back: Option<f64>,
+    /// Seconds that any send waits for its acknowledgement: a promise.
+    pub wait_max: Option<f64>,
+}
+
+/// One run.
+pub async fn run(options: &Common, marks: bool, bounds: Bounds) -> anyhow::Result<Report> {
+    let Bounds { settle, goal_back, wait_max } = bounds;
     if options.server.is_empty() {
         return Err(usage(
             "soak needs a running cluster: name its gateways with --server; `loadtest crash` starts and kills its own server",
@@ -48,11 +60,11 @@ pub async fn run(options: &Common, marks: bool, settle: Duration, goal_back: Opt
     let load = Load::start(plan, target.endpoints.clone())?;
     let progress = ProgressLine::start("soak", Arc::clone(&load.progress));
     load.all_live(LIVE_WITHIN).await?;
-    let before = Reading::take(&target.pids());
-    load.switches.measuring.store(true, Ordering::Relaxed);
     load.switches.sending.store(true, Ordering::Relaxed);
     // What was done to the servers before is over: its waits are not those of the faults to come.
     calm(&load.progress).await;
+    let before = Reading::take(&target.pids());
+    load.switches.measuring.store(true, Ordering::Relaxed);
     let timeline = Timeline::start(Arc::clone(&load.progress));
     // Whoever makes the faults waits for this line.
     eprintln!("soak: under way");
@@ -82,6 +94,10 @@ pub async fn run(options: &Common, marks: bool, settle: Duration, goal_back: Opt
     if let Some(seconds) = goal_back {
         let what = "from a fault until no conversation waits any more, the longest, s";
         report.goals.push(Goal::at_most("PF12", what, seconds, recorded.longest_outage()));
+    }
+    let longest = report.ack_us.max as f64 / 1e6;
+    if let Some(seconds) = wait_max.filter(|seconds| longest > *seconds) {
+        report.broke(format!("a send waited {longest:.1} s for its acknowledgement, {seconds} s are allowed"));
     }
     if let serde_json::Value::Object(details) = &mut report.details {
         details.insert("disconnects".to_owned(), serde_json::json!(outcome.statistics.disconnects));

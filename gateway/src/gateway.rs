@@ -3,11 +3,12 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use im_proto::{
-    BootId, InstanceId, ShardCount,
+    BootId, InstanceId, ShardCount, StatusCode,
     environment::Environment,
     key::ClusterSecret,
     link::channel::{Connector, GatewayEnd},
-    v1::GatewayLoad,
+    status::CorrelationId,
+    v1::{self, GatewayLoad},
 };
 use im_registry::View;
 use tokio::{
@@ -71,6 +72,13 @@ impl Shared {
             capacity: wide(self.admission.capacity()),
             draining: self.admission.is_draining(),
         }
+    }
+
+    /// The status of what must not happen; the log has it under the same id.
+    pub fn mistake(&self, what: &str) -> v1::Status {
+        let correlation_id = CorrelationId::draw(&*self.environment.random);
+        tracing::error!(%correlation_id, what, "a mistake of the server");
+        correlation_id.of(StatusCode::Internal.to_status())
     }
 }
 

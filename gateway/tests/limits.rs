@@ -28,17 +28,58 @@ async fn sends_taken(client: &mut Client<DuplexStream>, bench: &Bench, count: us
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_limits_that_a_client_can_use_are_in_its_welcome() {
-    let (bench, mut router) = Bench::with_router(config()).await;
+async fn every_limit_is_in_the_welcome_as_it_is_set() {
+    // Another value for each, so that none stands for another.
+    let config = GatewayConfig {
+        frame_bytes_max: 300_001,
+        pending_sends_max: 202,
+        calls_in_flight_max: 13,
+        sends_per_second_max: 5_004,
+        user_sends_per_second_max: 10_005,
+        frames_per_second_max: 20_006,
+        bytes_per_second_max: 8_000_007,
+        address_connects_per_second_max: 108,
+        address_connections_max: 10_009,
+        address_failures_per_second_max: 10,
+        locates_per_second_max: 11,
+        connections_max: 100_012,
+        handshakes_max: 10_013,
+        handshake_deadline: Duration::from_millis(10_014),
+        handshake_cpu_percent: 25,
+        outbox_bytes_max: 1_000_016,
+        reply_bytes_max: 4_000_017,
+        ..config()
+    };
+    let (bench, mut router) = Bench::with_router(config).await;
     let mut client = bench.connect();
     client.send(bench.hello("ann")).await;
     let FromGateway::Open(open) = router.next().await else { panic!("an open") };
     router.say(bench.opened(&open, "ann")).await;
-    let limits = client.welcome().await.limits.expect("limits");
-    assert_eq!((limits.sends_per_second, limits.user_sends_per_second), (5_000, 10_000));
-    assert_eq!((limits.frames_per_second, limits.bytes_per_second), (20_000, 8 * 1024 * 1024));
-    // As the user's owner says.
-    assert_eq!((limits.user_sends_per_ten_seconds, limits.user_call_cost_per_ten_seconds), (100_000, 20_000));
+    // Without `..`: a field that is added to the message must be added here.
+    let expected = im_proto::v1::Limits {
+        frame_bytes: 300_001,
+        body_bytes: 64 * 1024,
+        pending_sends: 202,
+        calls_in_flight: 13,
+        sends_per_second: 5_004,
+        user_sends_per_second: 10_005,
+        frames_per_second: 20_006,
+        bytes_per_second: 8_000_007,
+        // As the user's owner says.
+        user_sends_per_ten_seconds: 100_000,
+        user_call_cost_per_ten_seconds: 20_000,
+        address_connects_per_second: 108,
+        address_connections: 10_009,
+        address_failures_per_second: 10,
+        address_locates_per_second: 11,
+        connections: 100_012,
+        handshakes: 10_013,
+        handshake_deadline_ms: 10_014,
+        handshake_cpu_percent: 25,
+        outbox_bytes: 1_000_016,
+        reply_bytes: 4_000_017,
+    };
+    assert_eq!(client.welcome().await.limits, Some(expected));
 }
 
 #[tokio::test(start_paused = true)]

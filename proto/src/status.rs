@@ -1,9 +1,35 @@
 //! The status table: number, name, text, whether a retry helps, whether the connection stays open. Written once, here.
 
-use crate::v1;
+use std::fmt;
+
+use crate::{environment::Random, v1};
 
 /// The metadata in which an answer over gRPC carries the number of its status, beside the code of gRPC, which says less.
 pub const GRPC_METADATA: &str = "im-status";
+/// The metadata in which it carries the correlation id, if it has one.
+pub const GRPC_CORRELATION_METADATA: &str = "im-correlation-id";
+
+/// Names one event in the server's log to whoever it befell: the same in the status and in the field `correlation_id` of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CorrelationId(u64);
+
+impl CorrelationId {
+    /// A new one.
+    pub fn draw(random: &dyn Random) -> Self {
+        Self(random.next_u64())
+    }
+
+    /// The status of the event.
+    pub fn of(self, status: v1::Status) -> v1::Status {
+        v1::Status { correlation_id: self.to_string(), ..status }
+    }
+}
+
+impl fmt::Display for CorrelationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
 
 /// What the receiver of a status may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,5 +200,16 @@ mod tests {
         assert_eq!((status.code, status.text.as_str(), status.retry_after_ms), (19, "rate limited", 1500));
         assert_eq!(StatusCode::RateLimited.retry_after(Duration::MAX).retry_after_ms, u32::MAX);
         assert_eq!(StatusCode::Malformed.to_status().retry_after_ms, 0);
+    }
+
+    #[test]
+    fn a_correlation_id_is_the_same_word_in_the_log_and_in_the_status() {
+        let id = CorrelationId(0xab);
+        let status = id.of(StatusCode::Unavailable.retry_after(Duration::from_millis(200)));
+        assert_eq!((status.code, status.retry_after_ms), (StatusCode::Unavailable.number(), 200));
+        assert_eq!(
+            (status.correlation_id.as_str(), id.to_string()),
+            ("00000000000000ab", "00000000000000ab".to_owned())
+        );
     }
 }

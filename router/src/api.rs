@@ -40,6 +40,10 @@ pub fn call(cluster: &Arc<Cluster>, caller: Arc<Caller>, number: u32, request: B
             let shard = cluster.shard_of(&id);
             cluster.send(shard, ShardMessage::Call(Call { caller, method, request }), reply_to);
         }
+        Err(StatusCode::Internal) => {
+            let status = cluster.mistake("a call that is answered here was sent to a conversation");
+            cluster.answer(reply_to, Err(status));
+        }
         Err(status) => cluster.answer(reply_to, Err(status.to_status())),
     }
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use im_proto::{
     FILE_DESCRIPTOR_SET, StatusCode, Timestamp,
     method::Method,
-    status::GRPC_METADATA,
+    status::{GRPC_CORRELATION_METADATA, GRPC_METADATA},
     v1::{
         self, channel_service_server as channel, conversation_service_server as conversation,
         device_service_server as device, group_service_server as group, message_service_server as message,
@@ -108,9 +108,10 @@ impl Api {
         api::call(&self.cluster, Arc::new(caller), method.number(), bytes, ReplyTo::Task(sender));
         match receiver.await {
             Ok(Ok(AnswerValue::Reply(reply) | AnswerValue::ReplyInOrder(reply))) => {
-                A::decode(reply).map(Response::new).map_err(|error| Status::internal(error.to_string()))
+                let reply = A::decode(reply).map(Response::new);
+                reply.map_err(|error| to_grpc(&self.cluster.mistake(&format!("a reply cannot be read: {error}"))))
             }
-            Ok(Ok(_)) => Err(Status::internal("the answer is not a reply")),
+            Ok(Ok(_)) => Err(to_grpc(&self.cluster.mistake("the answer to a call is no reply"))),
             Ok(Err(status)) => Err(to_grpc(&status)),
             Err(_) => Err(Status::unavailable("the router is stopping; try another")),
         }
@@ -142,7 +143,7 @@ impl Api {
     }
 }
 
-/// The gRPC code of a status, its number in the metadata.
+/// The gRPC code of a status, its number and its correlation id in the metadata.
 fn to_grpc(status: &v1::Status) -> Status {
     let code = match StatusCode::from_number(status.code) {
         Some(StatusCode::Malformed | StatusCode::TooLarge) => Code::InvalidArgument,
@@ -162,6 +163,11 @@ fn to_grpc(status: &v1::Status) -> Status {
     };
     let mut out = Status::new(code, status.text.clone());
     out.metadata_mut().insert(GRPC_METADATA, status.code.into());
+    if let Ok(id) = status.correlation_id.parse()
+        && !status.correlation_id.is_empty()
+    {
+        out.metadata_mut().insert(GRPC_CORRELATION_METADATA, id);
+    }
     out
 }
 

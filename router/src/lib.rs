@@ -19,6 +19,7 @@ pub mod grpc;
 mod link_queue;
 mod message;
 mod metrics;
+mod mistake;
 mod open;
 mod ownership;
 mod peer_link;

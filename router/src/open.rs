@@ -455,7 +455,6 @@ impl Open {
 
     fn alarm(&self, what: String) -> OpenError {
         self.cluster.metrics.alarms.increment(1);
-        tracing::error!(conversation = %self.id, what, "ALARM: a conversation cannot be opened");
         OpenError::Damaged(what)
     }
 }

@@ -6,6 +6,7 @@ mod balance;
 mod bodies;
 mod channels;
 mod conversations;
+mod correlation;
 mod device_list;
 mod devices;
 mod handshakes;

@@ -240,6 +240,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn send(&mut self, send: v1::Send, now: Instant, work: &mut Vec<Work>) {
         let (conversation, checked) = match self.check_send(&send) {
             Ok(conversation) => (Some(conversation), Ok(())),
+            Err(StatusCode::Internal) => (None, Err(self.shared.mistake("a session without a user sends"))),
             Err(code) => (None, Err(code.to_status())),
         };
         let admitted = checked.and_then(|()| {
@@ -253,7 +254,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             (conversation, admitted) => {
                 self.shared.metrics.sends_refused.increment(1);
-                let status = admitted.err().unwrap_or_else(|| StatusCode::Internal.to_status());
+                let status = admitted.err().unwrap_or_else(|| self.shared.mistake("a send without a conversation"));
                 // An id that is itself too long is not repeated.
                 let known = send.client_message_id.len() <= limits::CLIENT_MESSAGE_ID_BYTES_MAX;
                 let id = if known { send.client_message_id } else { Bytes::new() };

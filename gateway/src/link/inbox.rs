@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use im_proto::{ConversationId, SessionId, StatusCode, v1};
+use im_proto::{ConversationId, SessionId, v1};
 use v1::{RouterMessage, gateway_message, router_message::Message, server_frame::Frame};
 
 use super::{
@@ -54,7 +54,8 @@ impl<'a> Inbox<'a> {
             }
             Some(Message::Resync(resync)) => self.resync(resync),
             Some(Message::Kick(kick)) => {
-                let status = kick.status.clone().unwrap_or_else(|| StatusCode::Internal.to_status());
+                let status = kick.status.clone();
+                let status = status.unwrap_or_else(|| shared.mistake("a router ended a session without a status"));
                 self.on(kick.session_id, |session, wakers| session.close(shared, status, wakers));
             }
             Some(Message::SendReturned(returned)) => {

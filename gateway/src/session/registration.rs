@@ -9,6 +9,7 @@ use v1::{gateway_message::Message, server_frame::Frame};
 
 use super::{Session, State, gather::Gather};
 use crate::{
+    config::GatewayConfig,
     connection::outbox::Wakers,
     gateway::Shared,
     link::{Link, LinkToken},
@@ -94,25 +95,13 @@ impl Session {
 
     fn welcome(&self, shared: &Shared, version: u32, opened: &v1::SessionOpened, identity: &v1::Identity) -> Frame {
         let config = &shared.config;
-        let narrow = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let self_id = self.user().map(|user| shared.secret.self_id(user));
         Frame::Welcome(v1::Welcome {
             session_id: self.id.0,
             version,
             server_time_ms: shared.environment.clock.now().as_millis(),
             heartbeat_interval_ms: u32::try_from(config.heartbeat_interval.as_millis()).unwrap_or(u32::MAX),
-            limits: Some(v1::Limits {
-                frame_bytes: narrow(config.frame_bytes_max),
-                body_bytes: narrow(im_proto::limits::BODY_BYTES_MAX),
-                pending_sends: narrow(config.pending_sends_max),
-                calls_in_flight: narrow(config.calls_in_flight_max),
-                sends_per_second: config.sends_per_second_max,
-                user_sends_per_second: config.user_sends_per_second_max,
-                frames_per_second: config.frames_per_second_max,
-                bytes_per_second: narrow(config.bytes_per_second_max),
-                user_sends_per_ten_seconds: opened.user_sends_per_ten_seconds,
-                user_call_cost_per_ten_seconds: opened.user_call_cost_per_ten_seconds,
-            }),
+            limits: Some(limits(config, opened)),
             sync_version: opened.sync_version,
             user_id: identity.user_id.clone(),
             device_id: identity.device_id.clone(),
@@ -141,7 +130,7 @@ impl Session {
             return;
         }
         opening.sent_to = None;
-        let status = status.unwrap_or_else(|| StatusCode::Internal.to_status());
+        let status = status.unwrap_or_else(|| shared.mistake("a router refused a session without a status"));
         if status.code == StatusCode::Unavailable.number() {
             drop(state);
             return shared.routing.retry_later(self.id);
@@ -240,6 +229,33 @@ impl Session {
         }
         let token_expires_at_ms = state.expires_at.as_millis();
         self.push(shared, Frame::Renewed(v1::Renewed { status, token_expires_at_ms }), wakers);
+    }
+}
+
+/// What the gateway enforces, and what the user's owner says that it does.
+fn limits(config: &GatewayConfig, opened: &v1::SessionOpened) -> v1::Limits {
+    let narrow = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    v1::Limits {
+        frame_bytes: narrow(config.frame_bytes_max),
+        body_bytes: narrow(im_proto::limits::BODY_BYTES_MAX),
+        pending_sends: narrow(config.pending_sends_max),
+        calls_in_flight: narrow(config.calls_in_flight_max),
+        sends_per_second: config.sends_per_second_max,
+        user_sends_per_second: config.user_sends_per_second_max,
+        frames_per_second: config.frames_per_second_max,
+        bytes_per_second: narrow(config.bytes_per_second_max),
+        user_sends_per_ten_seconds: opened.user_sends_per_ten_seconds,
+        user_call_cost_per_ten_seconds: opened.user_call_cost_per_ten_seconds,
+        address_connects_per_second: config.address_connects_per_second_max,
+        address_connections: narrow(config.address_connections_max),
+        address_failures_per_second: config.address_failures_per_second_max,
+        address_locates_per_second: config.locates_per_second_max,
+        connections: narrow(config.connections_max),
+        handshakes: narrow(config.handshakes_max),
+        handshake_deadline_ms: u32::try_from(config.handshake_deadline.as_millis()).unwrap_or(u32::MAX),
+        handshake_cpu_percent: narrow(config.handshake_cpu_percent),
+        outbox_bytes: narrow(config.outbox_bytes_max),
+        reply_bytes: narrow(config.reply_bytes_max),
     }
 }
 

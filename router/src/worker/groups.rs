@@ -76,7 +76,8 @@ impl Context {
     ) {
         let Creation { id, name, members: names, members_max, kind } = creation;
         if id != conversation.id {
-            return self.cluster.answer(reply_to, Err(StatusCode::Internal.to_status()));
+            let status = self.cluster.mistake("a creation came to a conversation of another id");
+            return self.cluster.answer(reply_to, Err(status));
         }
         if conversation.assigned > 0 {
             return self.when_committed(conversation, 1, Completion::Reply { reply_to, kind });

@@ -111,11 +111,16 @@ impl Worker {
         let cluster = self.context.cluster.clone();
         self.context.cluster.environment.spawn(async move {
             let answer = gather(asked, ready, opening, quiet).await;
-            if let Err(StoreError::Damaged(what)) = &answer {
-                cluster.metrics.alarms.increment(1);
-                tracing::error!(what, "ALARM: heads cannot be read");
-            }
-            cluster.answer(reply_to, answer.map(AnswerValue::Heads).map_err(|_| unavailable()));
+            let answer = answer.map(AnswerValue::Heads).map_err(|error| match error {
+                StoreError::Damaged(what) => {
+                    let correlation_id = cluster.correlation_id();
+                    cluster.metrics.alarms.increment(1);
+                    tracing::error!(%correlation_id, what, "ALARM: heads cannot be read");
+                    correlation_id.of(unavailable())
+                }
+                _ => unavailable(),
+            });
+            cluster.answer(reply_to, answer);
         });
     }
 }

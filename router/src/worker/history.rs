@@ -100,9 +100,10 @@ impl Context {
             let answer = match outcome {
                 Ok(reply) => Ok(AnswerValue::Reply(reply)),
                 Err(StoreError::Damaged(what)) => {
+                    let correlation_id = worker.context.cluster.correlation_id();
                     worker.context.cluster.metrics.alarms.increment(1);
-                    tracing::error!(conversation = %key.conversation, what, "ALARM: history cannot be read");
-                    Err(StatusCode::Internal.to_status())
+                    tracing::error!(conversation = %key.conversation, %correlation_id, what, "ALARM: history cannot be read");
+                    Err(correlation_id.of(StatusCode::Internal.to_status()))
                 }
                 Err(_) => Err(unavailable()),
             };

@@ -2,11 +2,11 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use im_proto::ConversationId;
+use im_proto::{ConversationId, status::CorrelationId};
 
 use super::{
     Context, Worker, fan_out,
-    waiting::{Haste, Request, Slot, hastiest},
+    waiting::{Haste, Request, SendAnswer, Slot, hastiest},
 };
 use crate::{
     conversation::{Busy, Conversation, Dedupe, Seen},
@@ -97,8 +97,9 @@ impl Worker {
             Err(OpenError::Lost) => waiting.into_iter().for_each(|request| self.context.give_back(id, request)),
             Err(OpenError::EpochAhead { found, own }) => {
                 let shard = self.context.cluster.shard_of(&id);
-                tracing::error!(conversation = %id, ?found, ?own, "an entry has an epoch above the owner's");
-                waiting.into_iter().for_each(|request| self.context.refuse_request(&id, request));
+                let correlation_id = self.context.cluster.correlation_id();
+                tracing::error!(conversation = %id, %correlation_id, ?found, ?own, "an entry has an epoch above the owner's");
+                waiting.into_iter().for_each(|request| self.context.refuse_request(&id, request, correlation_id));
                 // Not if the epoch was raised meanwhile, above the one that was found.
                 self.shard_refused(shard, found);
             }
@@ -110,10 +111,11 @@ impl Worker {
     /// keeps its place: its head row may be older than its log.
     fn open_failed(&mut self, id: ConversationId, error: &OpenError, waiting: VecDeque<Request>) {
         self.context.cluster.metrics.opens_failed.increment(1);
-        tracing::error!(conversation = %id, %error, "a conversation could not be opened");
+        let correlation_id = self.context.cluster.correlation_id();
+        tracing::error!(conversation = %id, %correlation_id, %error, "ALARM: a conversation cannot be opened");
         self.conversations.insert(id, Slot::Opening { attempt: u64::MAX, waiting: VecDeque::new() });
         for request in waiting {
-            self.context.refuse_request(&id, request);
+            self.context.refuse_request(&id, request, correlation_id);
         }
         self.context.then(tokio::time::sleep(Duration::from_secs(1)), move |worker, ()| {
             if let Some(Slot::Opening { attempt, waiting }) = worker.conversations.get_mut(&id)
@@ -192,19 +194,22 @@ impl Context {
         }
     }
 
-    /// Answers a request in a conversation that cannot be opened: the caller may try again later.
-    fn refuse_request(&mut self, id: &ConversationId, request: Request) {
-        use super::waiting::SendAnswer;
+    /// Answers a request in a conversation that cannot be opened: the caller may try again later, and can name what the log has of it.
+    fn refuse_request(&mut self, id: &ConversationId, request: Request, correlation_id: CorrelationId) {
+        let status = correlation_id.of(crate::message::unavailable());
         match request {
             Request::Send { caller, send, answer: SendAnswer::Session { attempt } } => {
                 let ack = im_proto::v1::SendAck {
                     client_message_id: send.client_message_id,
                     conversation_id: id.to_bytes(),
-                    status: Some(crate::message::unavailable()),
+                    status: Some(status),
                     ..im_proto::v1::SendAck::default()
                 };
                 self.ack(&caller, ack, attempt);
             }
+            Request::Send { answer: SendAnswer::Reply(reply_to), .. }
+            | Request::Effect { reply_to, .. }
+            | Request::Call { reply_to, .. } => self.cluster.answer(reply_to, Err(status)),
             request => self.give_back(*id, request),
         }
     }

@@ -1,7 +1,7 @@
 //! The commands of `im`: one module each for what they share (arguments, connection, output) and for the longer ones.
 //!
 //! Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 the operation failed, 2 wrong usage or
-//! environment. It keeps nothing on disk.
+//! environment. It keeps nothing on disk but, with `--as`, the files that say which devices are taken (`data_directory/device.rs`).
 
 mod args;
 mod chat;

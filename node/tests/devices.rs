@@ -2,7 +2,7 @@
 
 use std::{
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
     time::Duration,
 };
 
@@ -19,15 +19,21 @@ use crate::{
     server::{ANY, Server, imd, stdout},
 };
 
-/// `im` as a process, as one user on one device.
-fn im(data: &Path, who: &str, arguments: &[&str]) -> Output {
-    let line = [&["--as", who, "--data", data.to_str().unwrap()], arguments].concat().join("\n");
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "chat::im_as_a_process", "--ignored", "--nocapture", "--test-threads", "2"])
-        .env_clear()
-        .env(ARGUMENTS, line)
-        .output()
-        .expect("im runs")
+/// `im` as a process, as one user.
+pub fn im(data: &Path, who: &str, arguments: &[&str]) -> Output {
+    command(data, who, arguments).output().expect("im runs")
+}
+
+fn command(data: &Path, who: &str, arguments: &[&str]) -> Command {
+    im_process(&[&["--as", who, "--data", data.to_str().unwrap()], arguments].concat())
+}
+
+/// `im` as a process.
+pub fn im_process(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let test = ["--exact", "chat::im_as_a_process", "--ignored", "--nocapture", "--test-threads", "2"];
+    command.args(test).env_clear().env(ARGUMENTS, arguments.join("\n"));
+    command
 }
 
 /// The lines of the list without the time, which ends each.
@@ -64,6 +70,29 @@ fn until_written(server: &Server, rows: u32) {
         std::thread::sleep(Duration::from_millis(10));
     }
     panic!("{rows} rows were not written");
+}
+
+/// Without a device of their own, a hundred commands would push a user's real devices out of the list.
+#[test]
+fn commands_one_after_the_other_are_one_device_and_at_the_same_time_are_two() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let _server = Server::start(&data, &ANY);
+    for text in ["one", "two", "three"] {
+        let output = im(&data, "alice", &["send", "@bob", text]);
+        assert!(output.status.success(), "{output:?}");
+    }
+    let first = listed(&im(&data, "alice", &["device", "list"]));
+    let [line] = &first[..] else { panic!("{first:?}") };
+    assert!(line.starts_with("im-") && line.contains("-1\tterminal\tim ") && line.ends_with("\tthis"), "{line}");
+
+    let mut watching = command(&data, "alice", &["tail", "@bob", "--from", "1", "--count", "4"]);
+    let mut watching = watching.stdout(Stdio::piped()).spawn().unwrap();
+    let both = (0..).map(|_| listed(&im(&data, "alice", &["device", "list"]))).find(|lines| lines.len() > 1).unwrap();
+    let [this, other] = &both[..] else { panic!("{both:?}") };
+    assert!(this.ends_with("\tthis") && other.ends_with("\tconnected"), "neither ends the other: {both:?}");
+    assert!(im(&data, "alice", &["send", "@bob", "four"]).status.success());
+    assert_eq!(watching.wait().unwrap().code(), Some(0), "it went on until it had what it waited for");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

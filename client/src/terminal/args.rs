@@ -54,7 +54,8 @@ pub(super) struct Connection {
     #[arg(long, global = true, value_name = "FILE")]
     pub(super) ca: Option<PathBuf>,
 
-    /// For development: take address, CA and a fresh token for this user from the data directory of a local server.
+    /// For development: take address, CA and a fresh token for this user from the data directory of a local server. Without DEVICE,
+    /// commands that run one after the other are one device, and those that run at the same time are several.
     #[arg(long = "as", global = true, value_name = "USER[/DEVICE]")]
     pub(super) user: Option<UserAndDevice>,
 

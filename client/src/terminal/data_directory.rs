@@ -2,6 +2,8 @@
 //!
 //! `ready.json` is read again for each attempt to connect: a restarted server may have other ports.
 
+mod device;
+
 use std::{
     fs,
     future::Future,
@@ -18,6 +20,7 @@ use serde::Deserialize;
 use crate::config::{Endpoint, EndpointSource, TokenSource, Transport};
 
 use super::{args::UserAndDevice, failure::Failure};
+use device::DevicePlace;
 
 /// Seconds a token lives: within what any server allows by default, and renewed in time.
 const LIFETIME_SECONDS: i64 = 3600;
@@ -84,11 +87,14 @@ pub(super) struct DataToken {
     cluster: Cluster,
     user: String,
     device: String,
+    /// The device is this process's alone for as long as this lives.
+    _place: Option<DevicePlace>,
     environment: Environment,
 }
 
 impl DataToken {
-    /// Without a device it makes one up: two terminals of one user do not end each other's sessions.
+    /// Without a device it takes the first that no other process of this machine has now: two terminals of one user do not end each
+    /// other's sessions, and a hundred commands, one after the other, are one device.
     pub(super) fn new(root: &Path, who: &UserAndDevice, environment: Environment) -> Result<Self, Failure> {
         let usage = |path: &Path, error: &dyn std::fmt::Display| {
             let path = path.display();
@@ -100,11 +106,14 @@ impl DataToken {
         let path = root.join("cluster.json");
         let text = fs::read(&path).map_err(|error| usage(&path, &error))?;
         let cluster = serde_json::from_slice(&text).map_err(|error| usage(&path, &error))?;
-        let device = match &who.device {
-            Some(device) => device.to_string(),
-            None => format!("im-{:016x}", environment.random.next_u64()),
+        let (device, place) = match &who.device {
+            Some(device) => (device.to_string(), None),
+            None => match DevicePlace::take(root, &who.user) {
+                Some(place) => (place.device(), Some(place)),
+                None => (device::made_up(&environment), None),
+            },
         };
-        Ok(Self { key, cluster, user: who.user.to_string(), device, environment })
+        Ok(Self { key, cluster, user: who.user.to_string(), device, _place: place, environment })
     }
 
     fn sign(&self) -> Result<String, String> {

@@ -54,9 +54,13 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command.unwrap_or(Command::Up(arguments.up)) {
-        Command::Up(options) => up::run(load(&options.overrides(), Process::Up)?, options.watch),
-        Command::Router(options) => cluster::router::run(load(&options.overrides(), Process::Router)?),
-        Command::Gateway(options) => cluster::gateway::run(load(&options.overrides(), Process::Gateway)?),
+        Command::Up(options) => up::run(load(&options.overrides(), Process::Up)?, options.server.watch),
+        Command::Router(options) => {
+            cluster::router::run(load(&options.overrides(), Process::Router)?, options.server.watch)
+        }
+        Command::Gateway(options) => {
+            cluster::gateway::run(load(&options.overrides(), Process::Gateway)?, options.server.watch)
+        }
         Command::Cluster(ClusterCommand::Status { tool, json, shards, conversation }) => {
             let details = cluster::status::Details { shards, conversation };
             cluster::admin::status(&load(&tool.overrides(), Process::Tool)?.config, json, details)

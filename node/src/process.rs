@@ -19,6 +19,7 @@ use crate::{
     http::{self, Readiness},
     signals::Signals,
     telemetry,
+    watch::{self as status_line, Watched},
 };
 
 /// Threads for blocking work, long reads of the store, may take this long to end after everything else has.
@@ -53,16 +54,25 @@ pub struct Process {
     pub signals: Signals,
     readiness: watch::Sender<Readiness>,
     stop_http: CancellationToken,
+    is_watched: bool,
 }
 
 impl Process {
-    /// From now on signals are heard and `/healthz` is answered; `/readyz` says no.
-    pub fn start(signals: Signals, http: Option<TcpListener>, metrics: PrometheusHandle) -> Self {
+    /// From now on signals are heard and `/healthz` is answered; `/readyz` says no. What is `watched` is said each second.
+    pub fn start(
+        signals: Signals,
+        http: Option<TcpListener>,
+        metrics: PrometheusHandle,
+        watched: Option<Watched>,
+    ) -> Self {
         let tasks = Tasks::default();
         let environment = tasks.environment();
         let (readiness, is_ready) = watch::channel(Readiness::Starting);
         let stop_http = CancellationToken::new();
         environment.spawn(telemetry::upkeep(metrics.clone()));
+        if let Some(watched) = watched {
+            environment.spawn(status_line::run(metrics.clone(), watched));
+        }
         if let Some(listener) = http {
             let serving = http::serve(listener, metrics, is_ready, stop_http.clone());
             environment.spawn(async move {
@@ -71,7 +81,7 @@ impl Process {
                 }
             });
         }
-        Self { tasks, signals, readiness, stop_http }
+        Self { tasks, signals, readiness, stop_http, is_watched: watched.is_some() }
     }
 
     /// What roles get their clock, randomness and tasks from.
@@ -112,5 +122,8 @@ impl Process {
     /// Ends all tasks.
     pub async fn end(self) {
         self.tasks.stop().await;
+        if self.is_watched {
+            status_line::end();
+        }
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     listen::{self, Addresses, ClientTls, Clients},
     process::{self, Process},
     signals::Signals,
-    watch,
+    watch::Watched,
 };
 use roles::Roles;
 
@@ -42,15 +42,9 @@ async fn up(config: &Config, data: &DataDirectory, metrics: PrometheusHandle, wa
     let signals = Signals::listen().map_err(Failure::usage)?;
     let (listeners, http) = bind(config, data).await?;
     let store = Embedded::open(&data.store(), config.store.options()).map_err(Failure::usage)?;
-    let mut process = Process::start(signals, http, metrics.clone());
-    if watch {
-        process.environment().spawn(watch::run(metrics));
-    }
+    let mut process = Process::start(signals, http, metrics, watch.then_some(Watched::Everything));
     let outcome = Server { config, data, store: store.clone() }.run(listeners, &mut process).await;
     process.end().await;
-    if watch {
-        watch::end();
-    }
     let closed = tokio::task::spawn_blocking(move || store.close()).await;
     closed.context("close the store").map_err(Failure::operation)?;
     outcome

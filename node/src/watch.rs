@@ -1,4 +1,4 @@
-//! `imd up --watch`: a line a second on standard error with what the server does, from its own metrics.
+//! `--watch` of the servers: a line a second on standard error with what the server does, from its own metrics.
 //!
 //! On a terminal one line is rewritten; the cursor stays at its beginning, so that a line of the log takes its place. Elsewhere each
 //! line stands.
@@ -15,8 +15,16 @@ use tokio::time::Instant;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
+/// Which roles this process has, and so what there is to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watched {
+    Everything,
+    Gateway,
+    Router,
+}
+
 /// Writes until it is dropped, or until nobody reads it.
-pub async fn run(metrics: PrometheusHandle) {
+pub async fn run(metrics: PrometheusHandle, watched: Watched) {
     let on_terminal = io::stderr().is_terminal();
     let started = Instant::now();
     let mut ticks = tokio::time::interval(INTERVAL);
@@ -28,7 +36,7 @@ pub async fn run(metrics: PrometheusHandle) {
         metrics.run_upkeep();
         let now = Instant::now();
         let sample = Sample::of(&metrics.render(), resident_bytes());
-        let line = line(&before, &sample, now - sampled, now - started);
+        let line = line(watched, &before, &sample, now - sampled, now - started);
         (before, sampled) = (sample, now);
         let written = if on_terminal {
             // A line longer than the terminal would not be rewritten as one.
@@ -36,7 +44,8 @@ pub async fn run(metrics: PrometheusHandle) {
             let line: String = line.chars().take(columns.saturating_sub(1)).collect();
             write!(io::stderr(), "\x1b[K{line}\r")
         } else {
-            writeln!(io::stderr(), "{line}")
+            // In one piece, so that no line of the log gets into it.
+            io::stderr().write_all(format!("{line}\n").as_bytes())
         };
         if written.is_err() {
             return;
@@ -55,6 +64,9 @@ pub fn end() {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Sample {
     connections: f64,
+    shards: f64,
+    sessions: f64,
+    entries: f64,
     sends: f64,
     deliveries: f64,
     commits: f64,
@@ -68,6 +80,9 @@ impl Sample {
         let value = |name: &str| values.get(name).copied().unwrap_or_default();
         Self {
             connections: value("im_gateway_connections_count"),
+            shards: value("im_router_shards_owned"),
+            sessions: value("im_router_sessions"),
+            entries: value("im_router_entries_committed_total"),
             sends: value("im_gateway_sends_total"),
             deliveries: value("im_gateway_pushes_total"),
             commits: value("im_storage_commits_total"),
@@ -89,26 +104,29 @@ fn totals(exposition: &str) -> BTreeMap<&str, f64> {
     totals
 }
 
-fn line(before: &Sample, now: &Sample, between: Duration, up: Duration) -> String {
+fn line(watched: Watched, before: &Sample, now: &Sample, between: Duration, up: Duration) -> String {
     let rate = |before: f64, now: f64| short((now - before).max(0.0) / between.as_secs_f64().max(0.001));
-    let commits = (now.commits - before.commits).max(0.0);
     let seconds = up.as_secs();
-    let mut line = format!(
-        "up {}:{:02}:{:02}  {} connections  {} sends/s  {} deliveries/s  {} commits/s",
-        seconds / 3600,
-        seconds / 60 % 60,
-        seconds % 60,
-        short(now.connections),
-        rate(before.sends, now.sends),
-        rate(before.deliveries, now.deliveries),
-        rate(before.commits, now.commits),
-    );
-    let sync = if commits > 0.0 {
-        format!("{:.2} ms", (now.sync_seconds - before.sync_seconds).max(0.0) * 1000.0 / commits)
+    let mut line = format!("up {}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60);
+    if watched == Watched::Router {
+        let (shards, sessions) = (short(now.shards), short(now.sessions));
+        let entries = rate(before.entries, now.entries);
+        let _ = write!(line, "  {shards} shards  {sessions} sessions  {entries} entries/s");
     } else {
-        "-".to_owned()
-    };
-    let _ = write!(line, "  sync {sync}  {} MiB", now.resident_bytes / (1024 * 1024));
+        let (sends, deliveries) = (rate(before.sends, now.sends), rate(before.deliveries, now.deliveries));
+        let connections = short(now.connections);
+        let _ = write!(line, "  {connections} connections  {sends} sends/s  {deliveries} deliveries/s");
+    }
+    if watched == Watched::Everything {
+        let commits = (now.commits - before.commits).max(0.0);
+        let sync = if commits > 0.0 {
+            format!("{:.2} ms", (now.sync_seconds - before.sync_seconds).max(0.0) * 1000.0 / commits)
+        } else {
+            "-".to_owned()
+        };
+        let _ = write!(line, "  {} commits/s  sync {sync}", rate(before.commits, now.commits));
+    }
+    let _ = write!(line, "  {} MiB", now.resident_bytes / (1024 * 1024));
     line
 }
 
@@ -142,6 +160,9 @@ im_storage_commits_total{a=\"b c\"} 90
 im_storage_commits_total{a=\"d\"} 10
 im_storage_commit_seconds_bucket{le=\"0.1\"} 7
 im_storage_commit_seconds_sum 0.25
+im_router_shards_owned 341
+im_router_sessions 7
+im_router_entries_committed_total 12000
 ";
 
     #[test]
@@ -149,10 +170,14 @@ im_storage_commit_seconds_sum 0.25
         let now = Sample::of(EXPOSITION, 300 * 1024 * 1024);
         let second = Duration::from_secs(1);
         assert_eq!(
-            line(&Sample::default(), &now, second, Duration::from_secs(3_725)),
+            line(Watched::Everything, &Sample::default(), &now, second, Duration::from_secs(3_725)),
             "up 1:02:05  12 connections  1500 sends/s  21.0k deliveries/s  100 commits/s  sync 2.50 ms  300 MiB"
         );
-        assert!(line(&now, &now, second, second).contains(" 0 sends/s  0 deliveries/s  0 commits/s  sync -  "));
+        let quiet = line(Watched::Everything, &now, &now, second, second);
+        assert!(quiet.contains(" 0 sends/s  0 deliveries/s  0 commits/s  sync -  "), "{quiet}");
+        let of = |watched| line(watched, &Sample::default(), &now, second, second);
+        assert_eq!(of(Watched::Gateway), "up 0:00:01  12 connections  1500 sends/s  21.0k deliveries/s  300 MiB");
+        assert_eq!(of(Watched::Router), "up 0:00:01  341 shards  7 sessions  12.0k entries/s  300 MiB");
     }
 
     #[test]

@@ -147,6 +147,68 @@ fn a_server_says_where_it_listens_answers_health_and_stops_cleanly() {
     assert_eq!(std::fs::read_to_string(data.join("epoch")).unwrap(), "2\n", "one for each start");
 }
 
+/// As docs/metrics.md has them.
+#[test]
+fn logs_as_json_are_an_object_a_line_with_the_same_fields_always() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = ["--set", "log.format=json", "--set", "log.filter=info,imd=debug,im_gateway=debug,im_router=debug"];
+    let mut server = Server::start(&folder.path().join("data"), &[&ANY[..], &json].concat());
+    server.signal("TERM");
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+    let said = server.said();
+    let events: Vec<serde_json::Value> =
+        said.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect();
+    for event in &events {
+        let text = |name: &str| event[name].as_str().unwrap_or_else(|| panic!("no {name}: {event}"));
+        let timestamp = text("timestamp");
+        let form: String = timestamp.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+        assert_eq!(form, "0000-00-00T00:00:00.000000Z", "{event}");
+        assert!(["ERROR", "WARN", "INFO", "DEBUG"].contains(&text("level")), "{event}");
+        assert!(!text("target").is_empty() && !text("message").is_empty(), "{event}");
+    }
+    let ready = events.iter().find(|event| event["message"] == "ready").expect("it says that it is ready");
+    assert_eq!((&ready["level"], &ready["target"], &ready["start"]), (&"INFO".into(), &"imd::up".into(), &1.into()));
+    assert_eq!(ready["data"], server.data.to_str().unwrap(), "its own fields stand beside them");
+    assert!(events.iter().any(|event| event["message"].as_str().is_some_and(|text| text.starts_with("stopping"))));
+}
+
+#[test]
+fn a_watched_server_says_each_second_what_it_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::start(&folder.path().join("data"), &[&ANY[..], &["--watch"]].concat());
+    let _connection = TcpStream::connect(server.address("tcp")).unwrap();
+    let lines = |said: &str| -> Vec<String> {
+        said.lines().filter(|line| line.starts_with("up ")).map(str::to_owned).collect()
+    };
+    // However slow the machine is, three come at some time, and one of them knows of the connection.
+    while !lines(&server.said()).iter().skip(2).any(|line| line.contains("  1 connections  ")) {
+        assert!(server.child.try_wait().unwrap().is_none(), "{}", server.said());
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    let lines = lines(&server.said());
+    let seconds = |line: &String| {
+        let parts: Vec<u64> =
+            line["up ".len()..line.find("  ").unwrap()].split(':').map(|n| n.parse().unwrap()).collect();
+        let [hours, minutes, seconds] = parts[..] else { panic!("{line}") };
+        (hours * 60 + minutes) * 60 + seconds
+    };
+    let times: Vec<u64> = lines.iter().map(seconds).collect();
+    assert!(times[0] >= 1 && times.is_sorted() && times[2] >= 3, "a line a second: {times:?}");
+    for line in &lines {
+        let parts: Vec<&str> = line.split("  ").skip(1).collect();
+        let units = ["connections", "sends/s", "deliveries/s", "commits/s", "", "MiB"];
+        assert_eq!(parts.len(), units.len(), "{line}");
+        for (part, unit) in parts.iter().zip(units) {
+            assert!(part.ends_with(unit), "{line}");
+        }
+        assert!(parts[4].starts_with("sync "), "{line}");
+        let memory: u64 = parts[5].trim_end_matches(" MiB").parse().unwrap();
+        assert!(memory > 0, "{line}");
+    }
+    server.signal("TERM");
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
 #[test]
 fn a_second_signal_ends_a_drain_at_once() {
     let folder = tempfile::tempdir().unwrap();

@@ -23,6 +23,9 @@ pub struct ServerArguments {
     /// Any other setting; may be repeated.
     #[arg(long, value_name = "KEY=VALUE", value_parser = super::parse_setting)]
     pub set: Vec<String>,
+    /// A line a second on standard error: connections, sends, deliveries, commits, sync time, memory, as far as they are this process's.
+    #[arg(long)]
+    pub watch: bool,
 }
 
 /// Where clients connect.
@@ -123,9 +126,6 @@ pub struct UpArguments {
     /// gRPC for other services [default: 127.0.0.1:7102]
     #[arg(long, value_name = "HOST:PORT")]
     pub api: Option<String>,
-    /// A line a second on standard error: connections, sends, deliveries, commits, sync time, memory.
-    #[arg(long)]
-    pub watch: bool,
 }
 
 #[derive(Args, Clone, Debug, Default)]

@@ -22,6 +22,7 @@ use crate::{
     listen::{self, Addresses, ClientTls, Clients},
     process::{self, Process},
     signals::Signals,
+    watch::Watched,
 };
 
 /// How often it is looked whether links lead to all shards.
@@ -38,8 +39,8 @@ struct Prepared {
     ca: Option<std::path::PathBuf>,
 }
 
-/// Runs until a signal.
-pub fn run(loaded: Loaded) -> Result<(), Failure> {
+/// Runs until a signal. With `watch` it says each second what it does.
+pub fn run(loaded: Loaded, watch: bool) -> Result<(), Failure> {
     let is_named = loaded.sources.contains_key("data");
     let prepare = |config: &Config| {
         let files = Files::new(&config.cluster, Role::Gateway, None);
@@ -51,16 +52,20 @@ pub fn run(loaded: Loaded) -> Result<(), Failure> {
             directory: run_directory(config, is_named)?,
         })
     };
-    process::run(loaded, prepare, |config, prepared, metrics| async move { serve(&config, prepared, metrics).await })
+    process::run(
+        loaded,
+        prepare,
+        |config, prepared, metrics| async move { serve(&config, prepared, metrics, watch).await },
+    )
 }
 
-async fn serve(config: &Config, prepared: Prepared, metrics: PrometheusHandle) -> Result<(), Failure> {
+async fn serve(config: &Config, prepared: Prepared, metrics: PrometheusHandle, watch: bool) -> Result<(), Failure> {
     let signals = Signals::listen().map_err(Failure::usage)?;
     let mut addresses = Addresses::default();
     let clients = listen::clients(config, prepared.client_tls.as_ref(), &mut addresses)?;
     let http = listen::plain("http", config.http, &mut addresses.http).await?;
     check_advertise(config, &addresses)?;
-    let mut process = Process::start(signals, http, metrics);
+    let mut process = Process::start(signals, http, metrics, watch.then_some(Watched::Gateway));
     let outcome = run_role(config, &prepared, clients, addresses, &mut process).await;
     process.end().await;
     outcome

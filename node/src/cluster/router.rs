@@ -31,6 +31,7 @@ use crate::{
     process::{self, Process},
     signals::Signals,
     up::roles::store_stopped,
+    watch::Watched,
 };
 
 /// Between a life that ended, or could not begin, and the next. Short: until then nobody has its shards.
@@ -46,13 +47,13 @@ struct Prepared {
     service_tls: Option<ServiceTls>,
 }
 
-/// Runs until a signal, or until the embedded store has stopped.
-pub fn run(loaded: Loaded) -> Result<(), Failure> {
+/// Runs until a signal, or until the embedded store has stopped. With `watch` it says each second what it does.
+pub fn run(loaded: Loaded, watch: bool) -> Result<(), Failure> {
     let is_named = loaded.sources.contains_key("data");
     process::run(
         loaded,
         |config| prepare(config, is_named),
-        |config, prepared, metrics| async move { serve(config, prepared, metrics).await },
+        |config, prepared, metrics| async move { serve(config, prepared, metrics, watch).await },
     )
 }
 
@@ -81,7 +82,7 @@ fn prepare_embedded(config: &Config) -> Result<Prepared, Failure> {
     Ok(Prepared { directory: Some(lock), place, identity, keys, service_tls })
 }
 
-async fn serve(config: Config, prepared: Prepared, metrics: PrometheusHandle) -> Result<(), Failure> {
+async fn serve(config: Config, prepared: Prepared, metrics: PrometheusHandle, watch: bool) -> Result<(), Failure> {
     let signals = Signals::listen().map_err(Failure::usage)?;
     let mut addresses = Addresses::default();
     check_plain_text(&config, prepared.service_tls.is_some())?;
@@ -91,7 +92,7 @@ async fn serve(config: Config, prepared: Prepared, metrics: PrometheusHandle) ->
     let http = listen::plain("http", config.http, &mut addresses.http).await?;
     check_advertise(&config, &addresses)?;
     let redis = store::redis_options(&config.cluster, &prepared.identity)?;
-    let mut process = Process::start(signals, http, metrics);
+    let mut process = Process::start(signals, http, metrics, watch.then_some(Watched::Router));
     let environment = process.environment();
     let opened = async {
         let hot = redis.map(|options| store::start_redis(&config.cluster, options, &environment)).transpose()?;

@@ -46,16 +46,25 @@ fn size(columns: u16, lines: u16) -> Winsize {
     Winsize { ws_col: columns, ws_row: lines, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
+/// The end of whoever looks and types, and the end of the program.
+pub fn pseudo_terminal() -> (File, File) {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let slave = rustix::fs::open(name.as_c_str(), OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+    (master.into(), slave.into())
+}
+
 impl Person {
     fn chats(data: &Path, user: &str, target: &str) -> Self {
+        Self::chats_with(data, user, target, &[])
+    }
+
+    fn chats_with(data: &Path, user: &str, target: &str, variables: &[(&str, &str)]) -> Self {
         let arguments = ["--as", user, "--data", data.to_str().unwrap(), "chat", target].join("\n");
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-        grantpt(&master).unwrap();
-        unlockpt(&master).unwrap();
-        tcsetwinsize(&master, size(80, 24)).unwrap();
-        let name = ptsname(&master, Vec::new()).unwrap();
-        let slave: File =
-            rustix::fs::open(name.as_c_str(), OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap().into();
+        let (terminal, slave) = pseudo_terminal();
+        tcsetwinsize(&terminal, size(80, 24)).unwrap();
         let child = Command::new("setsid")
             .arg("--ctty")
             .arg(std::env::current_exe().unwrap())
@@ -64,12 +73,12 @@ impl Person {
             .env("TERM", "xterm-256color")
             .env("TZ", "UTC")
             .env(ARGUMENTS, arguments)
+            .envs(variables.iter().copied())
             .stdin(slave.try_clone().unwrap())
             .stdout(slave.try_clone().unwrap())
             .stderr(slave)
             .spawn()
             .expect("setsid of util-linux runs");
-        let terminal = File::from(master);
         let screen = Arc::new(Mutex::new(vt100::Parser::new(24, 80, 0)));
         let (mut output, shown) = (terminal.try_clone().unwrap(), screen.clone());
         // Ends with the process: then reading fails.
@@ -102,6 +111,15 @@ impl Person {
             assert!(now() < until, "not seen: {what}. The screen:\n{}", self.screen());
             thread::sleep(LOOK_INTERVAL);
         }
+    }
+
+    /// Whether any character on the screen has a colour of its own.
+    fn is_coloured(&self) -> bool {
+        let parser = self.screen.lock().unwrap();
+        let screen = parser.screen();
+        let cells = (0..24).flat_map(|line| (0..80).map(move |column| (line, column)));
+        let mut colours = cells.filter_map(|(line, column)| screen.cell(line, column).map(|cell| cell.fgcolor()));
+        colours.any(|colour| colour != vt100::Color::Default)
     }
 
     fn sees(&mut self, text: &str) {
@@ -335,5 +353,21 @@ fn a_signal_ends_the_chat_and_gives_the_terminal_back() {
         let id = alice.child.id().to_string();
         assert!(Command::new("kill").args(["-s", signal, &id]).status().unwrap().success());
         alice.ends(0);
+    }
+}
+
+#[test]
+fn a_chat_has_colours_unless_no_color_is_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let _server = Server::start(&data, &ANY);
+    for (variables, expected) in [(&[][..], true), (&[("NO_COLOR", "1")], false)] {
+        let mut person = Person::chats_with(&data, "alice", "@bob", variables);
+        person.types("hello\r");
+        person
+            .sees_that("the message and what became of it", |screen| screen.contains("hello") && screen.contains("✓"));
+        assert_eq!(person.is_coloured(), expected, "{variables:?}:\n{}", person.screen());
+        person.types("\x03");
+        person.ends(0);
     }
 }

@@ -14,6 +14,7 @@ mod presence;
 mod process;
 mod server;
 mod service;
+mod terminal;
 mod tidy;
 mod transfer;
 

@@ -26,7 +26,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::{
     proxy::{Proxy, Way},
-    support::{Surroundings, id, instance},
+    support::{Numbers, Surroundings, id, instance},
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -189,6 +189,33 @@ async fn calls_are_spread_and_follow_the_registry() {
     tokio::task::yield_now().await;
     let error = call(&channel, request()).await.expect_err("nobody is there");
     assert_eq!(error.code(), Code::Unavailable);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_no_change_has_told_is_taken_over_when_the_interval_is_over() {
+    let registered = Registered::new([at("a", "127.0.0.1:1")]);
+    let numbers = Numbers::default();
+    let interval = Duration::from_secs(45);
+    let options = ChannelOptions { reconcile_interval: interval, ..options() };
+    let _channel = metrics::with_local_recorder(&numbers, || registered.channel(options));
+    let members = || numbers.gauge("im_registry_channel_members");
+    let begun = Instant::now();
+    // It has looked once.
+    sleep(Duration::from_secs(1)).await;
+    for (count, reconciled) in (2..).zip(1..=3) {
+        // The view is another one, and nobody is told.
+        registered.view.send_if_modified(|view| {
+            let instances: Vec<Instance> = (0..count).map(|n| at(&format!("i{n}"), "127.0.0.1:1")).collect();
+            let instances = instances.into_iter().map(|instance| (instance.id.clone(), instance)).collect();
+            *view = Arc::new(View { revision: view.revision + 1, instances, ..View::default() });
+            false
+        });
+        let before = members();
+        sleep(interval * reconciled - Duration::from_secs(1) - begun.elapsed()).await;
+        assert_eq!(members(), before, "not before its time");
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(members(), f64::from(count));
+    }
 }
 
 #[tokio::test]

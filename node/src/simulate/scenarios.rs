@@ -11,7 +11,7 @@ use std::{
 
 use im_client::{Target, compose};
 use im_proto::{ConversationId, Epoch, InstanceId, ShardId};
-use im_registry::Role;
+use im_registry::{Reach, Role};
 use tokio::time::{Instant, sleep};
 
 use super::{
@@ -238,6 +238,37 @@ fn ten_shards_move_a_second_for_half_a_minute() {
         stage.all_acknowledged().await;
         assert!(moves >= 10 * seconds, "{moves} moves in {seconds} s");
     });
+}
+
+/// The registry is away for everybody, for ten leases: etcd without its quorum. Nobody can take anything over, so owners go on, with a
+/// fence read for each answer. When it is back, it has forgotten all leases, and everybody begins again.
+#[test]
+fn while_the_whole_registry_is_away_messages_go_on() {
+    for reach in [Reach::Refused, Reach::Silent] {
+        play(plan(16), move |stage| async move {
+            let world = &stage.world;
+            stage.talk("before", 5).await;
+            stage.all_acknowledged().await;
+            let before = stage.log().len();
+            let machines: Vec<String> =
+                [Role::Router, Role::Gateway].into_iter().flat_map(|role| world.machines(role)).collect();
+            machines.iter().for_each(|name| world.set_reach(name, reach));
+            let away = Instant::now();
+            let mut said = 0;
+            while away.elapsed() < 10 * world.plan.lease_ttl {
+                stage.talk(&format!("while it is away {said},"), 1).await;
+                said += 1;
+                sleep(Duration::from_millis(250)).await;
+            }
+            stage.all_acknowledged().await;
+            assert!(said > 40, "{said}");
+            assert_eq!(stage.log().len(), before + 2 * said, "all of it is stored before the registry is back");
+            assert_eq!(judge::shown_unasked(&stage.people, SETTLE_MAX).await, Vec::<String>::new());
+            machines.iter().for_each(|name| world.set_reach(name, Reach::Up));
+            stage.talk("after", 5).await;
+            stage.all_acknowledged().await;
+        });
+    }
 }
 
 type Claims = BTreeMap<ShardId, (InstanceId, Epoch)>;

@@ -40,11 +40,10 @@ async fn unbalanced_gateways_become_balanced_one_that_joins_gets_its_share_and_n
     let (first, _first_lease, address) = world.gateway_with("g1", config()).await;
     let (second, _second_lease, _) = world.gateway_with("g2", config()).await;
     let (third, _third_lease, _) = world.gateway_with("g3", config()).await;
-    let mut clients = Vec::new();
+    let (mut clients, mut events) = (Vec::new(), Vec::new());
     for number in 0..CLIENTS {
         let client = world.client(&format!("user{number}"), &address).await;
-        let mut events = client.events().unwrap();
-        world.environment().spawn(async move { while events.recv().await.is_some() {} });
+        events.push(client.events().unwrap());
         clients.push(client);
     }
     assert_eq!(loads(&[&first, &second, &third])[0], CLIENTS);
@@ -61,14 +60,24 @@ async fn unbalanced_gateways_become_balanced_one_that_joins_gets_its_share_and_n
         seqs
     });
     let talk = async { futures_of(talk.collect()).await };
+    // The creation and every message. Read while the senders send, so that nobody's events wait until they are full.
+    let shown = events.iter_mut().map(|events| shown(events, group, 1 + CLIENTS * MESSAGES));
+    let shown = async { futures_of(shown.collect()).await };
     let gateways = [&first, &second, &third];
     // The share is 10 and the threshold 11.
-    let ((), seqs) = tokio::join!(until_at_most(11, &gateways), talk);
+    let ((), seqs, shown) = tokio::join!(until_at_most(11, &gateways), talk, shown);
     let acked: BTreeSet<u64> = seqs.iter().flatten().copied().collect();
     assert_eq!(acked.len() as u64, CLIENTS * MESSAGES, "each has a seq of its own");
     let (least, most) = (acked.first().unwrap(), acked.last().unwrap());
     assert_eq!(most - least + 1, CLIENTS * MESSAGES, "without a hole");
     assert!(seqs.iter().all(|seqs| seqs.is_sorted()), "in the order in which they were sent");
+    let all: Vec<u64> = (1..=1 + CLIENTS * MESSAGES).collect();
+    for (number, shown) in shown.iter().enumerate() {
+        assert_eq!(*shown, all, "user{number} is shown everything once and in order, wherever it was moved meanwhile");
+    }
+    for mut events in events {
+        world.environment().spawn(async move { while events.recv().await.is_some() {} });
+    }
 
     let (fourth, _fourth_lease, _) = world.gateway_with("g4", config()).await;
     let gateways = [&first, &second, &third, &fourth];
@@ -80,6 +89,20 @@ async fn unbalanced_gateways_become_balanced_one_that_joins_gets_its_share_and_n
         assert!(in_time(router.stop(PATIENCE)).await);
     }
     world.tasks.stop().await;
+}
+
+/// The seqs of a conversation as a client is shown them, until there are so many.
+async fn shown(events: &mut mpsc::Receiver<Event>, conversation: im_proto::ConversationId, count: u64) -> Vec<u64> {
+    let mut seqs = Vec::new();
+    let deadline = Instant::now() + BALANCED;
+    while (seqs.len() as u64) < count {
+        match tokio::time::timeout_at(deadline, events.recv()).await {
+            Ok(Some(Event::Message(entry))) if entry.conversation == conversation => seqs.push(entry.seq),
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => break,
+        }
+    }
+    seqs
 }
 
 async fn futures_of<F: Future>(futures: Vec<F>) -> Vec<F::Output> {

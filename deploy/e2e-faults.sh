@@ -54,7 +54,7 @@ names=("$@")
 [ "${#names[@]}" -gt 0 ] || mapfile -t names < <(deploy/local/faults --list | grep -vx rolling && echo rolling)
 cannot=() late=() lines=3
 for name in "${names[@]}"; do
-    if [[ $name = cut-* && $network != bridge ]]; then
+    if [[ $network != bridge && ( $name = cut-* || $name = late-writes ) ]]; then
         cannot+=("$name")
         continue
     elif [ "$SECONDS" -ge "$seconds" ]; then

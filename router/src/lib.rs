@@ -48,6 +48,7 @@ use self::{cluster::Cluster, deadline::StoreCalls, fence::FenceService, ownershi
 #[derive(Clone)]
 pub struct Router {
     cluster: Arc<Cluster>,
+    lease: Lease,
     stop: watch::Sender<bool>,
     released: watch::Receiver<bool>,
 }
@@ -95,10 +96,10 @@ impl Router {
         );
         environment.spawn(user_limits::account(cluster.clone()));
         environment.spawn(balance::run(cluster.clone(), stopping.clone()));
-        environment.spawn(ownership::follow_view(cluster.clone(), registry.clone(), lease, stopping));
+        environment.spawn(ownership::follow_view(cluster.clone(), registry.clone(), lease.clone(), stopping));
         environment.spawn(ownership.run());
         environment.spawn(peer_link::maintain(cluster.clone(), peers, registry.view()));
-        Ok(Self { cluster, stop, released: is_released })
+        Ok(Self { cluster, lease, stop, released: is_released })
     }
 
     /// Serves a link that a gateway has dialled.
@@ -114,6 +115,12 @@ impl Router {
     /// Tells why the router ended by itself, once it has.
     pub fn ended(&self) -> watch::Receiver<Option<Ended>> {
         self.cluster.ended()
+    }
+
+    /// How long nobody else can have taken what this router holds, by its own clock. A router that ends by itself with some of it left
+    /// was paused, and its clock does not show that.
+    pub fn lease_left(&self) -> Duration {
+        self.lease.deadline().saturating_sub(self.cluster.environment.clock.since_boot())
     }
 
     /// Gives up all shards with nothing in flight, then the lease. Returns `false` if that took longer than `deadline`.

@@ -100,7 +100,9 @@ async fn past_the_lease_deadline_even_that_there_is_nothing_more_waits_for_a_fen
     let nothing: v1::HistoryReply = gateway.call(1, Method::MessageHistory, &beyond).await.unwrap();
     assert_eq!((nothing.head, nothing.entries.len()), (1, 0));
     handle.set_reach(Reach::Refused);
+    assert!(router.lease_left() > Duration::ZERO);
     tokio::time::sleep(Duration::from_secs(12)).await;
+    assert_eq!(router.lease_left(), Duration::ZERO);
     store.set_plan(FaultPlan { refused_permille: 1000, ..FaultPlan::none() });
     let early = gateway.call::<v1::HistoryReply>(1, Method::MessageHistory, &beyond);
     let early = tokio::time::timeout(Duration::from_secs(5), early).await;

@@ -143,6 +143,11 @@ impl Incarnation {
         self.router.ended()
     }
 
+    /// How long its lease holds by its own clock.
+    pub fn lease_left(&self) -> Duration {
+        self.router.lease_left()
+    }
+
     /// Gives up all shards with nothing in flight, then everything else.
     pub async fn stop(self, config: &Config) {
         let deadline = Instant::now() + config.drain_timeout;

@@ -171,7 +171,8 @@ async fn live(grounds: &Grounds, directory: Option<&DataLock>, process: &mut Pro
                 )));
             }
             Over::Ended(why) => {
-                tracing::warn!(instance = %incarnation.instance, why, "starting again under a new instance id");
+                let lease_left_ms = u64::try_from(incarnation.lease_left().as_millis()).unwrap_or(u64::MAX);
+                tracing::warn!(instance = %incarnation.instance, why, lease_left_ms, "starting again under a new instance id");
                 process.is_starting();
                 incarnation.abandon().await;
             }

@@ -23,7 +23,7 @@ use crate::{
     error::{ClosedReason, Status},
     event::{Entry, Event, EventSink},
     pending::{Answer, Sends},
-    presence::Watching,
+    presence::{WatchAnswer, Watching},
     receipts::Receipts,
     sync::SyncState,
 };
@@ -44,7 +44,7 @@ pub(crate) enum Command {
     Unfollow(ConversationId),
     Received { conversation: ConversationId, seq: u64 },
     Signal { target: Target, signal: v1::signal::Signal },
-    Watch(Vec<UserId>),
+    Watch { users: Vec<UserId>, answer: WatchAnswer },
     Close(oneshot::Sender<()>),
 }
 
@@ -194,6 +194,7 @@ impl Core {
     pub(crate) fn close(&mut self, reason: &ClosedReason) {
         self.sends.close(reason);
         self.calls.close(reason);
+        self.watching.close(reason);
     }
 
     /// Does what the application wants, or takes note of it. Gives [`Command::Close`] back.
@@ -214,7 +215,7 @@ impl Core {
             Command::Unfollow(conversation) => self.conversations.unfollow(conversation),
             Command::Received { conversation, seq } => self.receipts.arrived(conversation, seq, Instant::now()),
             Command::Signal { target, signal } => self.signal(target, signal),
-            Command::Watch(users) => self.watching.watch(users),
+            Command::Watch { users, answer } => self.watching.watch(users, answer, Instant::now()),
             Command::Close(done) => return Some(done),
         }
         None

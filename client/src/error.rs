@@ -100,6 +100,9 @@ pub enum CallError {
     TimedOut { after: Duration, last: String },
     #[error("the server's reply is malformed")]
     Malformed,
+    /// A later call has taken its place: of [`crate::Client::watch_presence`] the last one counts.
+    #[error("a later call has taken its place")]
+    Replaced,
     #[error(transparent)]
     Closed(#[from] ClosedReason),
 }

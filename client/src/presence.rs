@@ -2,60 +2,100 @@
 //!
 //! What changes waits here until the application has room for it, the newest for each user: nothing of it is lost, and it is bounded
 //! by the number of those who are watched.
+//!
+//! One subscription is under way at a time, so that the server has the last one last. Of several that the application asks for meanwhile
+//! only the newest is made.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use im_proto::{StatusCode, UserId, method::Method, v1};
 use prost::Message as _;
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 
 use crate::{
     calls::{Purpose, Request},
     config::Backoff,
     core::Core,
-    error::Status,
+    error::{CallError, ClosedReason, Status},
     event::{Event, EventSink},
 };
 
 /// Waiting times after a subscription that the server could not take.
 const RETRY: Backoff = Backoff { base: Duration::from_millis(500), max: Duration::from_secs(10) };
 
+/// Where the application waits for how it is.
+pub(crate) type WatchAnswer = oneshot::Sender<Result<Vec<v1::UserPresence>, CallError>>;
+
 #[derive(Default)]
 pub(crate) struct Watching {
     users: Vec<UserId>,
-    /// When to subscribe again.
+    /// Of the application's last call.
+    number: u64,
+    answer: Option<WatchAnswer>,
+    /// When to subscribe.
     at: Option<Instant>,
-    running: bool,
+    /// The subscription that is under way is for the users of this call.
+    running: Option<u64>,
     retries: u32,
-    /// What the server said last of each.
+    /// What the application was told last of each, or is about to be.
     known: BTreeMap<String, v1::UserPresence>,
     /// What the application has to be told.
     news: BTreeMap<String, v1::UserPresence>,
 }
 
 impl Watching {
-    /// The application watches these users from now on. It subscribes by itself, once; the client only does it again.
-    pub(crate) fn watch(&mut self, users: Vec<UserId>) {
+    /// The application watches these users from now on. Of those whom it watched before events may be waiting for it: what differs from
+    /// them it is told again.
+    pub(crate) fn watch(&mut self, users: Vec<UserId>, answer: WatchAnswer, now: Instant) {
+        if let Some(former) = self.answer.replace(answer) {
+            let _ = former.send(Err(CallError::Replaced));
+        }
+        self.number += 1;
         self.users = users;
-        self.known.clear();
-        self.news.clear();
+        (self.at, self.retries) = (Some(now), 0);
+        let is_watched = |user: &String| self.users.iter().any(|watched| watched.as_str() == user);
+        self.known.retain(|user, _| is_watched(user));
+        self.news.retain(|user, _| is_watched(user));
     }
 
     /// The server may have forgotten whom the application watches.
     pub(crate) fn want(&mut self, now: Instant) {
-        if !self.users.is_empty() {
+        if !self.users.is_empty() || self.answer.is_some() {
             self.at = Some(now);
         }
     }
 
     /// When to subscribe again.
     pub(crate) fn due(&self) -> Option<Instant> {
-        self.at.filter(|_| !self.running)
+        self.at.filter(|_| self.running.is_none())
     }
 
     pub(crate) fn disconnected(&mut self) {
-        (self.at, self.running, self.retries) = (None, false, 0);
+        (self.at, self.running, self.retries) = (None, None, 0);
+    }
+
+    /// The client is over: nobody will answer.
+    pub(crate) fn close(&mut self, reason: &ClosedReason) {
+        if let Some(answer) = self.answer.take() {
+            let _ = answer.send(Err(CallError::Closed(reason.clone())));
+        }
+    }
+
+    /// What the server answers. Who asked for these users is told so, and learns by an event only what differs from an earlier one.
+    fn answered(&mut self, number: Option<u64>, users: Vec<v1::UserPresence>) {
+        let answer = self.answer.take_if(|_| number == Some(self.number));
+        for user in &users {
+            if answer.is_some() && !self.known.contains_key(&user.user_id) {
+                self.known.insert(user.user_id.clone(), user.clone());
+            } else {
+                self.learn(user.clone());
+            }
+        }
+        if let Some(answer) = answer {
+            // The caller may have lost interest.
+            let _ = answer.send(Ok(users));
+        }
     }
 
     /// A user came or went.
@@ -96,7 +136,7 @@ impl Core {
         if self.watching.due().is_none_or(|at| at > now) {
             return;
         }
-        (self.watching.at, self.watching.running) = (None, true);
+        (self.watching.at, self.watching.running) = (None, Some(self.watching.number));
         let user_ids = self.watching.users.iter().map(UserId::to_string).collect();
         let request = Bytes::from(v1::PresenceSubscribeRequest { user_ids }.encode_to_vec());
         self.calls.push(Request { method: Method::PresenceSubscribe, request, purpose: Purpose::Watch });
@@ -104,23 +144,31 @@ impl Core {
 
     /// The server has answered.
     pub(crate) fn watching_replied(&mut self, reply: Result<Bytes, Status>, now: Instant) {
-        self.watching.running = false;
+        let number = self.watching.running.take();
+        let is_last = number == Some(self.watching.number);
         let reply = reply.and_then(|bytes| {
             v1::PresenceSubscribeReply::decode(bytes).map_err(|_| Status::from_code(StatusCode::Malformed))
         });
         match reply {
             Ok(reply) => {
                 self.watching.retries = 0;
-                reply.users.into_iter().for_each(|user| self.watching.learn(user));
+                self.watching.answered(number, reply.users);
             }
+            // Others are asked for now.
+            Err(_) if !is_last => {}
             Err(status) if status.is_transient() => {
                 let delay = RETRY.delay(self.watching.retries, &self.environment).max(status.retry_after);
                 self.watching.retries += 1;
                 let at = now + delay;
                 self.watching.at = Some(self.watching.at.map_or(at, |earlier| earlier.min(at)));
             }
-            // An older server, or users that it does not take: the application was told when it asked.
-            Err(status) => tracing::debug!(%status, "presence is not watched any more"),
+            Err(status) => {
+                // An older server, or users that it does not take.
+                tracing::debug!(%status, "presence is not watched");
+                if let Some(answer) = self.watching.answer.take() {
+                    let _ = answer.send(Err(CallError::Refused(status)));
+                }
+            }
         }
     }
 }

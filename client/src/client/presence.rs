@@ -1,6 +1,7 @@
 //! Who is there: read once, or watched; and whether others see this user.
 
 use im_proto::{StatusCode, UserId, limits, method::Method, v1};
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{Client, texts};
 use crate::{
@@ -22,16 +23,25 @@ impl Client {
     }
 
     /// Watches these users, and none besides: from now on [`crate::Event::Presence`] tells who of them comes and goes, across reconnects.
-    /// At most [`limits::PRESENCE_WATCHED_MAX`], else `too large`, and those who were watched before still are. The answer is how it is now, as [`Self::presence`] tells it.
+    /// At most [`limits::PRESENCE_WATCHED_MAX`], else `too large`, and those who were watched before still are. The answer is how it is now,
+    /// as [`Self::presence`] tells it; what has changed since an event told it comes as an event again.
+    ///
+    /// The last call counts: one that is still under way then ends with [`CallError::Replaced`]. A call that ends in another way than with
+    /// its answer, by its deadline or because it is not awaited any more, is not undone: its users are watched as soon as that is possible.
     pub async fn watch_presence(&self, users: &[UserId]) -> Result<Vec<v1::UserPresence>, CallError> {
         if users.len() > limits::PRESENCE_WATCHED_MAX {
             return Err(CallError::Refused(Status::from_code(StatusCode::TooLarge)));
         }
-        let sent = self.inner.commands.send(Command::Watch(users.to_vec())).await;
-        sent.map_err(|_| CallError::Closed(self.closed_reason()))?;
-        let request = v1::PresenceSubscribeRequest { user_ids: texts(users) };
-        let reply: v1::PresenceSubscribeReply = self.call(Method::PresenceSubscribe, &request).await?;
-        Ok(reply.users)
+        let after = self.inner.call_timeout;
+        let deadline = Instant::now() + after;
+        let closed = || CallError::Closed(self.closed_reason());
+        let (answer, answered) = oneshot::channel();
+        let sent = self.inner.commands.send(Command::Watch { users: users.to_vec(), answer }).await;
+        sent.map_err(|_| closed())?;
+        match tokio::time::timeout_at(deadline, answered).await {
+            Ok(answer) => answer.unwrap_or_else(|_| Err(closed())),
+            Err(_) => Err(CallError::TimedOut { after, last: "no answer".to_owned() }),
+        }
     }
 
     /// Sets whether others see this user come and go, on all devices and until it is set again. While they do not, no client of this

@@ -14,6 +14,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    ops::Bound,
     time::Duration,
 };
 
@@ -40,6 +41,8 @@ const ASK_AGAIN: Duration = Duration::from_secs(5);
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// After so long it is asked again whether a session may still watch whom it watches.
 const CHECK: Duration = Duration::from_secs(600);
+/// Users that owners are told again in one go. At the bound of who may be watched here the round takes 16 s; an owner remembers for 90.
+const RENEW_USERS_MAX: usize = 32_768;
 /// Sessions that are checked in one go.
 const CHECKS_MAX: usize = 64;
 
@@ -95,6 +98,8 @@ struct State {
     checks: BTreeSet<(Instant, SessionKey)>,
     /// Some are being checked.
     checking: bool,
+    /// Where renewing goes on.
+    renew_from: Option<ShardId>,
 }
 
 /// Whom a session watches.
@@ -111,6 +116,8 @@ struct OfShard {
     /// Who was asked last, and under which claim.
     asked: Option<(InstanceId, Epoch)>,
     ask_at: Instant,
+    /// The owner was told only of users up to this one; the others come next.
+    renewed_through: Option<UserId>,
     /// Whose count the users' orders are of.
     heard: Option<InstanceId>,
 }
@@ -175,18 +182,11 @@ impl Watches {
         }
     }
 
-    /// Asks again where it is time to, or where another owner is to be asked.
+    /// Asks again where it is time to, or where another owner is to be asked: of so many users at most, of the others the next time.
     pub fn renew(&self, cluster: &Cluster) {
-        let (owners, now) = (cluster.owners(), Instant::now());
-        let mut due: Vec<(ShardId, Vec<UserId>)> = Vec::new();
-        for (shard, of_shard) in &mut self.state.lock().shards {
-            let Some(owner) = owners.get(*shard) else { continue };
-            if of_shard.ask_at <= now || of_shard.asked.as_ref() != Some(owner) {
-                of_shard.asked = Some(owner.clone());
-                of_shard.ask_at = now + RENEW / 2 + cluster.environment.jitter(RENEW / 2);
-                due.push((*shard, of_shard.users.keys().cloned().collect()));
-            }
-        }
+        let owners = cluster.owners();
+        let pause = || RENEW / 2 + cluster.environment.jitter(RENEW / 2);
+        let due = self.state.lock().due(|shard| owners.get(shard), Instant::now(), pause, RENEW_USERS_MAX);
         for (shard, users) in due {
             self.ask(cluster, shard, &users);
         }
@@ -305,6 +305,45 @@ impl Watches {
 }
 
 impl State {
+    /// Of whom the owners are to be told again now, at most `max`. Shards take turns.
+    fn due<'a>(
+        &mut self,
+        owner: impl Fn(ShardId) -> Option<&'a (InstanceId, Epoch)>,
+        now: Instant,
+        pause: impl Fn() -> Duration,
+        max: usize,
+    ) -> Vec<(ShardId, Vec<UserId>)> {
+        let (mut due, mut room) = (Vec::new(), max);
+        let from = self.renew_from.unwrap_or(ShardId(0));
+        let shards = self.shards.range(from..).chain(self.shards.range(..from)).map(|(shard, _)| *shard);
+        for shard in shards.collect::<Vec<_>>() {
+            let (Some(of_shard), Some(owner)) = (self.shards.get_mut(&shard), owner(shard)) else { continue };
+            let is_new = of_shard.asked.as_ref() != Some(owner);
+            if is_new || (of_shard.renewed_through.is_none() && of_shard.ask_at <= now) {
+                of_shard.asked = Some(owner.clone());
+                of_shard.ask_at = now + pause();
+                of_shard.renewed_through = None;
+            } else if of_shard.renewed_through.is_none() {
+                continue;
+            }
+            let after = of_shard.renewed_through.take().map_or(Bound::Unbounded, Bound::Excluded);
+            let mut left = of_shard.users.range((after, Bound::Unbounded)).map(|(user, _)| user);
+            let users: Vec<UserId> = left.by_ref().take(room).cloned().collect();
+            let is_cut = left.next().is_some();
+            room -= users.len();
+            if is_cut {
+                // A shard is begun with room for one at least.
+                of_shard.renewed_through = users.last().cloned();
+            }
+            due.push((shard, users));
+            self.renew_from = Some(if is_cut { shard } else { ShardId(shard.0 + 1) });
+            if room == 0 {
+                break;
+            }
+        }
+        due
+    }
+
     /// What is known of users, besides what hot state says.
     fn known(&self, users: Vec<(ShardId, UserId, Option<Seen>)>) -> Vec<v1::UserPresence> {
         let known = |(shard, user, hot): (ShardId, UserId, Option<Seen>)| {
@@ -329,7 +368,7 @@ impl State {
         for (shard, user, hot) in users {
             let of_shard = self.shards.entry(shard).or_insert_with(|| {
                 let asked = owners.get(shard).cloned();
-                OfShard { users: BTreeMap::new(), asked, ask_at, heard: None }
+                OfShard { users: BTreeMap::new(), asked, ask_at, renewed_through: None, heard: None }
             });
             let watched = match of_shard.users.entry(user.clone()) {
                 Entry::Occupied(occupied) => occupied.into_mut(),

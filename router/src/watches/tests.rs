@@ -86,3 +86,41 @@ fn nothing_is_told_between_what_a_subscription_finds_and_its_answer() {
         assert_eq!(seen.1.load(Ordering::Relaxed), answers);
     }
 }
+
+/// A router that takes many shards over at once, or sees many taken over, names all who are watched there, in bounded steps.
+#[test]
+fn owners_are_told_of_everybody_once_and_of_few_at_a_time() {
+    let now = Instant::now();
+    let user = |shard: u32, n: u32| UserId::parse(&format!("u{shard}x{n}")).expect("an id");
+    let owner = |name: &str| (InstanceId::parse(name).expect("an id"), Epoch(1));
+    let [first, second]: [&'static (InstanceId, Epoch); 2] =
+        ["r1", "r2"].map(|name| &*Box::leak(Box::new(owner(name))));
+    let mut state = State::default();
+    for shard in 0..3 {
+        let users = (0..10).map(|n| (user(shard, n), Watched::default())).collect();
+        let of_shard = OfShard { users, asked: None, ask_at: now, renewed_through: None, heard: None };
+        state.shards.insert(ShardId(shard), of_shard);
+    }
+    let mut told = |owner_of: &dyn Fn(ShardId) -> Option<&'static (InstanceId, Epoch)>, now: Instant| {
+        let (mut told, mut steps) = (BTreeMap::new(), 0);
+        loop {
+            let due = state.due(owner_of, now, || RENEW, 7);
+            if due.is_empty() {
+                return (told, steps);
+            }
+            steps += 1;
+            assert!(due.iter().map(|(_, users)| users.len()).sum::<usize>() <= 7);
+            for named in due.into_iter().flat_map(|(shard, users)| users.into_iter().map(move |user| (shard, user))) {
+                *told.entry(named).or_insert(0) += 1;
+            }
+        }
+    };
+    let all: BTreeMap<_, _> =
+        (0..3).flat_map(|shard| (0..10).map(move |n| ((ShardId(shard), user(shard, n)), 1))).collect();
+    assert_eq!(told(&|_| Some(first), now), (all.clone(), 5));
+    let of_one: BTreeMap<_, _> =
+        all.iter().filter(|((shard, _), _)| shard.0 == 1).map(|(named, n)| (named.clone(), *n)).collect();
+    assert_eq!(told(&|shard| Some(if shard.0 == 1 { second } else { first }), now), (of_one, 2));
+    assert_eq!(told(&|shard| Some(if shard.0 == 1 { second } else { first }), now + RENEW), (all, 5));
+    assert_eq!(told(&|_| None, now + 2 * RENEW), (BTreeMap::new(), 0));
+}

@@ -138,7 +138,9 @@ async fn anybody_reads_a_channel_from_its_beginning_and_only_its_writers_write()
         gateway.open(&world, session, name, "d").await;
     }
     let id = channel(&mut gateway, 1, &["bob"]).await;
-    assert_eq!(channel(&mut gateway, 1, &["carol"]).await, id, "the same creator and key");
+    assert_eq!(channel(&mut gateway, 1, &["bob", "alice"]).await, id, "the same creator, key and writers");
+    let other = gateway.call::<v1::ChannelCreateReply>(1, Method::ChannelCreate, &create("k", &["carol"])).await;
+    assert_eq!(code(other), StatusCode::PreconditionFailed);
     assert_eq!(post(&mut gateway, 1, id, "m2").await, Ok(2));
     assert_eq!(post(&mut gateway, 2, id, "m3").await, Ok(3));
     assert_eq!(history(&mut gateway, 3, id).await, [1, 2, 3], "without a subscription");

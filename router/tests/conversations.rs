@@ -1,9 +1,15 @@
 //! Messages, groups, history and sync of one router.
 
-use im_proto::{ConversationId, StatusCode, method::Method, v1};
-use im_storage::{Memory, Store};
+use std::time::Duration;
 
-use crate::support::{CLUSTER, World, message, to, user};
+use im_proto::{ConversationId, StatusCode, method::Method, v1, v1::router_message::Message as Down};
+use im_storage::{FaultPlan, Memory, Store};
+
+use crate::{
+    large::call,
+    lifecycle::faulty,
+    support::{CLUSTER, World, message, to, user},
+};
 
 async fn world() -> World {
     World::new(Store::from(Memory::new()))
@@ -49,7 +55,7 @@ async fn wait_for_row(
         if let Some(row) = reply.conversations.into_iter().find(|row| row.conversation_id == id.to_bytes()) {
             return row;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("the conversation does not come into the list");
 }
@@ -185,6 +191,53 @@ async fn a_group_is_created_once_and_only_members_write() {
     assert_eq!((names, list.total), (vec!["alice", "bob"], 2));
     let row = wait_for_row(&mut gateway, 2, id).await;
     assert_eq!((row.name.as_str(), row.head), ("team", 4));
+}
+
+/// While the first one is not committed, afterwards, and at the next owner.
+#[tokio::test(start_paused = true)]
+async fn a_key_that_made_another_group_is_refused() {
+    let mut world = world().await;
+    let store = faulty(&mut world);
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    let create = |name: &str, members: &[&str]| v1::GroupCreateRequest {
+        key: "k".into(),
+        name: name.to_owned(),
+        members: members.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    let calls = [
+        (create("team", &["bob", "carol"]), true),
+        (create("team", &["carol", "alice", "bob", "bob"]), true),
+        (create("tea", &["bob", "carol"]), false),
+        (create("team", &["bob"]), false),
+        (create("team", &["bob", "carol", "dave"]), false),
+    ];
+    let delay = Duration::from_millis(50)..=Duration::from_millis(50);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    // All at once: which of them makes it is the first.
+    let numbered = (900..).zip(&calls);
+    gateway.push(numbered.clone().map(|(n, (request, _))| call(1, n, Method::GroupCreate, request)).collect()).await;
+    for (number, (request, is_same)) in numbered {
+        let reply = gateway.expect("a reply", |message| match message {
+            Down::CallReply(reply) if reply.request_id == number => Some(reply.clone()),
+            _ => None,
+        });
+        let code = reply.await.status.map(|status| status.code);
+        assert_eq!(code, (!is_same).then_some(StatusCode::PreconditionFailed.number()), "{request:?}");
+    }
+    store.set_plan(FaultPlan::none());
+    let made: v1::GroupCreateReply = gateway.call(1, Method::GroupCreate, &calls[0].0).await.unwrap();
+    assert_eq!(made.seq, 1);
+    assert!(router.stop(Duration::from_secs(30)).await);
+    let router = world.router(world.config("r2")).await;
+    let mut gateway = world.gateway("g2", &router).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    for (request, is_same) in &calls {
+        let reply = gateway.call::<v1::GroupCreateReply>(1, Method::GroupCreate, request).await;
+        let wanted = if *is_same { Ok(made.clone()) } else { Err(StatusCode::PreconditionFailed.number()) };
+        assert_eq!(reply.map_err(|status| status.code), wanted, "{request:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -71,7 +71,7 @@ impl Context {
             }
             Method::ChannelCreate => {
                 let request = decode!(v1::ChannelCreateRequest);
-                self.channel_create(conversation, &call.caller, request, reply_to);
+                self.channel_create(conversation, call, request, reply_to);
             }
             Method::ChannelSubscribe => {
                 let request = decode!(v1::ChannelSubscribeRequest);
@@ -91,7 +91,7 @@ impl Context {
             }
             Method::GroupCreate => {
                 let request = decode!(v1::GroupCreateRequest);
-                self.group_create(conversation, &call.caller, request, reply_to);
+                self.group_create(conversation, call, request, reply_to);
             }
             Method::GroupInvite => {
                 let request = decode!(v1::GroupInviteRequest);

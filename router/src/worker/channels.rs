@@ -48,14 +48,14 @@ impl Context {
     pub fn channel_create(
         &mut self,
         conversation: &mut Conversation,
-        caller: &Arc<Caller>,
+        call: Call,
         request: v1::ChannelCreateRequest,
         reply_to: ReplyTo,
     ) {
-        let id = self.cluster.config.cluster_secret.channel_id(&caller.user, &request.key);
+        let id = self.cluster.config.cluster_secret.channel_id(&call.caller.user, &request.key);
         let v1::ChannelCreateRequest { name, writers: members, .. } = request;
         let (members_max, kind) = (limits::CHANNEL_WRITERS_MAX, ReplyKind::ChannelCreate);
-        self.create(conversation, caller, Creation { id, name, members, members_max, kind }, reply_to);
+        self.create(conversation, call, Creation { id, name, members, members_max, kind }, reply_to);
     }
 
     /// Puts a channel into the caller's list: asks its owner first, unless it is there already.

@@ -55,43 +55,32 @@ impl Context {
     pub fn group_create(
         &mut self,
         conversation: &mut Conversation,
-        caller: &Arc<Caller>,
+        call: Call,
         request: v1::GroupCreateRequest,
         reply_to: ReplyTo,
     ) {
-        let id = self.cluster.config.cluster_secret.group_id(&caller.user, &request.key);
+        let id = self.cluster.config.cluster_secret.group_id(&call.caller.user, &request.key);
         let v1::GroupCreateRequest { name, members, .. } = request;
         let creation =
             Creation { id, name, members, members_max: limits::GROUP_MEMBERS_MAX, kind: ReplyKind::GroupCreate };
-        self.create(conversation, caller, creation, reply_to);
+        self.create(conversation, call, creation, reply_to);
     }
 
-    /// Creates the conversation, or answers with the one that the same creator and key have made.
-    pub fn create(
-        &mut self,
-        conversation: &mut Conversation,
-        caller: &Arc<Caller>,
-        creation: Creation,
-        reply_to: ReplyTo,
-    ) {
+    /// Creates the conversation, or answers with the one that the same creator and key have made, if it was made of the same.
+    pub fn create(&mut self, conversation: &mut Conversation, call: Call, creation: Creation, reply_to: ReplyTo) {
         let Creation { id, name, members: names, members_max, kind } = creation;
         if id != conversation.id {
             let status = self.cluster.mistake("a creation came to a conversation of another id");
             return self.cluster.answer(reply_to, Err(status));
         }
-        if conversation.assigned > 0 {
-            return self.when_committed(conversation, 1, Completion::Reply { reply_to, kind });
-        }
         let members = match members(&names) {
             Ok(members) => members,
             Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
         };
-        if name.len() > limits::GROUP_NAME_BYTES_MAX {
+        if name.len() > limits::GROUP_NAME_BYTES_MAX || members.len() >= members_max {
             return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
         }
-        if members.len() >= members_max {
-            return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
-        }
+        let caller = call.caller.clone();
         let others = members.iter().filter(|user| **user != caller.user).map(UserId::to_string);
         let (creator, members) =
             (caller.user.to_string(), std::iter::once(caller.user.to_string()).chain(others).collect());
@@ -99,8 +88,39 @@ impl Context {
             ReplyKind::ChannelCreate => Event::ChannelCreated(v1::ChannelCreated { name, creator, members }),
             _ => Event::GroupCreated(v1::GroupCreated { name, creator, members }),
         };
+        if conversation.assigned > 0 {
+            return self.created_before(conversation, call, event, kind, reply_to);
+        }
         let made = Made { event, id: Bytes::new(), print: 0, kind };
-        self.assign_event(conversation, caller, made, reply_to);
+        self.assign_event(conversation, &caller, made, reply_to);
+    }
+
+    /// The first entry says of what the conversation was made.
+    fn created_before(
+        &mut self,
+        conversation: &mut Conversation,
+        call: Call,
+        event: Event,
+        kind: ReplyKind,
+        reply_to: ReplyTo,
+    ) {
+        if conversation.committed == 0 {
+            // It may yet be nothing.
+            let again = Completion::Again(Box::new(Request::Call { call, reply_to }));
+            return conversation.waiters.entry(1).or_default().push(again);
+        }
+        let (store, id) = (self.store.clone(), conversation.id);
+        let read = async move { store.read_range(id, 1, 1, 1).await };
+        self.then(read, move |worker, outcome| {
+            let row = outcome.ok().and_then(|rows| rows.into_iter().next()).map(|stored| stored.row);
+            let Some(row) = row else { return worker.context.refuse(reply_to) };
+            if is_made_of(&row.body, &event) {
+                let done = Completion::Reply { reply_to, kind };
+                return super::commit::complete_at(&mut worker.context, &id, 1, row.sent_at, done);
+            }
+            worker.context.cluster.metrics.calls_refused.increment(1);
+            worker.context.cluster.answer(reply_to, Err(StatusCode::PreconditionFailed.to_status()));
+        });
     }
 
     /// Adds users who are not in the group yet. If all are and the call has an id, an entry that names nobody remembers it: whoever leaves
@@ -313,6 +333,22 @@ impl Context {
 
 fn is_owner(conversation: &Conversation, user: &UserId) -> bool {
     conversation.deciding.members.get(user).is_some_and(|member| member.role == Role::Owner)
+}
+
+/// Whether a first entry is a creation of the same kind, name and members, in whatever order.
+fn is_made_of(body: &Bytes, asked: &Event) -> bool {
+    let content = v1::Body::decode(body.clone()).ok().and_then(|body| body.content);
+    let Some(v1::body::Content::Event(v1::SystemEvent { event: Some(made) })) = content else { return false };
+    let parts = |event: Event| match event {
+        Event::GroupCreated(v1::GroupCreated { name, creator, members }) => Some((false, name, creator, members)),
+        Event::ChannelCreated(v1::ChannelCreated { name, creator, members }) => Some((true, name, creator, members)),
+        _ => None,
+    };
+    let parts = |event: Event| {
+        let (is_channel, name, creator, members) = parts(event)?;
+        Some((is_channel, name, creator, members.into_iter().collect::<BTreeSet<_>>()))
+    };
+    parts(made).is_some_and(|made| Some(made) == parts(asked.clone()))
 }
 
 fn members(names: &[String]) -> Result<BTreeSet<UserId>, StatusCode> {

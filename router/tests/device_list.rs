@@ -452,3 +452,22 @@ async fn a_kick_ends_no_session_that_began_while_another_router_had_the_shard() 
         assert!(list(&mut other, opened.session_id).await.iter().any(|device| device.current && device.connected));
     }
 }
+
+/// What waits for the damaged user waits no longer with the others of its batch.
+#[tokio::test(start_paused = true)]
+async fn one_users_damaged_rows_keep_nobody_elses_devices_unwritten() {
+    let mut world = world();
+    let store = faulty(&mut world);
+    let router = world.router(RouterConfig { workers: 1, ..world.config("r1") }).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    let damaged_partition = Some(CLUSTER.self_id(&user("bob")).to_bytes());
+    store.set_plan(FaultPlan { damaged_partition, ..FaultPlan::none() });
+    for (session, name) in [(1, "alice"), (2, "bob"), (3, "carol")] {
+        open(&mut gateway, &world, session, [name, "laptop", "desktop"], "").await;
+    }
+    until_rows(&world, "carol", 1).await;
+    until_rows(&world, "alice", 1).await;
+    store.set_plan(FaultPlan::none());
+    assert_eq!(rows(&world, "bob").await, []);
+    assert_eq!(names(&list(&mut gateway, 2).await), ["laptop"]);
+}

@@ -3,12 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use im_proto::{
-    Epoch, InstanceId, StatusCode,
+    ConversationId, Epoch, InstanceId, StatusCode,
     link::channel::{LinkItem, pair},
     method::Method,
     v1,
-    v1::router_message::Message as Down,
+    v1::{gateway_message::Message as Up, router_message::Message as Down},
 };
+use im_registry::Reach;
 use im_router::RouterConfig;
 use im_storage::{
     AppendRequest, Batch, Directory as _, FaultPlan, Faulty, Memory, MessageLog as _, Row, SimFaults, SimStore,
@@ -18,7 +19,7 @@ use prost::Message as _;
 
 use crate::support::{CLUSTER, SHARDS, World, message, to, user};
 
-fn shard_partition(world: &World, id: &im_proto::ConversationId) -> [u8; 4] {
+fn shard_partition(world: &World, id: &ConversationId) -> [u8; 4] {
     world.config("any").shards.shard_of(id).0.to_be_bytes()
 }
 
@@ -439,7 +440,7 @@ async fn a_young_group_of_many_is_marked_as_applied_once_all_members_know_of_it(
     let members = |from: u32, to: u32| (from..to).map(|n| format!("bob{n}")).collect::<Vec<_>>();
     let create = v1::GroupCreateRequest { key: "k".into(), name: "g".to_owned(), members: members(0, 40) };
     let group: v1::GroupCreateReply = gateway.call(1, Method::GroupCreate, &create).await.unwrap();
-    let id = im_proto::ConversationId::from_slice(&group.conversation_id).unwrap();
+    let id = ConversationId::from_slice(&group.conversation_id).unwrap();
     let memory = store.store().clone();
     let mark = async |key: &[u8]| {
         memory.read(Table::Applied, id.as_bytes(), key).await.unwrap().map_or(0, |row| row.timestamp)
@@ -533,4 +534,45 @@ async fn a_link_meant_for_a_former_instance_leaves_the_one_that_serves() {
     assert_eq!(answer.instance_id, "r1");
     assert!(stale.receiver.recv().await.is_none(), "it is not served");
     gateway.open(&world, 2, "bob", "b1").await;
+}
+
+/// Its head row is older than its log. While its epoch is raised only a receipt waits for it, which is dropped when much waits.
+#[tokio::test(start_paused = true)]
+async fn a_conversation_whose_epoch_was_raised_is_not_shown_with_its_old_head() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let patience = Duration::from_secs(2);
+    let config = RouterConfig { append_patience: patience, opens_max: 1, workers: 1, ..world.config("r1") };
+    let handle = world.registry.handle("r1", world.environment.clone());
+    let router = world.router_on(config, handle.clone().into()).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let id = CLUSTER.direct_id(&user("alice"), &user("bob"));
+    gateway.send(1, id, message("bob", "m1", "m1", "", 0)).await;
+    gateway.ack("m1").await;
+    // It is quiet and has a head row, then a burst begins, and the store takes an entry without a word.
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    gateway.send(1, id, message("bob", "m2", "m2", "", 1)).await;
+    gateway.ack("m2").await;
+    store.set_plan(FaultPlan { unknown_permille: 1000, ..FaultPlan::none() });
+    gateway.send(1, id, message("bob", "m3", "m3", "", 2)).await;
+    // There is no greater epoch for a while.
+    handle.set_reach(Reach::Refused);
+    tokio::time::sleep(patience + patience / 2).await;
+    let received = |conversation_id| {
+        let received = Some(v1::Received { conversation_id, seq: 1 });
+        Up::Received(v1::SessionReceived { session_id: 1, received })
+    };
+    // The first of the others is never answered: the rest waits for its turn.
+    store.set_plan(FaultPlan { dropped_permille: 1000, ..FaultPlan::none() });
+    let others = (0..300_u128).map(|n| received(ConversationId::from_bytes(n.to_be_bytes()).to_bytes()));
+    gateway.push([received(id.to_bytes())].into_iter().chain(others).collect()).await;
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    store.set_plan(FaultPlan::none());
+    handle.set_reach(Reach::Up);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let reply: v1::SyncReply = gateway.call(1, Method::ConversationSync, &v1::SyncRequest::default()).await.unwrap();
+    let heads: Vec<u64> =
+        reply.conversations.iter().filter(|row| row.conversation_id == id.to_bytes()).map(|row| row.head).collect();
+    assert_eq!(heads, [3]);
 }

@@ -10,7 +10,7 @@ use im_proto::{
 };
 use im_registry::{AnyRegistry, InProcessHandle, Reach, Registry as _};
 use im_router::{Router, RouterConfig};
-use im_storage::{FaultPlan, Hot, Memory, MemoryHot, Store};
+use im_storage::{FaultPlan, Hot, HotState as _, Memory, MemoryHot, Store};
 use prost::Message as _;
 
 use crate::{
@@ -670,4 +670,82 @@ async fn a_subscription_by_another_router_than_the_sessions_is_to_be_tried_again
     let refused = try_subscribe(&mut cluster.links[1], 1, &[]).await.map_err(|status| status.code);
     assert_eq!(refused, Err(StatusCode::Unavailable.number()));
     assert_eq!(try_subscribe(&mut cluster.links[0], 1, &[]).await, Ok(Vec::new()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn lists_are_read_a_bounded_number_at_a_time_however_many_subscribe() {
+    const CALLS: u32 = 20;
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    for n in 1..=CALLS {
+        gateway.open(&world, n.into(), &format!("watcher{n}"), "d").await;
+    }
+    let strangers: Vec<String> = (0..100).map(|n| format!("stranger{n}")).collect();
+    let strangers: Vec<&str> = strangers.iter().map(String::as_str).collect();
+    tokio::time::sleep(11 * SECOND).await;
+    let delay = Duration::from_millis(50)..=Duration::from_millis(50);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    let begun = tokio::time::Instant::now();
+    let call = |n: u32| match subscription(900 + n, &strangers) {
+        Up::Call(call) => Up::Call(v1::SessionCall { session_id: n.into(), ..call }),
+        other => other,
+    };
+    gateway.push((1..=CALLS).map(call).collect()).await;
+    for n in 1..=CALLS {
+        assert_eq!(reply_to(&mut gateway, 900 + n).await.status, None);
+    }
+    // 32 lists of 50 ms at a time.
+    let least = Duration::from_millis(50) * CALLS * 100 / 32;
+    assert!((least..2 * least).contains(&begun.elapsed()), "{:?}, not {least:?}", begun.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subscription_that_cannot_be_decided_for_everybody_is_refused_and_the_former_stands() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world);
+    let router = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    befriend(&mut gateway, 1, "alice", &["bob", "carol"]).await;
+    tokio::time::sleep(11 * SECOND).await;
+    subscribe(&mut gateway, 1, &["bob"]).await;
+    told_after(&mut gateway, SOON).await;
+    let damaged_partition = Some(CLUSTER.self_id(&user("carol")).to_bytes());
+    for plan in [
+        FaultPlan { refused_permille: 1000, ..FaultPlan::none() },
+        FaultPlan { damaged_partition, ..FaultPlan::none() },
+    ] {
+        store.set_plan(plan);
+        let refused = try_subscribe(&mut gateway, 1, &["bob", "carol"]).await.map_err(|status| status.code);
+        assert_eq!(refused, Err(StatusCode::Unavailable.number()));
+    }
+    store.set_plan(FaultPlan::none());
+    gateway.open(&world, 2, "bob", "d").await;
+    gateway.open(&world, 3, "carol", "d").await;
+    assert_eq!(told_after(&mut gateway, SOON).await, [came(1, "bob")]);
+    let known = subscribe(&mut gateway, 1, &["bob", "carol"]).await;
+    assert_eq!(known, [("bob".to_owned(), true), ("carol".to_owned(), true)]);
+}
+
+/// Another router may own its users by now, and know that they have left.
+#[tokio::test(start_paused = true)]
+async fn past_its_lease_a_router_says_of_nobody_in_hot_state_that_it_is_there() {
+    let world = World::new(Store::from(Memory::new()));
+    let hot = Hot::from(MemoryHot::new(&world.environment));
+    let handle = world.registry.handle("r1", world.environment.clone());
+    let config = RouterConfig { hot: Some(hot.clone()), ..world.config("r1") };
+    let router = world.router_on(config, handle.clone().into()).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "d").await;
+    let is_online = async || {
+        let known = hot.presence(&[user("alice")]).await.remove(0);
+        known.is_some_and(|known| known.is_online(now(&world)))
+    };
+    tokio::time::sleep(100 * SECOND).await;
+    assert!(is_online().await);
+    handle.set_reach(Reach::Refused);
+    tokio::time::sleep(100 * SECOND).await;
+    assert!(!is_online().await, "what was said before holds for a minute");
 }

@@ -41,6 +41,8 @@ pub struct FaultPlan {
     pub dropped_permille: u32,
     /// Writes of state rows of this table fail without an effect; the others do as the rest of the plan says.
     pub refused_table: Option<Table>,
+    /// Whoever reads all state rows of this partition finds it damaged.
+    pub damaged_partition: Option<Bytes>,
 }
 
 impl FaultPlan {
@@ -52,6 +54,7 @@ impl FaultPlan {
             unknown_permille: 0,
             dropped_permille: 0,
             refused_table: None,
+            damaged_partition: None,
         }
     }
 }
@@ -236,6 +239,9 @@ impl Directory for Faulty {
     }
 
     fn scan(&self, table: Table, partition: &[u8], after: Option<&[u8]>, limit: usize) -> Boxed<Vec<StateRow>> {
+        if self.inner.state.lock().0.damaged_partition.as_deref() == Some(partition) {
+            return Box::pin(async { Err(StoreError::Damaged("the faulty store says so".into())) });
+        }
         let (partition, after) = (partition.to_vec(), after.map(<[u8]>::to_vec));
         self.call(move |inner| async move { inner.store.scan(table, &partition, after.as_deref(), limit).await })
     }

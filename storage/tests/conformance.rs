@@ -57,6 +57,7 @@ const UNKNOWN: FaultPlan = FaultPlan {
     unknown_permille: 250,
     dropped_permille: 50,
     refused_table: None,
+    damaged_partition: None,
 };
 
 #[tokio::test(start_paused = true)]

@@ -301,3 +301,29 @@ fn tell(cluster: &Cluster, router: &InstanceId, order: u64, users: Vec<v1::UserP
         peer.send(v1::PeerMessage { shard: 0, request_id: 0, message });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A worker's shards are a few of all: each tick has its share of them.
+    #[test]
+    fn who_is_watched_no_longer_is_forgotten_in_even_steps_whatever_the_number_of_workers() {
+        let router = InstanceId::parse("r1").expect("an id");
+        for workers in [1, 2, 5, 8, 40] {
+            let (mut presences, now) = (Presences::default(), Instant::now());
+            let shards: Vec<u32> = (0..1024).filter(|shard| *shard as usize % workers == 3 % workers).collect();
+            for shard in &shards {
+                let user = UserId::parse(&format!("u{shard}")).expect("an id");
+                assert!(presences.watch(ShardId(*shard), &user, &router, now, usize::MAX));
+            }
+            let most = shards.len().div_ceil(TICKS_A_ROUND);
+            for _ in 0..TICKS_A_ROUND {
+                let before = presences.watched_count;
+                presences.sweep(now + WATCH_HOLDS, workers);
+                assert!(before - presences.watched_count <= most, "{workers} workers");
+            }
+            assert_eq!((presences.watched_count, presences.watched.len()), (0, 0), "{workers} workers");
+        }
+    }
+}

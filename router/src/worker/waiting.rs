@@ -210,12 +210,27 @@ mod tests {
             let next = queue.pop(|_| true).expect("one");
             taken[usize::from(next.as_bytes()[1])] += 1;
             for of_less in &taken[..2] {
-                let (least, most) = ((turn + 1) / (GO_BEFORE + 2), (turn + 1) / GO_BEFORE);
+                let (least, most) = ((turn + 1) / (GO_BEFORE + 3), (turn + 1) / GO_BEFORE);
                 assert!((least..=most).contains(of_less), "turn {turn}: {taken:?}");
             }
         }
         assert!(taken[..2].iter().all(|taken| *taken >= 50), "{taken:?}");
         assert!(taken[2] >= 1_000 * (GO_BEFORE - 1) / (GO_BEFORE + 1), "{taken:?}");
+    }
+
+    /// Its last open failed and nobody waited: it is in no queue.
+    #[test]
+    fn the_first_that_waits_for_a_closed_conversation_opens_it_also_if_it_is_an_effect() {
+        let effect = |origin_seq| {
+            let target_user = UserId::parse("bob").expect("an id");
+            let effect = Effect { target: id(1, 0), target_user, origin: id(2, 0), origin_seq, body: Bytes::new() };
+            Request::Effect { effect, reply_to: ReplyTo::Nobody }
+        };
+        let mut slot = Slot::Opening { attempt: 0, waiting: VecDeque::new() };
+        assert_eq!(slot.wait(effect(1)), Some(Haste::None));
+        assert_eq!(slot.wait(effect(2)), None, "it is queued");
+        let mut slot = Slot::Opening { attempt: 7, waiting: VecDeque::new() };
+        assert_eq!(slot.wait(effect(1)), None, "it is being opened");
     }
 
     #[test]

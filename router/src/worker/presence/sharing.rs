@@ -135,3 +135,17 @@ fn is_in(value: Bytes) -> bool {
 pub fn is_mutual(kind: i32) -> bool {
     v1::ConversationKind::try_from(kind) != Ok(v1::ConversationKind::Channel)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_beyond_the_bound_has_no_place_until_another_one_is_done() {
+        let turns = Turns::default();
+        let mut held: Vec<_> = std::iter::from_fn(|| turns.call()).take(CALLS_MAX + 1).collect();
+        assert_eq!(held.len(), CALLS_MAX);
+        held.pop();
+        assert!(turns.call().is_some());
+    }
+}

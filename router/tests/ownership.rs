@@ -254,8 +254,8 @@ async fn a_later_epoch_in_one_conversation_refuses_the_whole_shard_and_no_other(
         sent_at: Timestamp::default(),
         kind: v1::EntryKind::Message,
         flags: 1,
-        body: bytes::Bytes::new(),
-        meta: bytes::Bytes::new(),
+        body: Bytes::new(),
+        meta: Bytes::new(),
     };
     let batch = Batch { conversation: id_of(&bad[0]), epoch: Epoch(u64::MAX >> 8), committed: 0, rows: vec![row] };
     store.submit(vec![AppendRequest { token: 1, batch: Arc::new(batch) }], Arc::new(|_| {}));
@@ -286,8 +286,8 @@ async fn a_head_row_without_its_log_or_without_sense_is_an_alarm_and_never_a_sta
         let head = StateWrite {
             table: Table::Heads,
             partition: id.to_bytes(),
-            key: bytes::Bytes::new(),
-            value: Some(bytes::Bytes::copy_from_slice(value)),
+            key: Bytes::new(),
+            value: Some(Bytes::copy_from_slice(value)),
             timestamp: 5,
         };
         store.write(vec![head]).await.unwrap();
@@ -306,7 +306,7 @@ struct Pair {
     world: World,
     mesh: Mesh,
     first: InProcessHandle,
-    _routers: [Router; 2],
+    routers: [Router; 2],
     sender: TestGateway,
     receiver: TestGateway,
     id: ConversationId,
@@ -342,7 +342,7 @@ impl Pair {
         receiver.open(&world, 2, bob.as_str(), "b1").await;
         let id = CLUSTER.direct_id(&alice, &bob);
         let [first, _] = handles;
-        Self { world, mesh, first, _routers: routers, sender, receiver, id, bob }
+        Self { world, mesh, first, routers, sender, receiver, id, bob }
     }
 
     async fn send(&mut self, name: &'static str, after: &'static str) {
@@ -383,6 +383,24 @@ async fn a_burst_ends_once_its_entries_have_arrived_at_the_other_routers() {
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(pair.received().await, ["m2"]);
     assert!(!pair.is_busy().await, "m2 has arrived");
+}
+
+/// Also if the conversation was dropped from memory meanwhile.
+#[tokio::test(start_paused = true)]
+async fn a_burst_of_a_conversation_that_left_memory_ends_when_its_entries_have_arrived() {
+    let mut pair = Pair::new().await;
+    pair.send("m0", "").await;
+    assert_eq!(pair.received().await, ["m0"]);
+    pair.mesh.cut("r1", "r2");
+    pair.send("m1", "m0").await;
+    tokio::time::sleep(Duration::from_secs(8 * 60)).await;
+    assert!(pair.is_busy().await);
+    let described = pair.routers[0].describe().await.join("\n");
+    assert!(described.contains("1 conversations left memory"), "{described}");
+    pair.mesh.mend();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(pair.received().await, ["m1"]);
+    assert!(!pair.is_busy().await);
 }
 
 /// However long ago: also if the conversation was dropped from memory meanwhile.

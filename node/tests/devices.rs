@@ -88,9 +88,14 @@ fn commands_one_after_the_other_are_one_device_and_at_the_same_time_are_two() {
 
     let mut watching = command(&data, "alice", &["tail", "@bob", "--from", "1", "--count", "4"]);
     let mut watching = watching.stdout(Stdio::piped()).spawn().unwrap();
-    let both = (0..).map(|_| listed(&im(&data, "alice", &["device", "list"]))).find(|lines| lines.len() > 1).unwrap();
-    let [this, other] = &both[..] else { panic!("{both:?}") };
-    assert!(this.ends_with("\tthis") && other.ends_with("\tconnected"), "neither ends the other: {both:?}");
+    let both = loop {
+        assert!(watching.try_wait().unwrap().is_none(), "it was ended");
+        let lines = listed(&im(&data, "alice", &["device", "list"]));
+        if lines.iter().any(|line| line.ends_with("\tconnected")) {
+            break lines;
+        }
+    };
+    assert!(both.len() == 2 && both.iter().any(|line| line.ends_with("\tthis")), "{both:?}");
     assert!(im(&data, "alice", &["send", "@bob", "four"]).status.success());
     assert_eq!(watching.wait().unwrap().code(), Some(0), "it went on until it had what it waited for");
 }

@@ -13,7 +13,6 @@ pub mod following;
 pub mod large;
 
 mod apply;
-mod bursts;
 mod calls;
 mod channels;
 mod commit;
@@ -51,7 +50,6 @@ use tokio::{
 };
 
 use self::{
-    bursts::LeftBursts,
     conversations::{Conversations, Schedule},
     input::{GatewayInput, Input},
     sessions::Users,
@@ -60,7 +58,7 @@ use self::{
 };
 use crate::{
     caller::SessionKey,
-    cluster::{Cluster, arrivals::Arrivals},
+    cluster::Cluster,
     conversation::Conversation,
     deadline::StoreCalls,
     fence::FenceService,
@@ -86,9 +84,6 @@ pub struct Context {
     users: Users,
     opens: OpenQueue,
     schedule: Schedule,
-    left_bursts: LeftBursts,
-    /// As of the last tick.
-    arrivals: Arrivals,
     /// Conversations with assigned entries and no batch in flight.
     dirty: Vec<ConversationId>,
     /// Which conversation a submitted batch belongs to.
@@ -146,8 +141,6 @@ impl Worker {
                 users: Users::default(),
                 opens: OpenQueue::default(),
                 schedule: Schedule::default(),
-                left_bursts: LeftBursts::default(),
-                arrivals: Arrivals::default(),
                 dirty: Vec::new(),
                 tokens: HashMap::default(),
                 next_token: 1,

@@ -170,3 +170,4 @@ step "faults on a cluster" env FAULTS_SUMMARY="$faults_summary" bash deploy/e2e-
 steps+=("$(sed 's/^/            /' "$faults_summary")")
 step "simulation" target/release/imd simulate --seeds "${SIMULATION_SEEDS:-200}"
 step "fuzzing" bash deploy/fuzz.sh "${FUZZ_SECONDS:-60}"
+cargo +nightly fuzz --version >/dev/null 2>&1 || steps+=("            NOT fuzzed: it needs the nightly toolchain; the property tests stand")

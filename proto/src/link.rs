@@ -75,7 +75,8 @@ impl<B: Batch + Clone> Outgoing<B> {
 
     /// Forgets what the other side has received.
     pub fn acknowledge(&mut self, through: u64) {
-        self.acknowledged_through = self.acknowledged_through.max(through);
+        // More than was sent is not known to be received.
+        self.acknowledged_through = self.acknowledged_through.max(through.min(self.next_number - 1));
         while self.kept.front().is_some_and(|oldest| oldest.last <= through) {
             self.forget_oldest();
         }
@@ -94,6 +95,8 @@ impl<B: Batch + Clone> Outgoing<B> {
             self.next_number = self.next_number.max(wanted);
             self.kept.clear();
             self.kept_bytes = 0;
+            // Of what was lost nothing more will be heard.
+            self.acknowledged_through = self.next_number - 1;
             return None;
         }
         Some(self.kept.iter().map(|kept| (kept.first, kept.batch.clone())).collect())
@@ -104,7 +107,8 @@ impl<B: Batch + Clone> Outgoing<B> {
         self.next_number
     }
 
-    /// The last number that the other side is known to have received. What was dropped for the bound counts as not received.
+    /// The last number that the other side is known to have received. What was dropped for the bound counts as not received, until
+    /// [`Self::replay`] has reported it as lost.
     pub fn acknowledged_through(&self) -> u64 {
         self.acknowledged_through
     }

@@ -1,5 +1,6 @@
 //! What all parts of a router share: who owns which shard, the workers, links to gateways and other routers, answers awaited.
 
+pub mod arrivals;
 mod owners;
 
 pub use owners::Owners;
@@ -479,13 +480,6 @@ impl Cluster {
                 self.send(shard, ShardMessage::ResyncShard, ReplyTo::Nobody);
             }
         }
-    }
-
-    /// Whether all live pushes of this router before a moment have arrived at the routers that hold the sessions, as far as these live.
-    /// Where a user's shard got another owner meanwhile, that one tells the sessions to resync.
-    pub fn pushes_arrived(&self, before: Instant) -> bool {
-        // Each is asked, so that its answers are new.
-        self.peers.read().values().filter(|peer| !peer.has_arrived(before)).count() == 0
     }
 
     /// A live push could not be handed to the owner of a shard: the next owner must resync.

@@ -3,6 +3,8 @@
 //! What waits for a peer is bounded: beyond the bound requests are refused (the asker answers `unavailable` and retries) and live
 //! pushes are dropped with a note that the shard's next resync must cover them.
 
+mod arrived;
+
 use std::{
     collections::{BTreeMap, VecDeque, btree_map::Entry},
     sync::{
@@ -28,6 +30,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 
+use self::arrived::Arrived;
 use crate::{
     cluster::Cluster,
     link_queue::{ACKNOWLEDGE_EVERY, Acknowledged, LinkQueue},
@@ -51,6 +54,8 @@ pub struct PeerLink {
     connection: AtomicU64,
     /// Something was refused for a full queue; pushes may be among it.
     overflowed: AtomicBool,
+    /// When the last word of lost pushes was queued.
+    resync_queued_at: Mutex<Option<Instant>>,
     gone: watch::Sender<bool>,
 }
 
@@ -61,16 +66,6 @@ struct Numbering {
     boot: u64,
     acknowledged: Acknowledged,
     arrived: Arrived,
-}
-
-/// How far what was queued has arrived at the other side.
-struct Arrived {
-    /// All that was queued before this moment has, or a resync in its place.
-    until: Instant,
-    /// When this number is acknowledged, all that was queued before that moment has.
-    mark: Option<(u64, Instant)>,
-    /// A resync for what was refused is being queued.
-    resyncs: bool,
 }
 
 impl PeerLink {
@@ -85,16 +80,18 @@ impl PeerLink {
                 incoming: Incoming::default(),
                 boot: 0,
                 acknowledged: Acknowledged::default(),
-                arrived: Arrived { until: Instant::now(), mark: None, resyncs: false },
+                arrived: Arrived::new(Instant::now()),
             }),
             connection: AtomicU64::new(0),
             overflowed: AtomicBool::new(false),
+            resync_queued_at: Mutex::default(),
             gone: watch::Sender::new(false),
         }
     }
 
     /// Queues a message; `false` if the queue is full.
     pub fn send(&self, message: v1::PeerMessage) -> bool {
+        let is_resync = matches!(message.message, Some(Message::ResyncShard(_) | Message::AudienceResync(_)));
         {
             let mut queue = self.queue.lock();
             if queue.len() >= QUEUE_MESSAGES_MAX || queue.bytes() >= QUEUE_BYTES_MAX {
@@ -103,34 +100,26 @@ impl PeerLink {
             }
             queue.push(message);
         }
+        if is_resync {
+            *self.resync_queued_at.lock() = Some(Instant::now());
+        }
         self.wake.notify_one();
         true
     }
 
-    /// Whether all that was queued before a moment has arrived at the other router. What could not be kept has when the resync in its
-    /// place has.
-    pub fn has_arrived(&self, before: Instant) -> bool {
+    /// The moment before which all that was queued has arrived at the other router, or the resync in its place; `None` as long as a
+    /// resync is on its way there.
+    pub fn arrived_until(&self) -> Option<Instant> {
+        // Before it is seen what was refused: what is refused later was pushed later, too.
+        let now = Instant::now();
         let numbering = &mut *self.numbering.lock();
         let Numbering { outgoing, arrived, .. } = numbering;
-        if arrived.resyncs || self.overflowed.load(Ordering::Acquire) {
-            // The resync is queued later than this.
-            arrived.mark = None;
-            return arrived.until > before;
+        if self.overflowed.load(Ordering::Acquire) {
+            arrived.lost();
         }
-        let acknowledged = outgoing.acknowledged_through();
-        if let Some((_, at)) = arrived.mark.take_if(|(number, _)| *number <= acknowledged) {
-            arrived.until = at;
-        }
-        if arrived.mark.is_none() {
-            let now = Instant::now();
-            let last = outgoing.next_number() - 1 + self.queue.lock().len() as u64;
-            if last <= acknowledged {
-                arrived.until = now;
-            } else {
-                arrived.mark = Some((last, now));
-            }
-        }
-        arrived.until > before
+        let last = outgoing.next_number() - 1 + self.queue.lock().len() as u64;
+        let until = arrived.look(now, last, outgoing.acknowledged_through());
+        self.resync_queued_at.lock().is_none_or(|at| until > at).then_some(until)
     }
 
     /// Queues an answer. Answers are bounded by the requests that the other side may have open.
@@ -292,8 +281,7 @@ async fn their_hello(cluster: &Cluster, end: &mut PeerEnd) -> Option<v1::LinkHel
 async fn run(cluster: &Arc<Cluster>, peer: &Arc<PeerLink>, connection: u64, theirs: &v1::LinkHello, end: &mut PeerEnd) {
     let replay = resume(peer, theirs, cluster.config.boot.0).unwrap_or_else(|| {
         cluster.resync_router(&peer.instance);
-        // Whatever was marked before speaks of what is lost.
-        peer.numbering.lock().arrived.mark = None;
+        peer.numbering.lock().arrived.replaced();
         Vec::new()
     });
     let replay = replay.into_iter().map(|(_, batch)| batch).collect();
@@ -321,11 +309,16 @@ fn resume(peer: &PeerLink, theirs: &v1::LinkHello, own_boot: u64) -> Option<Vec<
     if numbering.boot != theirs.boot_id {
         numbering.boot = theirs.boot_id;
         numbering.incoming = Incoming::default();
-        numbering.acknowledged = Acknowledged::default();
     }
     let received = im_proto::link::received_of_boot(theirs, im_proto::BootId(own_boot));
     numbering.incoming.reconnected();
-    numbering.outgoing.replay(received)
+    // What was told on the connection before may not have come.
+    numbering.acknowledged = Acknowledged::default();
+    let replay = numbering.outgoing.replay(received);
+    if replay.is_none() {
+        numbering.arrived.lost();
+    }
+    replay
 }
 
 /// Sending never blocks receiving: two full directions would wait for each other for ever.
@@ -406,13 +399,13 @@ fn send_next(
         let batch = Arc::new(v1::PeerBatch { first_number, acknowledged_through, messages });
         numbering.outgoing.push(batch.clone());
         permit.send(LinkItem::Batch(batch));
-        numbering.arrived.resyncs = peer.overflowed.swap(false, Ordering::AcqRel);
-        if !numbering.arrived.resyncs {
+        if !peer.overflowed.swap(false, Ordering::AcqRel) {
             return true;
         }
+        numbering.arrived.lost();
     }
     cluster.resync_router(&peer.instance);
-    peer.numbering.lock().arrived.resyncs = false;
+    peer.numbering.lock().arrived.replaced();
     true
 }
 

@@ -13,6 +13,7 @@ pub mod following;
 pub mod large;
 
 mod apply;
+mod bursts;
 mod calls;
 mod channels;
 mod commit;
@@ -50,6 +51,7 @@ use tokio::{
 };
 
 use self::{
+    bursts::LeftBursts,
     conversations::{Conversations, Schedule},
     input::{GatewayInput, Input},
     sessions::Users,
@@ -58,7 +60,7 @@ use self::{
 };
 use crate::{
     caller::SessionKey,
-    cluster::Cluster,
+    cluster::{Cluster, arrivals::Arrivals},
     conversation::Conversation,
     deadline::StoreCalls,
     fence::FenceService,
@@ -84,6 +86,9 @@ pub struct Context {
     users: Users,
     opens: OpenQueue,
     schedule: Schedule,
+    left_bursts: LeftBursts,
+    /// As of the last tick.
+    arrivals: Arrivals,
     /// Conversations with assigned entries and no batch in flight.
     dirty: Vec<ConversationId>,
     /// Which conversation a submitted batch belongs to.
@@ -141,6 +146,8 @@ impl Worker {
                 users: Users::default(),
                 opens: OpenQueue::default(),
                 schedule: Schedule::default(),
+                left_bursts: LeftBursts::default(),
+                arrivals: Arrivals::default(),
                 dirty: Vec::new(),
                 tokens: HashMap::default(),
                 next_token: 1,

@@ -39,6 +39,10 @@ impl Worker {
             let ids = self.conversations.of_shard(shard);
             lines.extend(ids.into_iter().filter_map(|id| Some(format!("{id}: {}", self.waits_for(&id)?))));
         }
+        let left = self.context.left_bursts();
+        if left > 0 {
+            lines.push(format!("{left} conversations left memory before their bursts could end"));
+        }
         let opens = &self.context.opens;
         if opens.running > 0 {
             lines.push(format!("{} opens are under way, {} wait", opens.running, opens.waiting()));

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::{
     audience::AudiencePush,
     caller::{Caller, SessionKey},
-    cluster::Cluster,
+    cluster::{Cluster, arrivals::Arrivals},
     conversation::Conversation,
     message::{Delivery, ReplyTo, ShardMessage},
     worker::Context,
@@ -31,6 +31,8 @@ pub struct Groups {
 struct Group {
     /// Finds the worker, or the router.
     shard: ShardId,
+    /// The other router.
+    router: Option<InstanceId>,
     users: Arc<[UserId]>,
     /// How many of them are of which shard.
     spans: Arc<[(ShardId, u32)]>,
@@ -71,8 +73,22 @@ impl Groups {
             };
             by_holder.entry(holder).or_default().push((shard, user));
         }
-        self.groups = by_holder.into_values().filter_map(Group::new).collect();
+        self.groups = by_holder.into_iter().filter_map(|(holder, users)| Group::new(&holder, users)).collect();
         (self.owners_version, self.members_version, self.valid) = (owners.version, members_version, true);
+    }
+
+    /// Whether all that was sent to them before a moment has arrived: where it was sent, and where it would be sent now, for the word that
+    /// it did not reach the former owner of a shard.
+    pub fn have_arrived(&self, cluster: &Cluster, arrivals: &Arrivals, before: Instant) -> bool {
+        let owners = cluster.owners();
+        let is_there = |(shard, _): &(ShardId, u32)| {
+            let owner = owners.get(*shard).map(|(owner, _)| owner);
+            owner.is_some_and(|owner| *owner == cluster.config.instance || arrivals.at(owner, before))
+        };
+        self.groups.iter().all(|group| {
+            group.router.as_ref().is_none_or(|router| arrivals.at_if_there(router, before))
+                && group.spans.iter().all(is_there)
+        })
     }
 
     /// One message to each of them.
@@ -90,7 +106,7 @@ impl Groups {
 }
 
 impl Group {
-    fn new(mut users: Vec<(ShardId, &UserId)>) -> Option<Self> {
+    fn new(holder: &Holder<'_>, mut users: Vec<(ShardId, &UserId)>) -> Option<Self> {
         users.sort_unstable();
         let (shard, _) = *users.first()?;
         let mut spans: Vec<(ShardId, u32)> = Vec::new();
@@ -100,7 +116,16 @@ impl Group {
                 _ => spans.push((*shard, 1)),
             }
         }
-        Some(Self { shard, users: users.into_iter().map(|(_, user)| user.clone()).collect(), spans: spans.into() })
+        let router = match holder {
+            Holder::Router(router) => Some((*router).clone()),
+            Holder::Worker(_) | Holder::Nobody(_) => None,
+        };
+        Some(Self {
+            shard,
+            router,
+            users: users.into_iter().map(|(_, user)| user.clone()).collect(),
+            spans: spans.into(),
+        })
     }
 }
 

@@ -6,7 +6,6 @@ use bytes::Bytes;
 use im_proto::UserId;
 use im_storage::{StateWrite, Table};
 use prost::Message as _;
-use tokio::time::Instant;
 
 use super::{Context, TICK, Worker, waiting::Slot};
 use crate::conversation::{Busy, Conversation};
@@ -49,9 +48,8 @@ impl Worker {
     pub fn tick(&mut self) {
         if self.context.index == 0 {
             self.context.cluster.sweep_awaited();
-            // So that what arrives is noted soon after.
-            self.context.cluster.pushes_arrived(Instant::now());
         }
+        self.context.arrivals = self.context.cluster.arrivals();
         self.context.flush_resyncs();
         self.tick_presence();
         self.context.look_after_devices();
@@ -63,11 +61,13 @@ impl Worker {
             conversation.look_at = None;
             self.context.look_after(conversation);
             if self.context.may_leave(conversation) {
+                self.context.leaves(conversation);
                 self.drop_conversation(&id);
             } else {
                 self.context.plan_look(conversation);
             }
         }
+        self.end_left_bursts();
         if self.has_releases() {
             self.finish_releases();
         }
@@ -84,26 +84,7 @@ impl Context {
         if self.wants_marks(conversation) {
             self.write_marks(conversation, |_| {});
         }
-        let quiet = conversation.last_entry.elapsed() >= self.cluster.config.quiet_after;
-        if quiet
-            && let Busy::Confirmed { since } | Busy::Inherited { since } = conversation.busy
-            && conversation.is_settled()
-            && conversation.outbox.is_empty()
-            && conversation.applied() == conversation.committed
-            && !conversation.marks_writing
-        {
-            if self.pushes_arrived(conversation) {
-                self.end_burst(conversation, since);
-            } else if conversation.head_written < conversation.committed {
-                self.write_marks(conversation, |_| {});
-            }
-        }
-    }
-
-    /// Whether nobody needs the next owner to deliver the last entries again. What still waits for another router is lost with this
-    /// one; what was sent past the lease may have gone to a router that no longer holds the sessions.
-    fn pushes_arrived(&self, conversation: &Conversation) -> bool {
-        !self.past_lease() && self.cluster.pushes_arrived(conversation.last_push)
+        self.look_after_burst(conversation);
     }
 
     /// The applied marks are far behind, or below an entry that is dear to apply again: else each open of a young group would write the
@@ -143,17 +124,6 @@ impl Context {
         if conversation.assigned == 0 { Duration::ZERO } else { self.cluster.config.evict_after }
     }
 
-    /// The head row says it all, or it and a busy row, which stays: with it the next open delivers the last entries again.
-    fn is_at_rest(&self, conversation: &Conversation) -> bool {
-        match conversation.busy {
-            Busy::Quiet => true,
-            Busy::Confirmed { .. } | Busy::Inherited { .. } => {
-                conversation.head_written == conversation.committed && !conversation.marks_writing
-            }
-            Busy::Writing | Busy::Ending => false,
-        }
-    }
-
     fn may_leave(&self, conversation: &Conversation) -> bool {
         self.is_at_rest(conversation)
             && conversation.is_settled()
@@ -167,7 +137,7 @@ impl Context {
 
     /// Cursors first, confirmed, then the applied marks: an open moves the senders' own cursors again for all entries above the mark. One
     /// such write at a time.
-    fn write_marks(&mut self, conversation: &mut Conversation, then: impl FnOnce(&mut Worker) + Send + 'static) {
+    pub fn write_marks(&mut self, conversation: &mut Conversation, then: impl FnOnce(&mut Worker) + Send + 'static) {
         let (applied, outbox) = (conversation.applied(), conversation.outbox_done());
         conversation.applied_written = applied.min(outbox);
         conversation.marks_writing = true;
@@ -194,42 +164,6 @@ impl Context {
             then(worker);
         };
         self.write_state(cursors, move |worker| worker.context.write_state(marks, written));
-    }
-
-    /// Head row first, confirmed; then the busy row goes, with the head as timestamp.
-    fn end_burst(&mut self, conversation: &mut Conversation, since: u64) {
-        let head = conversation.committed;
-        if head < since {
-            return;
-        }
-        conversation.busy = Busy::Ending;
-        let head_row = head_write(conversation);
-        let busy_row = StateWrite {
-            table: Table::Busy,
-            partition: Bytes::copy_from_slice(&conversation.shard.0.to_be_bytes()),
-            key: conversation.id.to_bytes(),
-            value: None,
-            timestamp: head,
-        };
-        let (id, epoch) = (conversation.id, conversation.epoch);
-        let ended = move |worker: &mut Worker| {
-            if let Some(Slot::Open(conversation)) = worker.conversations.get_mut(&id)
-                && conversation.epoch == epoch
-                && conversation.busy == Busy::Ending
-            {
-                conversation.busy = Busy::Quiet;
-                if conversation.in_flight.is_some() {
-                    // Entries came meanwhile: they begin a burst of their own.
-                    let since = conversation.committed + 1;
-                    worker.context.write_busy(conversation, since);
-                }
-            }
-        };
-        self.write_marks(conversation, move |worker| {
-            worker.context.write_state(vec![head_row], move |worker| {
-                worker.context.write_state(vec![busy_row], ended);
-            });
-        });
     }
 }
 

@@ -90,7 +90,7 @@ cmp "$work/sent.txt" "$work/tailed.txt"
     2>"$work/history.log"
 cmp "$work/sent.txt" "$work/history.txt"
 
-# at GATEWAY WORDS…: a command of a client there.
+# at GATEWAY WORDS…: a command of a client there. Not for one that is to be signalled: in the background that would be a shell of its own.
 at() {
     local gateway=$1
     shift
@@ -112,10 +112,10 @@ until grep -q '^bob.offline' "$work/presence.txt"; do
     [ "$SECONDS" -lt $((begun + 600)) ] || { echo "bob does not go offline" >&2; exit 1; }
     at gateway-2 presence @bob --as alice >"$work/presence.txt" 2>"$work/presence.log"
 done
-at gateway-2 presence @bob --watch --as alice >"$work/presence.txt" 2>"$work/presence.log" &
+"$im" presence @bob --watch --as alice --data "$IM_CLUSTER_DIR/gateway-2" --timeout 60 >"$work/presence.txt" 2>"$work/presence.log" &
 watch=$!
 said 1 '^bob.offline' presence.txt
-at gateway-1 tail @alice --as bob/phone >"$work/phone.txt" 2>"$work/phone.log" &
+"$im" tail @alice --as bob/phone --data "$IM_CLUSTER_DIR/gateway-1" --timeout 60 >"$work/phone.txt" 2>"$work/phone.log" &
 device=$!
 said 1 '^bob.online' presence.txt
 at gateway-2 device list --as bob/laptop >"$work/devices.txt"
@@ -124,7 +124,7 @@ at gateway-2 device kick phone --as bob/laptop
 ! wait "$device" || { echo "the kicked device did not fail" >&2; exit 1; }
 said 1 'kicked by another device' phone.log
 said 2 '^bob.offline' presence.txt
-at gateway-1 tail @alice --as bob/phone >"$work/phone.txt" 2>"$work/phone.log" &
+"$im" tail @alice --as bob/phone --data "$IM_CLUSTER_DIR/gateway-1" --timeout 60 >"$work/phone.txt" 2>"$work/phone.log" &
 device=$!
 said 2 '^bob.online' presence.txt
 # With its gateway, so that it cannot come back and nobody says goodbye for it.
@@ -141,7 +141,7 @@ watch=''
 news=$(at gateway-2 channel create news --as alice)
 at gateway-1 channel subscribe "$news" --as bob
 at gateway-2 channel post "$news" 'before anybody reads' --as alice
-at gateway-1 tail "$news" --as bob --from 1 >"$work/news.txt" 2>"$work/news.log" &
+"$im" tail "$news" --as bob --from 1 --data "$IM_CLUSTER_DIR/gateway-1" --timeout 60 >"$work/news.txt" 2>"$work/news.log" &
 device=$!
 said 1 'before anybody reads' news.txt
 at gateway-2 channel post "$news" 'while bob reads' --as alice

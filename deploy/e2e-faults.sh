@@ -54,7 +54,8 @@ names=("$@")
 [ "${#names[@]}" -gt 0 ] || mapfile -t names < <(deploy/local/faults --list | grep -vx rolling && echo rolling)
 cannot=() late=() lines=3
 for name in "${names[@]}"; do
-    if [[ $network != bridge && ( $name = cut-* || $name = late-writes ) ]]; then
+    if [[ $network != bridge && ( $name = cut-* || $name = late-writes ) ]] ||
+        { [ "$name" = late-writes ] && ! command -v python3 >/dev/null; }; then
         cannot+=("$name")
         continue
     elif [ "$SECONDS" -ge "$seconds" ]; then
@@ -65,7 +66,7 @@ for name in "${names[@]}"; do
     lines=1
 done
 summary="faults: $((${#names[@]} - ${#cannot[@]} - ${#late[@]})) of ${#names[@]}, every promise held, in $SECONDS s"
-[ "${#cannot[@]}" -eq 0 ] || summary+="; LEFT OUT, this machine makes no network namespaces: ${cannot[*]}"
+[ "${#cannot[@]}" -eq 0 ] || summary+="; LEFT OUT, this machine makes no network namespaces or has no python3: ${cannot[*]}"
 [ "${#late[@]}" -eq 0 ] || summary+="; LEFT OUT, no time: ${late[*]}"
 [ -z "${FAULTS_SUMMARY:-}" ] || echo "$summary" >"$FAULTS_SUMMARY"
 echo "$summary"

@@ -78,6 +78,8 @@ pub struct Subscription {
 pub struct Check {
     pub key: SessionKey,
     pub watcher: UserId,
+    /// Of the subscription that is checked.
+    number: u64,
     pub users: Vec<UserId>,
 }
 
@@ -236,7 +238,7 @@ impl Watches {
             watching.check_at = now + CHECK;
             state.checks.insert((watching.check_at, key.clone()));
             let users = watching.users.iter().map(|(_, user)| user.clone()).collect();
-            checks.push(Check { key, watcher: watching.watcher.clone(), users });
+            checks.push(Check { key, watcher: watching.watcher.clone(), number: watching.number, users });
         }
         state.checking |= !checks.is_empty();
         checks
@@ -247,11 +249,15 @@ impl Watches {
         self.state.lock().checking = false;
     }
 
-    /// A session may not watch some users any more. It is told that they are offline, and nothing else of them.
-    pub fn restrict(&self, cluster: &Cluster, key: &SessionKey, gone: &BTreeSet<UserId>) {
+    /// A session may not watch some users any more. It is told that they are offline, and nothing else of them. What it has asked for since
+    /// was decided on newer lists.
+    pub fn restrict(&self, cluster: &Cluster, check: &Check, gone: &BTreeSet<UserId>) {
+        let key = &check.key;
         let mut state = self.state.lock();
         let state = &mut *state;
-        let Some(watching) = state.sessions.get_mut(key) else { return };
+        let Some(watching) = state.sessions.get_mut(key).filter(|watching| watching.number == check.number) else {
+            return;
+        };
         let (stay, go): (Vec<_>, Vec<_>) =
             std::mem::take(&mut watching.users).into_iter().partition(|(_, user)| !gone.contains(user));
         watching.users = stay;
@@ -270,9 +276,10 @@ impl Watches {
     }
 
     fn take(&self, cluster: &Cluster, from: Option<&InstanceId>, order: u64, users: &[v1::UserPresence]) {
-        let owners = cluster.owners();
         let mut to_gateways: BTreeMap<InstanceId, Vec<v1::RouterMessage>> = BTreeMap::new();
         let mut state = self.state.lock();
+        // Not before the lock: what an owner says is not to be taken for its successor's.
+        let owners = cluster.owners();
         for told in users {
             let Ok(user) = UserId::parse(&told.user_id) else { continue };
             let shard = cluster.shard_of_user(&user);
@@ -374,13 +381,13 @@ impl State {
                 Entry::Occupied(occupied) => occupied.into_mut(),
                 Entry::Vacant(vacant) => {
                     ask.entry(shard).or_default().push(user.clone());
-                    vacant.insert(Watched::default())
+                    vacant.insert(Watched { known: hot, ..Watched::default() })
                 }
             };
-            // What the owner says counts for more.
-            watched.known = watched.known.or(hot);
             watched.sessions.insert(key.clone());
-            known.extend(watched.known.map(|seen| seen.to_wire(&user)));
+            // What the owner says counts for more. What hot state says to one session, others have not been told: for them the owner's
+            // word is still to be news.
+            known.extend(watched.known.or(hot).map(|seen| seen.to_wire(&user)));
             watching.push((shard, user));
         }
         let watches: BTreeSet<&UserId> = watching.iter().map(|(_, user)| user).collect();

@@ -58,7 +58,7 @@ late_connections() {
         is_node[$4] && $2 > 1'
 }
 
-# late_route add|delete ROUTER: the CQL nodes acknowledge what comes from it at once. Otherwise their first answer, for which nobody is there
+# late_route replace|delete ROUTER: the CQL nodes acknowledge what comes from it at once. Otherwise their first answer, for which nobody is there
 # any more, ends the connection before its acknowledgement has made the rest be sent.
 late_route() {
     local node
@@ -87,7 +87,7 @@ late_attempt() {
     local first=$1 second=$2 one two watcher until written
     one=$(late_instance "$first")
     two=$(late_instance "$second")
-    late_route add "$first"
+    late_route replace "$first"
     # What a former fault has left behind is over: conversations are open, and it writes.
     written=$(late_metric "$first" im_storage_cql_committed_rows_total)
     late_until 60 "$first" im_storage_cql_committed_rows_total $((written + 50)) || fail "late-writes: $first writes next to nothing"

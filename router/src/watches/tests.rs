@@ -124,3 +124,42 @@ fn owners_are_told_of_everybody_once_and_of_few_at_a_time() {
     assert_eq!(told(&|shard| Some(if shard.0 == 1 { second } else { first }), now + RENEW), (all, 5));
     assert_eq!(told(&|_| None, now + 2 * RENEW), (BTreeMap::new(), 0));
 }
+
+fn told(online: bool) -> v1::UserPresence {
+    v1::UserPresence { user_id: "bob".to_owned(), online, ..v1::UserPresence::default() }
+}
+
+/// Else the owner's word would be no news to a session of which the answer had nothing.
+#[test]
+fn what_hot_state_says_to_one_session_is_still_news_from_the_owner_to_another() {
+    let cluster = cluster();
+    let hot = Some(Seen { online: true, last_seen_ms: 0 });
+    let second = |hot| {
+        let mut subscription = subscription(&cluster, 2, &["bob"]);
+        subscription.key.session = SessionId(2);
+        subscription.users[0].2 = hot;
+        subscription
+    };
+    cluster.watches.subscribe(&cluster, subscription(&cluster, 1, &["bob"]), ReplyTo::Nobody);
+    cluster.watches.subscribe(&cluster, second(hot), ReplyTo::Nobody);
+    let mut state = cluster.watches.state.lock();
+    let of_shard = state.shards.first_entry().expect("one is watched").into_mut();
+    let watched = of_shard.users.values_mut().next().expect("one is watched");
+    assert!(watched.learn(&told(true)).is_some());
+    assert!(watched.learn(&told(true)).is_none());
+}
+
+#[test]
+fn a_check_of_an_older_subscription_ends_no_newer_one() {
+    let cluster = cluster();
+    let bob = BTreeSet::from([UserId::parse("bob").expect("an id")]);
+    cluster.watches.subscribe(&cluster, subscription(&cluster, 2, &["bob"]), ReplyTo::Nobody);
+    let check = |number| {
+        let Subscription { key, watcher, .. } = subscription(&cluster, number, &[]);
+        Check { key, watcher, number, users: Vec::new() }
+    };
+    cluster.watches.restrict(&cluster, &check(1), &bob);
+    assert_eq!(cluster.watches.state.lock().count, 1);
+    cluster.watches.restrict(&cluster, &check(2), &bob);
+    assert_eq!(cluster.watches.state.lock().count, 0);
+}

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use im_proto::{ConversationId, Epoch, ShardId};
+use im_registry::Claim;
 use im_storage::{StateWrite, Table};
 use tokio::time::Instant;
 
@@ -41,8 +42,9 @@ impl Context {
         {
             return;
         }
-        if !self.past_lease() && self.pushes_arrived(conversation) {
-            self.end_burst(conversation, since);
+        // A busy row of which the entries were lost with their owner stands until there are others.
+        if conversation.committed >= since && !self.past_lease() && self.pushes_arrived(conversation) {
+            self.end_burst(conversation);
         } else if conversation.head_written < conversation.committed
             || conversation.applied_written < conversation.committed
             || !conversation.cursors_dirty.is_empty()
@@ -60,11 +62,8 @@ impl Context {
     }
 
     /// Marks and head row first, confirmed; then the busy row goes, with the head as timestamp.
-    fn end_burst(&mut self, conversation: &mut Conversation, since: u64) {
+    fn end_burst(&mut self, conversation: &mut Conversation) {
         let head = conversation.committed;
-        if head < since {
-            return;
-        }
         conversation.busy = Busy::Ending;
         let busy_row = busy_end(conversation.shard, &conversation.id, head);
         let (id, epoch) = (conversation.id, conversation.epoch);
@@ -102,9 +101,20 @@ impl Context {
 
     /// A conversation leaves memory: its burst is ended later, if it has not ended yet.
     pub fn leaves(&mut self, conversation: &Conversation) {
-        let Conversation { id, shard, epoch, committed, last_push, .. } = *conversation;
-        if conversation.busy != Busy::Quiet && self.left_bursts.0.len() < LEFT_MAX {
+        let Conversation { id, shard, committed, last_push, .. } = *conversation;
+        if let Some(epoch) = self.shards.epoch(shard)
+            && let Busy::Confirmed { since } | Busy::Inherited { since } = conversation.busy
+            && committed >= since
+            && self.left_bursts.0.len() < LEFT_MAX
+        {
             self.left_bursts.0.insert(id, Left { shard, epoch, head: committed, last_push });
+        }
+    }
+
+    /// The claim of a shard has a greater epoch now; it is the same owner.
+    pub fn left_bursts_stay(&mut self, raised: &Claim) {
+        for left in self.left_bursts.0.values_mut().filter(|left| left.shard == raised.shard) {
+            left.epoch = raised.epoch;
         }
     }
 }

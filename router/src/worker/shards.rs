@@ -288,6 +288,7 @@ impl Worker {
         let shard = self.context.cluster.shard_of(&id);
         let Some(claim) = raised else { return self.shard_lost(shard) };
         self.context.cluster.metrics.epochs_raised.increment(1);
+        self.context.left_bursts_stay(&claim);
         self.context.shards.raise(shard, claim);
         if let Some(Slot::Raising { waiting, .. }) = self.conversations.remove(&id) {
             // Also if only what is dropped when much waits wants it: its head row may be older than its log, so it keeps its place.

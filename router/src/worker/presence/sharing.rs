@@ -55,7 +55,7 @@ impl Context {
             for check in checks {
                 // What cannot be read is asked again the next time.
                 if let Ok(gone) = strangers(&cluster, &store, &check).await {
-                    cluster.watches.restrict(&cluster, &check.key, &gone);
+                    cluster.watches.restrict(&cluster, &check, &gone);
                 }
             }
             cluster.watches.end_checks();

@@ -74,9 +74,9 @@ pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
         return Err(usage("flood starts its own server: leave out --server"));
     }
     let pairs = options.pair_count(chat::PAIRS);
-    // Limits of addresses hold, and are wide enough for all established users of the run on one address.
-    let raised = ["gateway.address_limits_loopback=true", "gateway.address_connects_per_second_max=1000"];
-    let mut options = Common { also_raised: raised.map(str::to_owned).to_vec(), ..options.clone() };
+    // Limits of addresses hold as they are by default. The established users, who have one address, come in at the pace that they allow.
+    let raised = vec!["gateway.address_limits_loopback=true".to_owned()];
+    let mut options = Common { also_raised: raised, ..options.clone() };
     let mut target = Target::open(&options).await?;
     if options.rate.is_none() {
         let closed = chat::closed_loop(&mut target, &options, pairs).await?;

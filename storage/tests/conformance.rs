@@ -1,11 +1,12 @@
 //! The suite on every backend.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use im_proto::ConversationId;
 use im_storage::{
-    Batch, Embedded, EmbeddedOptions, FaultPlan, Faulty, Insistent, Memory, SimFaults, SimStore, Store, StoreError,
-    conformance,
+    AppendDone, AppendRequest, Batch, Directory as _, Embedded, EmbeddedOptions, FaultPlan, Faulty, Insistent, Memory,
+    MessageLog as _, SimFaults, SimStore, StateWrite, Store, StoreError, Table, conformance,
 };
 
 #[tokio::test]
@@ -25,6 +26,42 @@ async fn embedded_conforms_also_after_it_was_opened_again() {
         drop(store);
         let store = Embedded::open(&path, options).expect("opens again");
         conformance::again(&Store::from(store)).await;
+    }
+}
+
+/// What waits is taken as a whole and committed in groups of bounded size: what does not fit into one is for the next.
+#[tokio::test]
+async fn everybody_is_answered_however_many_groups_what_waits_makes() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let options = EmbeddedOptions { group_bytes: 1024, ..EmbeddedOptions::default() };
+    let store = Embedded::open(&directory.path().join("store"), options).expect("opens");
+    let (answer, mut answers) = tokio::sync::mpsc::channel(200);
+    let done: AppendDone = Arc::new(move |outcomes| {
+        outcomes.into_iter().for_each(|outcome| answer.try_send(outcome).expect("room for all"))
+    });
+    let state = (0..200u64).map(|n| {
+        let conversation = ConversationId::from_slice(&(u128::from(n) + 1).to_be_bytes()).expect("an id");
+        let mut batch = conformance::batch(conversation, 1, 1..=1);
+        batch.rows[0].body = Bytes::from(vec![7; 700]);
+        store.submit(vec![AppendRequest { token: n, batch: Arc::new(batch) }], done.clone());
+        let write = StateWrite {
+            table: Table::Applied,
+            partition: Bytes::copy_from_slice(&n.to_be_bytes()),
+            key: Bytes::new(),
+            value: Some(Bytes::from(vec![7; 300])),
+            timestamp: 1,
+        };
+        store.write(vec![write])
+    });
+    for outcome in futures::future::join_all(state).await {
+        outcome.expect("it is written");
+    }
+    let mut tokens = BTreeSet::new();
+    while tokens.len() < 200 {
+        let answer = tokio::time::timeout(Duration::from_secs(60), answers.recv()).await;
+        let (token, outcome) = answer.expect("everybody is answered").expect("the store has it");
+        outcome.expect("it is written");
+        assert!(tokens.insert(token));
     }
 }
 

@@ -96,7 +96,11 @@ fn commit_all(core: &Core, encoder: &mut Encoder, work: &mut std::vec::Drain<'_,
         }
         let mut group = Group::new(&core.engine, work.len());
         let mut added = Ok(());
-        while let (true, Ok(()), Some(next)) = (group.bytes < core.group_bytes, &added, work.next()) {
+        // Nothing is taken for which there is no room: it would be dropped, and whoever waits for it not be told.
+        while added.is_ok()
+            && group.bytes < core.group_bytes
+            && let Some(next) = work.next()
+        {
             added = group.add(&core.engine, encoder, next);
         }
         commit(core, encoder, group, added)?;

@@ -129,6 +129,13 @@ async fn signalled(gateway: &mut TestGateway) -> Vec<u64> {
     sessions
 }
 
+async fn invite(cluster: &mut Cluster, creator: &str, id: ConversationId, who: &str) {
+    let members = vec![who.to_owned()];
+    let request =
+        v1::GroupInviteRequest { conversation_id: id.to_bytes(), members, ..v1::GroupInviteRequest::default() };
+    cluster.call::<v1::GroupInviteReply>(creator, Method::GroupInvite, &request).await.unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn anybody_reads_a_channel_from_its_beginning_and_only_its_writers_write() {
     let world = World::new(Store::from(Memory::new()));
@@ -653,12 +660,7 @@ async fn who_is_made_a_writer_gets_posts_at_a_router_where_nobody_followed() {
     let id = cluster.channel_of(&creator, 0, &[]).await;
     send_all(&mut cluster, &creator, id, "before", 2).await;
     let writer = cluster.come_to(&[2], 1).await.remove(0);
-    let invite = v1::GroupInviteRequest {
-        conversation_id: id.to_bytes(),
-        members: vec![writer.clone()],
-        ..v1::GroupInviteRequest::default()
-    };
-    cluster.call::<v1::GroupInviteReply>(&creator, Method::GroupInvite, &invite).await.unwrap();
+    invite(&mut cluster, &creator, id, &writer).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     // What came before the list had it is made good by a sync.
     assert!(resynced(&mut cluster).await.contains(&cluster.session(&writer)));
@@ -693,12 +695,7 @@ async fn who_subscribes_right_after_leaving_as_a_writer_is_subscribed() {
         let (home, session) = cluster.sessions[&user(&writer)];
         let row = row(&mut cluster.gateways[home], session, id).await.expect("a row");
         assert_eq!((row.left, row.unread), (false, 2), "round {round}");
-        let invite = v1::GroupInviteRequest {
-            conversation_id: id.to_bytes(),
-            members: vec![writer.clone()],
-            ..v1::GroupInviteRequest::default()
-        };
-        cluster.call::<v1::GroupInviteReply>(&creator, Method::GroupInvite, &invite).await.unwrap();
+        invite(&mut cluster, &creator, id, &writer).await;
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
 }
@@ -712,12 +709,7 @@ async fn who_left_a_channel_follows_it_no_more_whatever_was_asked_before() {
     let id = cluster.channel_of(&creator, 0, &[]).await;
     let (home, session) = cluster.sessions[&user(&writer)];
     cluster.mesh.hold_answers_to(Some("r1"));
-    let invite = v1::GroupInviteRequest {
-        conversation_id: id.to_bytes(),
-        members: vec![writer.clone()],
-        ..v1::GroupInviteRequest::default()
-    };
-    cluster.call::<v1::GroupInviteReply>(&creator, Method::GroupInvite, &invite).await.unwrap();
+    invite(&mut cluster, &creator, id, &writer).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let leave = v1::GroupLeaveRequest { conversation_id: id.to_bytes(), ..v1::GroupLeaveRequest::default() };
     cluster.gateways[home].push(vec![call(session, 701, Method::GroupLeave, &leave)]).await;

@@ -10,7 +10,7 @@ use im_proto::{
 };
 use im_registry::{AnyRegistry, InProcessHandle, Reach, Registry as _};
 use im_router::{Router, RouterConfig};
-use im_storage::{FaultPlan, Hot, HotState as _, Memory, MemoryHot, Store};
+use im_storage::{FaultPlan, Faulty, Hot, HotState as _, Memory, MemoryHot, Store};
 use prost::Message as _;
 
 use crate::{
@@ -600,8 +600,8 @@ async fn reply_to(gateway: &mut TestGateway, request_id: u32) -> v1::CallReply {
     reply.await
 }
 
-#[tokio::test(start_paused = true)]
-async fn of_two_subscriptions_under_way_the_later_one_stands_whichever_is_decided_first() {
+/// A session of alice, who has conversations with bob and carol, at a router that has settled.
+async fn alice_on_a_faulty_store() -> ((World, Router), Faulty, TestGateway) {
     let mut world = World::new(Store::from(Memory::new()));
     let store = faulty(&mut world);
     let router = world.router(world.config("r1")).await;
@@ -609,6 +609,12 @@ async fn of_two_subscriptions_under_way_the_later_one_stands_whichever_is_decide
     gateway.open(&world, 1, "alice", "d").await;
     befriend(&mut gateway, 1, "alice", &["bob", "carol"]).await;
     tokio::time::sleep(11 * SECOND).await;
+    ((world, router), store, gateway)
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_subscriptions_under_way_the_later_one_stands_whichever_is_decided_first() {
+    let ((world, _router), store, mut gateway) = alice_on_a_faulty_store().await;
     let delay = Duration::from_millis(50)..=Duration::from_millis(50);
     store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
     // Eight lists at a time are read for one call.
@@ -703,13 +709,7 @@ async fn lists_are_read_a_bounded_number_at_a_time_however_many_subscribe() {
 
 #[tokio::test(start_paused = true)]
 async fn a_subscription_that_cannot_be_decided_for_everybody_is_refused_and_the_former_stands() {
-    let mut world = World::new(Store::from(Memory::new()));
-    let store = faulty(&mut world);
-    let router = world.router(world.config("r1")).await;
-    let mut gateway = world.gateway("g1", &router).await;
-    gateway.open(&world, 1, "alice", "d").await;
-    befriend(&mut gateway, 1, "alice", &["bob", "carol"]).await;
-    tokio::time::sleep(11 * SECOND).await;
+    let ((world, _router), store, mut gateway) = alice_on_a_faulty_store().await;
     subscribe(&mut gateway, 1, &["bob"]).await;
     told_after(&mut gateway, SOON).await;
     let damaged_partition = Some(CLUSTER.self_id(&user("carol")).to_bytes());

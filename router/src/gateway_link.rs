@@ -19,7 +19,8 @@ use bytes::Bytes;
 use im_proto::{
     ConversationId, InstanceId, SessionId,
     link::{Arrival, Batch, Incoming, Outgoing},
-    token, v1,
+    token::Unverified,
+    v1,
     v1::{gateway_message::Message as FromGateway, router_message::Message as ToGateway},
 };
 use metrics::Counter;
@@ -333,11 +334,14 @@ fn dispatch(cluster: &Arc<Cluster>, link: &Arc<GatewayLink>, message: &FromGatew
 
 fn dispatch_open(cluster: &Cluster, link: &Arc<GatewayLink>, open: &v1::SessionOpen, inputs: &mut Inputs<'_>) {
     // Only to find the worker: the worker verifies.
-    match token::inspect(&open.token, cluster.environment.clock.now()) {
-        Ok(seen) => {
+    let now = cluster.environment.clock.now();
+    match Unverified::read(&open.token).and_then(|token| Ok((token.inspect(now)?, token))) {
+        Ok((seen, token)) => {
             let self_id = cluster.config.cluster_secret.self_id(&seen.user);
             link.opening.lock().insert(SessionId(open.session_id));
-            inputs.push(GatewayInput::Open { link: link.clone(), open: open.clone(), self_id });
+            // The token is in what was read.
+            let open = v1::SessionOpen { token: String::new(), ..open.clone() };
+            inputs.push(GatewayInput::Open { link: link.clone(), open, token: Box::new(token), self_id });
         }
         Err(error) => {
             let refused = v1::SessionRefused { session_id: open.session_id, status: Some(error.status().to_status()) };

@@ -224,7 +224,7 @@ impl Worker {
             }
             GatewayInput::Signal { caller, conversation, signal } => self.take_signal(caller, conversation, signal),
             GatewayInput::Received { caller, conversation, seq } => self.take_received(caller, conversation, seq),
-            GatewayInput::Open { link, open, .. } => self.open_session(link, &open),
+            GatewayInput::Open { link, open, token, .. } => self.open_session(link, &open, &token),
             GatewayInput::Announce { link: _, caller } => self.context.announce_session(caller),
             GatewayInput::Renew { link, caller, token } => self.context.renew_session(&link, &caller, &token),
             GatewayInput::Close { caller } => self.context.close_session(&caller),

@@ -46,8 +46,9 @@ const KICK_HOLDS: Duration = Duration::from_secs(600);
 /// Kicks that are remembered. Beyond it one is not: a session that is announced later stays.
 const KICKS_MAX: usize = 4_096;
 
-/// What was seen of the devices of one user.
-type Seen = BTreeMap<DeviceId, Sighting>;
+/// What was seen of the devices of one user. Nearly always it is one, and a storm of connects leaves one for each user: the first leaf of a
+/// map would have room for eleven.
+type Seen = Vec<(DeviceId, Sighting)>;
 
 /// What a worker knows of devices besides their sessions and their rows.
 #[derive(Default)]
@@ -117,7 +118,7 @@ impl Devices {
             add(seen, device, sighting);
         } else if self.waiting.len() < WAITING_MAX {
             self.queue.push_back(user.clone());
-            self.waiting.insert(user.clone(), BTreeMap::from([(device.clone(), sighting)]));
+            self.waiting.insert(user.clone(), vec![(device.clone(), sighting)]);
         }
     }
 
@@ -131,15 +132,16 @@ impl Devices {
 
     /// What was seen of a user's devices and is not stored, the older first.
     fn unstored(&self, user: &UserId) -> impl Iterator<Item = (&DeviceId, &Sighting)> {
-        [self.writing.get(user), self.waiting.get(user)].into_iter().flatten().flatten()
+        let lists = [self.writing.get(user), self.waiting.get(user)];
+        lists.into_iter().flatten().flatten().map(|(device, sighting)| (device, sighting))
     }
 }
 
 fn add(seen: &mut Seen, device: &DeviceId, sighting: Sighting) {
-    if let Some(known) = seen.get_mut(device) {
+    if let Some((_, known)) = seen.iter_mut().find(|(known, _)| known == device) {
         known.merge(sighting);
     } else if seen.len() < limits::DEVICES_MAX {
-        seen.insert(device.clone(), sighting);
+        seen.push((device.clone(), sighting));
     }
 }
 
@@ -338,10 +340,11 @@ async fn store_devices(store: StoreCalls, batch: Vec<Job>) -> Result<(Stored, u6
                 rows => rows?,
             };
             let mut rows = Rows::of(&rows);
-            let see = |(device, seen)| rows.see(&job.self_id, device, seen, &job.connected);
+            let see = |(device, seen): &(DeviceId, Sighting)| rows.see(&job.self_id, device, seen, &job.connected);
             let writes: Vec<_> = job.seen.iter().filter_map(see).collect();
             let last_seen = |device: &DeviceId| Some((device.clone(), rows.last_seen(device)?));
-            let stored: BTreeMap<DeviceId, Timestamp> = job.seen.keys().filter_map(last_seen).collect();
+            let stored: BTreeMap<DeviceId, Timestamp> =
+                job.seen.iter().map(|(device, _)| device).filter_map(last_seen).collect();
             Ok::<_, StoreError>(((job.user, stored), writes))
         }
     };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use im_proto::{ConversationId, InstanceId, ShardId, v1};
+use im_proto::{ConversationId, InstanceId, ShardId, token::Unverified, v1};
 use im_storage::StoreError;
 
 use crate::{
@@ -44,6 +44,7 @@ pub enum GatewayInput {
     Open {
         link: Arc<GatewayLink>,
         open: v1::SessionOpen,
+        token: Box<Unverified>,
         self_id: ConversationId,
     },
     Announce {

@@ -8,7 +8,7 @@ use std::{
 
 use im_proto::{
     DeviceId, InstanceId, Platform, SessionId, ShardId, StatusCode, Timestamp, UserId,
-    token::TokenError,
+    token::{TokenError, Unverified},
     v1::{self, router_message::Message as ToGateway},
 };
 use tokio::{sync::oneshot, time::Instant};
@@ -180,10 +180,10 @@ fn one_less(on_gateways: &mut BTreeMap<InstanceId, u64>, gateway: &InstanceId) {
 
 impl Worker {
     /// A client has presented a token: verify it, apply the device policy, record the session, then let it in.
-    pub fn open_session(&mut self, link: Arc<GatewayLink>, open: &v1::SessionOpen) {
+    pub fn open_session(&mut self, link: Arc<GatewayLink>, open: &v1::SessionOpen, token: &Unverified) {
         let context = &mut self.context;
         let now = context.cluster.environment.clock.now();
-        let caller = context.cluster.verifier.verify(&open.token, now).map(|verified| Caller {
+        let caller = context.cluster.verifier.verify_read(token, now).map(|verified| Caller {
             self_id: context.cluster.config.cluster_secret.self_id(&verified.user),
             user: verified.user,
             device: verified.device,

@@ -86,14 +86,19 @@ pub(crate) struct Connection<S> {
     stage: Stage,
     /// Bytes thrown away after the last frame.
     discarded: usize,
-    /// Frames before the `Hello`.
-    early_frames: u8,
-    peer_transport: Transport,
-    remote_address: SocketAddr,
+    /// Until the client is let in.
+    early: Option<Box<Early>>,
     /// Of a connection, or of a farewell.
     _place: Option<Permit>,
     _address: Option<AddressPlace>,
-    handshake: Option<Permit>,
+}
+
+/// What is known of a stranger, and not kept of a client that was let in: an idle connection is small.
+struct Early {
+    remote_address: SocketAddr,
+    /// Frames before the `Hello`.
+    frames: u8,
+    _handshake: Option<Permit>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,12 +158,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             rates: Rates::default(),
             stage,
             discarded: 0,
-            early_frames: 0,
-            peer_transport: peer.transport,
-            remote_address: peer.remote_address,
+            early: Some(Box::new(Early { remote_address: peer.remote_address, frames: 0, _handshake: handshake })),
             _place: place,
             _address: address,
-            handshake,
             shared,
         }
     }
@@ -192,14 +194,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn follow_session(&mut self) {
         if self.stage == Stage::Opening && self.session.is_live() {
             self.stage = Stage::Live;
-            self.handshake = None;
+            self.early = None;
             self.timer.received(Instant::now());
             self.rearm();
         }
         if self.stage != Stage::Closing && self.session.outbox.is_closing() {
-            if self.session.is_at_fault() && !self.session.is_live() {
-                let (limits, address) = (&self.shared.limits, self.remote_address.ip());
-                limits.addresses.failed(address, limits.time(Instant::now()));
+            if let Some(early) = self.early.as_ref().filter(|_| self.session.is_at_fault() && !self.session.is_live()) {
+                let limits = &self.shared.limits;
+                limits.addresses.failed(early.remote_address.ip(), limits.time(Instant::now()));
             }
             self.stage = Stage::Closing;
             self.input = Input::default();

@@ -69,14 +69,27 @@ struct State {
     /// An encoded `Capability`.
     capability: Box<[u8]>,
     expires_at: Timestamp,
-    kept: VecDeque<KeptSend>,
+    /// `None` if it was empty when the session was last looked through: an idle session is small.
+    in_flight: Option<Box<InFlight>>,
     /// Sends that were forwarded, one that was forwarded again counted again.
     attempts: u64,
+    last_call: u32,
+    renewing: Option<Box<Renewing>>,
+}
+
+/// What the client waits for.
+#[derive(Default)]
+struct InFlight {
+    kept: VecDeque<KeptSend>,
     /// Kept sends that no link has taken.
     waiting: usize,
     calls: Vec<PendingCall>,
-    last_call: u32,
-    renewing: Option<Box<Renewing>>,
+}
+
+impl InFlight {
+    fn is_empty(&self) -> bool {
+        self.kept.is_empty() && self.calls.is_empty()
+    }
 }
 
 /// What a connection read, checked, for the routers.
@@ -148,19 +161,15 @@ impl Session {
 
     /// Nothing that the client waits for is on its way.
     pub fn is_quiet(&self) -> bool {
-        let state = self.state.lock();
-        state.kept.is_empty() && state.calls.is_empty()
+        self.state.lock().in_flight.as_ref().is_none_or(|in_flight| in_flight.is_empty())
     }
 
     /// Gives back what a burst left allocated.
     pub fn trim(&self) {
         self.outbox.trim();
         let mut state = self.state.lock();
-        if state.kept.is_empty() {
-            state.kept = VecDeque::new();
-        }
-        if state.calls.is_empty() {
-            state.calls = Vec::new();
+        if state.in_flight.as_ref().is_some_and(|in_flight| in_flight.is_empty()) {
+            state.in_flight = None;
         }
     }
 
@@ -320,8 +329,7 @@ impl Session {
                 link.push_one(Message::Close(v1::SessionClose { session_id: self.id.0 }));
             }
         }
-        state.kept.clear();
-        state.calls.clear();
+        state.in_flight = None;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -58,6 +58,9 @@ impl Weighed for v1::PeerMessage {
     }
 }
 
+/// A queue with room for so many times what it had is made smaller.
+const SPARSE: usize = 16;
+
 /// Messages that wait for a link, in order. Who fills it keeps its bound.
 #[derive(Debug)]
 pub struct LinkQueue<M> {
@@ -95,6 +98,10 @@ impl<M: Weighed> LinkQueue<M> {
             batch.push(message);
         }
         self.bytes -= bytes.min(self.bytes);
+        if self.messages.is_empty() && batch.len() < self.messages.capacity() / SPARSE {
+            // What a storm took is given back when it is over.
+            self.messages.shrink_to(2 * batch.len());
+        }
         batch
     }
 }

@@ -38,6 +38,8 @@ const PARTS: usize = 16;
 /// until others are forgotten, within two windows: nobody sends for a hundred thousand users within twenty seconds on one router whom the
 /// gateways have not let in.
 const USERS_MAX: usize = 131_072 / PARTS;
+/// A part with room for so many times its users is made smaller.
+const SPARSE: usize = 8;
 /// What is less than this part of a limit is not brought to hot state.
 const ACCOUNTED_PART: u32 = 64;
 
@@ -212,7 +214,8 @@ impl UserLimits {
         let limits = [(Limited::Sends, self.sends), (Limited::Calls, self.calls)];
         let mut charges = Vec::new();
         for part in &self.parts {
-            part.lock().retain(|user, used| {
+            let mut part = part.lock();
+            part.retain(|user, used| {
                 let mut is_alive = false;
                 for (kind, limit) in limits.iter().filter_map(|(kind, limit)| Some((*kind, (*limit)?))) {
                     let used = used.of(kind);
@@ -221,6 +224,11 @@ impl UserLimits {
                 }
                 is_alive
             });
+            // What a storm of users took is given back.
+            if part.len() < part.capacity() / SPARSE {
+                let room = 2 * part.len();
+                part.shrink_to(room);
+            }
         }
         // By user, so that a simulation does the same each time.
         charges.sort_by(|one, other| (&one.0, one.1).cmp(&(&other.0, other.1)));

@@ -124,8 +124,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     pub(super) fn frame(&mut self, frame: Decoded<ClientFrame>, now: Instant, work: &mut Vec<Work>) -> Verdict {
         let malformed = || Err(StatusCode::Malformed.to_status());
         if self.stage == Stage::Hello {
-            self.early_frames += 1;
-            if self.early_frames > EARLY_FRAMES_MAX {
+            let Some(early) = &mut self.early else { return malformed() };
+            early.frames += 1;
+            if early.frames > EARLY_FRAMES_MAX {
                 return malformed();
             }
         }
@@ -176,7 +177,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// For a client that has not said who it is: some gateways, it does not matter which.
     fn locate(&self, request_id: u32) {
         let shared = &self.shared;
-        if !shared.locates.take(&shared.environment, self.remote_address.ip()) {
+        // Only a stranger asks.
+        let is_allowed = self
+            .early
+            .as_ref()
+            .is_some_and(|early| shared.locates.take(&shared.environment, early.remote_address.ip()));
+        if !is_allowed {
             shared.metrics.limited_locates.increment(1);
             return self.push(failed_reply(request_id, StatusCode::RateLimited.retry_after(LOCATE_PAUSE)));
         }
@@ -203,8 +209,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             token: hello.token,
             client_name: hello.client_name,
             client_version: hello.client_version,
-            remote_address: self.remote_address.to_string(),
-            transport: self.peer_transport.as_str().to_owned(),
+            remote_address: self.early.as_ref().map(|early| early.remote_address.to_string()).unwrap_or_default(),
+            transport: self.session.transport().as_str().to_owned(),
             opened_at_ms,
         };
         let shard = self.shared.shards.shard_of(&self.shared.secret.self_id(&verified.user));

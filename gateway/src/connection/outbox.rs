@@ -25,8 +25,8 @@ struct State {
     tail: BytesMut,
     /// Queued or taken, not yet written.
     bytes: usize,
-    replies: VecDeque<PendingReply>,
-    reply_bytes: usize,
+    /// `None` if there were none when the connection was last looked through.
+    replies: Option<Box<Replies>>,
     /// The frame whose way out is measured; one at a time.
     timed: Option<Box<Timed>>,
     /// Pushes were dropped, and the client was not told yet.
@@ -35,6 +35,13 @@ struct State {
     /// The connection waits for something to write.
     idle: bool,
     waker: Option<Waker>,
+}
+
+/// Replies that wait for their turn.
+#[derive(Default)]
+struct Replies {
+    queue: VecDeque<PendingReply>,
+    bytes: usize,
 }
 
 struct PendingReply {
@@ -100,7 +107,7 @@ impl State {
     fn close(&mut self, status: v1::Status) -> Option<Waker> {
         self.append(Frame::Close(v1::Close { status: Some(status) }));
         self.closing = true;
-        self.replies.clear();
+        self.replies = None;
         self.owes_resync = false;
         self.idle = false;
         self.waker.clone()
@@ -108,15 +115,18 @@ impl State {
 
     /// The next part of the reply that waited longest; replies take turns.
     fn append_reply_part(&mut self) {
-        let Some(mut reply) = self.replies.pop_front() else { return };
+        let Some(replies) = &mut self.replies else { return };
+        let Some(mut reply) = replies.queue.pop_front() else { return };
         let length = reply.payload.len().min(limits::REPLY_PART_BYTES_MAX);
         let payload = reply.payload.split_to(length);
-        self.reply_bytes -= length;
-        let last = reply.payload.is_empty();
-        self.append(Frame::Reply(v1::Reply { request_id: reply.request_id, status: None, payload, last }));
+        replies.bytes -= length;
+        let (request_id, last) = (reply.request_id, reply.payload.is_empty());
         if !last {
-            self.replies.push_back(reply);
+            replies.queue.push_back(reply);
+        } else if replies.queue.is_empty() {
+            self.replies = None;
         }
+        self.append(Frame::Reply(v1::Reply { request_id, status: None, payload, last }));
     }
 }
 
@@ -166,11 +176,12 @@ impl Outbox {
         if state.closing {
             return Ok(None);
         }
-        if !state.replies.is_empty() && state.reply_bytes + payload.len() > bounds.reply_bytes_max {
+        let replies = state.replies.get_or_insert_default();
+        if !replies.queue.is_empty() && replies.bytes + payload.len() > bounds.reply_bytes_max {
             return Err(ReplyTooLarge);
         }
-        state.reply_bytes += payload.len();
-        state.replies.push_back(PendingReply { request_id, payload: payload.clone() });
+        replies.bytes += payload.len();
+        replies.queue.push_back(PendingReply { request_id, payload: payload.clone() });
         Ok(state.wake())
     }
 
@@ -187,7 +198,7 @@ impl Outbox {
     pub fn finish(&self) {
         let mut state = self.state.lock();
         state.closing = true;
-        state.replies.clear();
+        state.replies = None;
         state.owes_resync = false;
     }
 
@@ -247,8 +258,8 @@ impl Outbox {
         if state.queue.is_empty() {
             state.queue = VecDeque::new();
         }
-        if state.replies.is_empty() {
-            state.replies = VecDeque::new();
+        if state.replies.as_ref().is_some_and(|replies| replies.queue.is_empty()) {
+            state.replies = None;
         }
     }
 }

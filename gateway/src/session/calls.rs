@@ -34,17 +34,18 @@ impl Session {
             shared.metrics.calls_unavailable.increment(1);
             self.push(shared, failed_reply(call.request_id, code.to_status()), &mut Wakers::default());
         };
-        if state.calls.len() >= shared.config.calls_in_flight_max {
+        let calls = &mut state.in_flight.get_or_insert_default().calls;
+        if calls.len() >= shared.config.calls_in_flight_max {
             return refuse(StatusCode::Overloaded);
         }
-        if state.calls.iter().any(|pending| pending.request_id == call.request_id) {
+        if calls.iter().any(|pending| pending.request_id == call.request_id) {
             return refuse(StatusCode::AlreadyExists);
         }
         let Some(link) = link.filter(|link| link.is_up()) else { return refuse(StatusCode::Unavailable) };
         shared.metrics.calls.increment(1);
         state.last_call = state.last_call.wrapping_add(1);
         let number = state.last_call;
-        state.calls.push(PendingCall { number, request_id: call.request_id, via: link.token() });
+        calls.push(PendingCall { number, request_id: call.request_id, via: link.token() });
         self.present(state, link, gather);
         let call = v1::Call { request_id: number, ..call };
         gather.add(link, Message::Call(v1::SessionCall { session_id: self.id.0, call: Some(call) }));
@@ -58,8 +59,9 @@ impl Session {
         home: Option<&Arc<Link>>,
         wakers: &mut Wakers,
     ) {
+        let Some(in_flight) = &mut state.in_flight else { return };
         let token = home.filter(|link| link.is_up()).map(|link| link.token());
-        state.calls.retain(|call| {
+        in_flight.calls.retain(|call| {
             let stays = Some(call.via) == token;
             if !stays {
                 shared.metrics.calls_unavailable.increment(1);
@@ -72,9 +74,14 @@ impl Session {
     /// The owner's reply.
     pub fn call_reply(&self, shared: &Shared, from: LinkToken, reply: &v1::CallReply, wakers: &mut Wakers) {
         let mut state = self.lock();
-        let position = state.calls.iter().position(|call| call.number == reply.request_id && call.via == from);
+        let Some(in_flight) = &mut state.in_flight else { return };
+        let position = in_flight.calls.iter().position(|call| call.number == reply.request_id && call.via == from);
         let Some(position) = position else { return };
-        let request_id = state.calls.swap_remove(position).request_id;
+        let request_id = in_flight.calls.swap_remove(position).request_id;
+        if in_flight.is_empty() && in_flight.kept.capacity() == 0 {
+            // One that sends nothing has called once, and may be idle from now on.
+            state.in_flight = None;
+        }
         drop(state);
         if let Some(status) = reply.status.as_ref().filter(|status| status.code != 0) {
             return self.push(shared, failed_reply(request_id, status.clone()), wakers);

@@ -87,7 +87,8 @@ impl Session {
         mut kept: KeptSend,
         gather: &mut Gather,
     ) {
-        if state.kept.len() >= shared.config.pending_sends_max {
+        let in_flight = state.in_flight.get_or_insert_default();
+        if in_flight.kept.len() >= shared.config.pending_sends_max {
             shared.metrics.sends_refused.increment(1);
             let status = StatusCode::Overloaded.retry_after(OVERLOADED_RETRY);
             let ack = refusal(&kept.send.client_message_id, Some(kept.conversation), status);
@@ -95,16 +96,16 @@ impl Session {
         }
         shared.metrics.sends.increment(1);
         // Nothing overtakes an older send of the same conversation that waits.
-        let behind = state.waiting > 0
-            && state.kept.iter().any(|older| older.via.is_none() && older.conversation == kept.conversation);
+        let behind = in_flight.waiting > 0
+            && in_flight.kept.iter().any(|older| older.via.is_none() && older.conversation == kept.conversation);
         match link.filter(|link| !behind && link.is_up()) {
             Some(link) => {
                 self.present(state, link, gather);
                 self.forward(&mut state.attempts, link, &mut kept, gather);
             }
-            None => state.waiting += 1,
+            None => in_flight.waiting += 1,
         }
-        state.kept.push_back(kept);
+        state.in_flight.get_or_insert_default().kept.push_back(kept);
     }
 
     fn forward(&self, attempts: &mut u64, link: &Arc<Link>, kept: &mut KeptSend, gather: &mut Gather) {
@@ -115,8 +116,8 @@ impl Session {
 
     /// Forwards everything that is not where it belongs.
     pub(super) fn send_again(&self, state: &mut State, shared: &Shared, routes: &Routes, gather: &mut Gather) {
-        let mut kept = std::mem::take(&mut state.kept);
-        for send in &mut kept {
+        let Some(mut in_flight) = state.in_flight.take() else { return };
+        for send in &mut in_flight.kept {
             let Some(link) = routes.owner(send.shard) else { continue };
             if send.via == Some(link.token()) {
                 continue;
@@ -128,23 +129,24 @@ impl Session {
                 self.forward(&mut state.attempts, link, send, gather);
             }
         }
-        state.waiting = kept.iter().filter(|send| send.via.is_none()).count();
-        state.kept = kept;
+        in_flight.waiting = in_flight.kept.iter().filter(|send| send.via.is_none()).count();
+        state.in_flight = Some(in_flight);
     }
 
     /// An owner's answer.
     pub fn send_result(&self, shared: &Shared, from: LinkToken, result: &v1::SendResult, wakers: &mut Wakers) {
         let Some(ack) = &result.ack else { return };
         let mut state = self.lock();
-        let position = state.kept.iter().position(|kept| kept.is(&ack.conversation_id, &ack.client_message_id));
+        let Some(in_flight) = &mut state.in_flight else { return };
+        let position = in_flight.kept.iter().position(|kept| kept.is(&ack.conversation_id, &ack.client_message_id));
         let Some(position) = position else { return };
         // That it is durable is true whoever says so. A refusal counts only of the last attempt, from the owner that has it now.
-        if ack.status.is_some() && !state.kept[position].is_answered(from, result.attempt) {
+        if ack.status.is_some() && !in_flight.kept[position].is_answered(from, result.attempt) {
             return;
         }
-        let kept = state.kept.remove(position);
+        let kept = in_flight.kept.remove(position);
         if kept.as_ref().is_some_and(|kept| kept.via.is_none()) {
-            state.waiting -= 1;
+            in_flight.waiting -= 1;
         }
         drop(state);
         shared.metrics.acks.increment(1);
@@ -155,15 +157,15 @@ impl Session {
     /// A router that does not own the shard gave a send back: it is tried again after a pause, or at once when the owner changes.
     pub fn send_returned(&self, shared: &Shared, from: LinkToken, returned: &v1::SendReturned) {
         let mut state = self.lock();
-        let state = &mut *state;
-        let kept = state
+        let Some(in_flight) = &mut state.in_flight else { return };
+        let kept = in_flight
             .kept
             .iter_mut()
             .filter(|kept| kept.is_answered(from, returned.attempt))
             .find(|kept| kept.is(&returned.conversation_id, &returned.client_message_id));
         if let Some(kept) = kept {
             kept.via = None;
-            state.waiting += 1;
+            in_flight.waiting += 1;
             shared.routing.retry_later(self.id);
         }
     }
@@ -174,9 +176,10 @@ impl Session {
         let mut gather = Gather::default();
         let mut state = self.lock();
         state.presented.retain(|(token, _)| *token != from);
-        let mut kept = std::mem::take(&mut state.kept);
+        let mut in_flight = state.in_flight.take().unwrap_or_default();
         self.present(&mut state, link, &mut gather);
-        let send = kept
+        let send = in_flight
+            .kept
             .iter_mut()
             .filter(|kept| kept.is_answered(from, wanted.attempt))
             .find(|kept| kept.is(&wanted.conversation_id, &wanted.client_message_id));
@@ -186,11 +189,11 @@ impl Session {
                 self.forward(&mut state.attempts, link, send, &mut gather);
             } else {
                 send.via = None;
-                state.waiting += 1;
+                in_flight.waiting += 1;
                 shared.routing.retry_later(self.id);
             }
         }
-        state.kept = kept;
+        state.in_flight = Some(in_flight);
         gather.flush();
     }
 }

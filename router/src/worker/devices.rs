@@ -189,6 +189,11 @@ impl Context {
                 break;
             }
         }
+        let queue = &mut self.users.devices.queue;
+        if queue.is_empty() {
+            // What a storm of connects took is given back.
+            queue.shrink_to_fit();
+        }
         if batch.is_empty() {
             return;
         }

@@ -85,7 +85,7 @@ pub(crate) struct Connection<S> {
     rates: Rates,
     stage: Stage,
     /// Bytes thrown away after the last frame.
-    discarded: usize,
+    discarded: u32,
     /// Until the client is let in.
     early: Option<Box<Early>>,
     /// Of a connection, or of a farewell.
@@ -230,9 +230,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         });
         let Poll::Ready((count, frames)) = read? else { return Ok(Poll::Pending) };
         if is_closing {
-            self.discarded += count;
+            self.discarded = self.discarded.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
             // Whoever sends on and on will not see the last frame anyway.
-            return Ok(Poll::Ready(if self.discarded > self.shared.config.frame_bytes_max { 0 } else { count }));
+            let is_enough = self.discarded as usize > self.shared.config.frame_bytes_max;
+            return Ok(Poll::Ready(if is_enough { 0 } else { count }));
         }
         if let Some(frames) = frames {
             self.shared.metrics.bytes_in.increment(u64::try_from(count).unwrap_or(u64::MAX));

@@ -1,5 +1,7 @@
 //! The live sessions of the users whose shards this worker owns: registration, device policy, pushes.
 
+mod platforms;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Bound,
@@ -13,6 +15,7 @@ use im_proto::{
 };
 use tokio::{sync::oneshot, time::Instant};
 
+use self::platforms::Platforms;
 use super::{
     Context, Worker,
     devices::Devices,
@@ -74,6 +77,7 @@ pub struct Users {
     pub shedding: Shedding,
     pub presence: Presences,
     pub devices: Devices,
+    platforms: Platforms,
 }
 
 struct UserSessions {
@@ -194,7 +198,7 @@ impl Worker {
             opened_at: Timestamp::from_millis(open.opened_at_ms),
         });
         let caller = match caller {
-            Ok(caller) => Arc::new(caller),
+            Ok(caller) => Arc::new(Caller { platform: context.users.platforms.shared(caller.platform), ..caller }),
             Err(error) => return refuse(&link, open.session_id, &error),
         };
         if !link.admit_session(caller.clone()) {

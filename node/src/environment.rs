@@ -61,9 +61,10 @@ impl Future for UntilCancelled {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = self.project();
-        match this.cancelled.poll(cx) {
+        // The task first: it may have ended, or see the same and end in order.
+        match this.task.as_mut().poll(cx) {
             Poll::Ready(()) => Poll::Ready(()),
-            Poll::Pending => this.task.as_mut().poll(cx),
+            Poll::Pending => this.cancelled.poll(cx),
         }
     }
 }

@@ -339,14 +339,26 @@ fn dispatch_open(cluster: &Cluster, link: &Arc<GatewayLink>, open: &v1::SessionO
         Ok((seen, token)) => {
             let self_id = cluster.config.cluster_secret.self_id(&seen.user);
             link.opening.lock().insert(SessionId(open.session_id));
-            // The token is in what was read.
-            let open = v1::SessionOpen { token: String::new(), ..open.clone() };
+            let open = without_token(open);
             inputs.push(GatewayInput::Open { link: link.clone(), open, token: Box::new(token), self_id });
         }
         Err(error) => {
             let refused = v1::SessionRefused { session_id: open.session_id, status: Some(error.status().to_status()) };
             link.send(vec![v1::RouterMessage { message: Some(ToGateway::Refused(refused)) }]);
         }
+    }
+}
+
+/// The same without its token, which is in what was read of it.
+fn without_token(open: &v1::SessionOpen) -> v1::SessionOpen {
+    v1::SessionOpen {
+        session_id: open.session_id,
+        token: String::new(),
+        client_name: open.client_name.clone(),
+        client_version: open.client_version.clone(),
+        remote_address: open.remote_address.clone(),
+        transport: open.transport.clone(),
+        opened_at_ms: open.opened_at_ms,
     }
 }
 

@@ -58,8 +58,10 @@ impl Weighed for v1::PeerMessage {
     }
 }
 
-/// A queue with room for so many times what it had is made smaller.
+/// A queue with room for so many times what it had is made smaller,
 const SPARSE: usize = 16;
+/// but not smaller than this: bursts and pauses take turns all the time.
+const ROOM_KEPT: usize = 512;
 
 /// Messages that wait for a link, in order. Who fills it keeps its bound.
 #[derive(Debug)]
@@ -98,9 +100,10 @@ impl<M: Weighed> LinkQueue<M> {
             batch.push(message);
         }
         self.bytes -= bytes.min(self.bytes);
-        if self.messages.is_empty() && batch.len() < self.messages.capacity() / SPARSE {
+        let room = self.messages.capacity();
+        if self.messages.is_empty() && !batch.is_empty() && room > ROOM_KEPT && batch.len() < room / SPARSE {
             // What a storm took is given back when it is over.
-            self.messages.shrink_to(2 * batch.len());
+            self.messages.shrink_to(ROOM_KEPT);
         }
         batch
     }
@@ -140,5 +143,29 @@ impl Acknowledged {
 
     fn waiting(&self, incoming: &Incoming) -> u64 {
         incoming.received_through().saturating_sub(self.through)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_gives_back_what_a_storm_took_and_keeps_the_order() {
+        let mut queue = LinkQueue::<v1::RouterMessage>::default();
+        let refused = |session_id| v1::SessionRefused { session_id, status: None };
+        let message =
+            |session_id| v1::RouterMessage { message: Some(v1::router_message::Message::Refused(refused(session_id))) };
+        let many = 3 * BATCH_MESSAGES_MAX as u64;
+        (0..many).for_each(|number| queue.push(message(number)));
+        let taken: Vec<_> =
+            std::iter::from_fn(|| Some(queue.take_batch()).filter(|batch| !batch.is_empty())).flatten().collect();
+        assert_eq!(taken, (0..many).map(message).collect::<Vec<_>>());
+        assert!(queue.messages.capacity() >= BATCH_MESSAGES_MAX, "nothing is given back for an empty look");
+        queue.push(message(0));
+        assert_eq!(queue.take_batch(), [message(0)]);
+        let room = queue.messages.capacity();
+        assert!((ROOM_KEPT..2 * ROOM_KEPT).contains(&room), "room for {room}");
+        assert_eq!((queue.len(), queue.bytes()), (0, 0));
     }
 }

@@ -25,7 +25,7 @@ struct State {
     tail: BytesMut,
     /// Queued or taken, not yet written.
     bytes: usize,
-    /// `None` if there were none when the connection was last looked through.
+    /// `None` if there are none.
     replies: Option<Box<Replies>>,
     /// The frame whose way out is measured; one at a time.
     timed: Option<Box<Timed>>,
@@ -257,9 +257,6 @@ impl Outbox {
         let mut state = self.state.lock();
         if state.queue.is_empty() {
             state.queue = VecDeque::new();
-        }
-        if state.replies.as_ref().is_some_and(|replies| replies.queue.is_empty()) {
-            state.replies = None;
         }
     }
 }

@@ -175,9 +175,13 @@ impl Session {
         let from = link.token();
         let mut gather = Gather::default();
         let mut state = self.lock();
+        if state.gone {
+            // Shown again, it would stay there for as long as the link.
+            return;
+        }
         state.presented.retain(|(token, _)| *token != from);
-        let mut in_flight = state.in_flight.take().unwrap_or_default();
         self.present(&mut state, link, &mut gather);
+        let Some(mut in_flight) = state.in_flight.take() else { return gather.flush() };
         let send = in_flight
             .kept
             .iter_mut()

@@ -70,6 +70,29 @@ fn the_key_id_is_the_first_8_bytes_of_blake3_of_the_public_key() {
 }
 
 #[test]
+fn what_is_no_key_is_refused_and_a_key_with_which_anybody_could_sign() {
+    let refused = |public: [u8; 32]| VerifyKey::from_public(&public).map_err(|error| error.to_string());
+    assert!(refused([7; 32]).expect_err("no point").contains("a point of the curve"));
+    let mut neutral = [0; 32];
+    neutral[0] = 1;
+    assert!(refused(neutral).expect_err("of order one").contains("anybody could sign"));
+}
+
+#[test]
+fn a_signature_has_one_way_to_be_written() {
+    let good = key().sign(&claims()).expect("signed");
+    assert!(verifier().verify(&good, NOW).is_ok());
+    // 64 bytes are 86 digits, of the last of which two bits count.
+    let (rest, last) = good.split_at(good.len() - 1);
+    for other in ["A", "B", "Q", "R", "g", "h", "w", "x"].into_iter().filter(|other| *other != last) {
+        assert!(verifier().verify(&format!("{rest}{other}"), NOW).is_err(), "{other}");
+    }
+    for tail in ["=", "==", "A", "+", " ", "\n", "."] {
+        assert!(verifier().verify(&format!("{good}{tail}"), NOW).is_err(), "{tail:?}");
+    }
+}
+
+#[test]
 fn a_token_of_another_issuer_cluster_or_key_is_refused() {
     let refused = |claims| matches!(verify(&claims), Err(TokenError::Refused(_)));
     assert!(refused(Claims { iss: "other".to_owned(), ..claims() }));

@@ -133,7 +133,8 @@ fn transport() -> Result<TransportConfig, ListenError> {
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0)
-        .max_idle_timeout(Some(idle));
+        .max_idle_timeout(Some(idle))
+        .mtu_discovery_config(None);
     Ok(transport)
 }
 
@@ -196,11 +197,11 @@ fn accept(gateway: &Gateway, incoming: Incoming) {
         let (deadline, remote_address) = (shared.config.handshake_deadline, incoming.remote_address());
         let opened = Box::pin(timeout(deadline, open(&serving, incoming, early, &mut proven))).await;
         match opened {
-            Ok(Ok(Opened { connection, stream, place })) => {
+            Ok(Ok(Opened { stream, place })) => {
                 drop(permit);
                 let peer = PeerInfo { transport: Transport::Quic, remote_address };
-                serving.serve_judged(stream, peer, place).await;
-                connection.close(VarInt::from_u32(0), b"");
+                // A task of its own: what the handshake's has room for is twice as large. The connection closes with its stream.
+                shared.environment.spawn(serving.serve_judged(stream, peer, place));
             }
             Ok(Err(NotOpened::Limited(excess))) => shared.metrics.limited_address(excess).increment(1),
             failed => {
@@ -217,9 +218,8 @@ fn accept(gateway: &Gateway, incoming: Incoming) {
 
 type Stream = tokio::io::Join<quinn::RecvStream, quinn::SendStream>;
 
-/// A connection with the client's stream.
+/// The client's stream, which holds the connection.
 struct Opened {
-    connection: quinn::Connection,
     stream: Stream,
     place: Option<AddressPlace>,
 }
@@ -254,5 +254,5 @@ async fn open(
         })?,
     };
     let (send, receive) = connection.accept_bi().await?;
-    Ok(Opened { connection, stream: tokio::io::join(receive, send), place })
+    Ok(Opened { stream: tokio::io::join(receive, send), place })
 }

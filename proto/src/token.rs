@@ -43,6 +43,8 @@ pub struct Claims {
 pub enum TokenError {
     #[error("the token is malformed: {0}")]
     Malformed(String),
+    #[error("the key cannot be used: {0}")]
+    Key(String),
     #[error("no key with the id {0:?} verifies it")]
     UnknownKey(String),
     #[error("the signature, issuer or audience is wrong: {0}")]
@@ -87,7 +89,7 @@ impl SigningKey {
     pub fn from_pkcs8(der: &[u8]) -> Result<Self, TokenError> {
         use ring::signature::KeyPair as _;
         let pair = ring::signature::Ed25519KeyPair::from_pkcs8_maybe_unchecked(der)
-            .map_err(|error| TokenError::Malformed(format!("the signing key is no PKCS#8 Ed25519 key: {error}")))?;
+            .map_err(|error| TokenError::Key(format!("it is no Ed25519 key pair as PKCS#8: {error}")))?;
         let public = pair.public_key().as_ref().to_vec();
         Ok(Self { key_id: key_id(&public), key: EncodingKey::from_ed_der(der), public })
     }
@@ -116,11 +118,11 @@ pub struct VerifyKey {
 impl VerifyKey {
     /// From the 32 bytes of the public key.
     pub fn from_public(public: &[u8]) -> Result<Self, TokenError> {
-        let refused = |what: &str| TokenError::Malformed(format!("an Ed25519 public key is {what}"));
-        let bytes = public.try_into().map_err(|_| refused("32 bytes"))?;
-        let point = VerifyingKey::from_bytes(bytes).map_err(|_| refused("a point of the curve"))?;
+        let refused = |why: &str| TokenError::Key(why.to_owned());
+        let bytes = public.try_into().map_err(|_| refused("an Ed25519 public key is 32 bytes"))?;
+        let point = VerifyingKey::from_bytes(bytes).map_err(|_| refused("it is no point of the curve of Ed25519"))?;
         if point.is_weak() {
-            return Err(refused("of full order: with this one anybody could sign"));
+            return Err(refused("it is of a small order: with it anybody could sign"));
         }
         Ok(Self { key_id: key_id(public), public: public.to_vec() })
     }

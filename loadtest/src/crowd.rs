@@ -9,19 +9,23 @@ mod lane;
 mod reading;
 mod receive;
 mod send;
+mod statistics;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     task::Waker,
 };
 
 use im_proto::{ConversationId, v1};
 
-pub use self::flow::{Flow, MessageId};
+pub use self::{
+    flow::{Flow, MessageId},
+    statistics::{Delays, Statistics},
+};
 use self::{
     lane::{Lane, Sending},
     reading::Reading,
@@ -29,7 +33,6 @@ use self::{
 use crate::{
     checker::{Client, History, ReadRange},
     driver::{self, Micros},
-    report::Latencies,
     timeline::STALLED_AFTER,
 };
 
@@ -56,6 +59,8 @@ pub struct Switches {
     pub measuring: AtomicBool,
     /// Connections are to be closed, and not opened again.
     pub closing: AtomicBool,
+    /// One more than the number of the phase that the delays count for; 0 is none.
+    pub phase: AtomicUsize,
 }
 
 /// What the threads tell the controller while they run.
@@ -107,33 +112,6 @@ pub struct SendPlan {
     pub body_bytes: usize,
     /// Open loop: microseconds between two sends of this lane, and the first one's moment after sending begins.
     pub every: Option<(f64, f64)>,
-}
-
-/// What a thread measured.
-#[derive(Default)]
-pub struct Statistics {
-    /// During the measured time.
-    pub acknowledged: u64,
-    pub delivered: u64,
-    pub begun: u64,
-    pub ack: Latencies,
-    pub delivery: Latencies,
-    /// During the whole run, by cause: what the server refused for good, and what it said that it should not.
-    pub errors: BTreeMap<String, u64>,
-    /// By cause: connections that ended unasked or could not be opened.
-    pub disconnects: BTreeMap<String, u64>,
-    /// By status text: what the server asked to be tried again.
-    pub retries: BTreeMap<String, u64>,
-    /// Sends that the server refused for good; `errors` says why.
-    pub refused: u64,
-    /// Messages that came although the client had them, and dropped.
-    pub redelivered: u64,
-    pub gaps_repaired: u64,
-    /// Reads of random parts of histories that were judged.
-    pub reads: u64,
-    pub resyncs: u64,
-    pub reconnects: u64,
-    pub heartbeats: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -290,32 +290,6 @@ impl Drop for Metronome {
     }
 }
 
-impl Statistics {
-    fn absorb(&mut self, other: Statistics) {
-        self.acknowledged += other.acknowledged;
-        self.delivered += other.delivered;
-        self.begun += other.begun;
-        self.ack.add(&other.ack);
-        self.delivery.add(&other.delivery);
-        for (cause, count) in other.errors {
-            *self.errors.entry(cause).or_default() += count;
-        }
-        for (cause, count) in other.disconnects {
-            *self.disconnects.entry(cause).or_default() += count;
-        }
-        for (cause, count) in other.retries {
-            *self.retries.entry(cause).or_default() += count;
-        }
-        self.refused += other.refused;
-        self.redelivered += other.redelivered;
-        self.gaps_repaired += other.gaps_repaired;
-        self.reads += other.reads;
-        self.resyncs += other.resyncs;
-        self.reconnects += other.reconnects;
-        self.heartbeats += other.heartbeats;
-    }
-}
-
 /// A number that grows, for the progress line.
 pub fn total(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)

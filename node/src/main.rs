@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 the operation failed, 2 wrong usage, configuration or environment and nothing was changed, 3 a promise of
 //! the system did not hold.
 
+mod allocator;
 mod args;
 mod cluster;
 mod config;
@@ -39,6 +40,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if matches!(arguments.command, None | Some(Command::Up(_) | Command::Router(_) | Command::Gateway(_))) {
+        allocator::give_back_in_time();
+    }
     // Idle connections are many small objects that live long; huge pages keep what lay between them. docs/performance.md has figures.
     // A kernel that refuses costs memory, nothing else.
     let _ = rustix::thread::disable_transparent_huge_pages(true);

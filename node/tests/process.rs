@@ -39,6 +39,22 @@ fn wrong_usage_exits_2() {
     }
 }
 
+#[test]
+fn a_server_has_the_allocator_give_memory_back_unless_it_is_told_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, told, wanted) in [("own", None, "0"), ("told", Some("7"), "7")] {
+        let data = folder.path().join(name);
+        // Servers of tests start without any environment.
+        let mut command = Command::new("env");
+        command.args(told.map(|value| format!("MIMALLOC_PURGE_EXTEND_DELAY={value}")));
+        command.args([env!("CARGO_BIN_EXE_imd"), "up", "--data", data.to_str().unwrap()]).args(ANY);
+        let server = Server::run(&data, command);
+        let environment = std::fs::read(format!("/proc/{}/environ", server.child.id())).unwrap();
+        let wanted = format!("MIMALLOC_PURGE_EXTEND_DELAY={wanted}");
+        assert!(environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes()), "{name}");
+    }
+}
+
 /// Runs nothing and says in one line what is missing or does not fit, and which option mends it.
 #[test]
 fn a_role_that_cannot_work_says_why_and_exits_2() {

@@ -10,6 +10,7 @@
 mod engine;
 mod group;
 mod journal;
+mod memtables;
 mod metrics;
 mod queue;
 mod reader;
@@ -44,7 +45,8 @@ const INLINE_ROWS_MAX: u64 = 512;
 pub struct EmbeddedOptions {
     /// Blocks kept in memory for reads.
     pub cache_bytes: u64,
-    /// The part of the log that is in memory and in the journal only. Twice to three times as much may be in use at a time.
+    /// The part of the log that is in memory and in the journal only. Up to five times as much is in use at a time: the engine takes no
+    /// write while four full ones wait to be written out.
     pub memtable_bytes: u64,
     /// Writes that may wait. Beyond it a submitter is told `Unconfirmed` at once and repeats later.
     pub queue_bytes: usize,
@@ -54,7 +56,9 @@ pub struct EmbeddedOptions {
     /// because fjall 3.1 does not sync the directory of its blob files: a file system that does not make the name of a synced file
     /// durable by itself may lose one with the power, and acknowledged messages with it (ADR 0002).
     pub blob_threshold_bytes: Option<u32>,
-    /// Threads that flush and compact. With one, a long compaction holds up flushes and with them writes.
+    /// Threads that flush and compact. With one, a long compaction holds up flushes and with them writes. The first of several does not
+    /// compact: fjall 3.1 lets it hand every request to compact back to the queue without a pause, so that it burns a core as long as all
+    /// others are busy. With two that is every compaction; with four it was not seen (ADR 0002).
     pub worker_threads: usize,
 }
 
@@ -66,7 +70,7 @@ impl Default for EmbeddedOptions {
             queue_bytes: 256 << 20,
             group_bytes: 8 << 20,
             blob_threshold_bytes: None,
-            worker_threads: 2,
+            worker_threads: 4,
         }
     }
 }
@@ -280,3 +284,5 @@ fn scan(engine: &Engine, first: &[u8], prefix: usize, limit: usize) -> Result<Ve
 
 /// How often the watchdog looks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// The same while there is memory that the engine may be done with.
+const FREE_INTERVAL: Duration = Duration::from_millis(50);

@@ -108,10 +108,7 @@ impl Participants {
         let Some(position) = sending.position(id) else { return };
         sending.remove(position);
         self.flows[usize::try_from(id.flow).unwrap_or(0)].arrived(id.number);
-        if self.switches.measuring.load(std::sync::atomic::Ordering::Relaxed) {
-            self.statistics.acknowledged += 1;
-            self.statistics.ack.record(now.saturating_sub(id.scheduled));
-        }
+        self.statistics.acknowledged(&self.switches, now.saturating_sub(id.scheduled));
         self.extend(member, id.flow, ack.seq, now);
     }
 
@@ -205,10 +202,7 @@ impl Participants {
             if let Some(flow) = self.flows.get(usize::try_from(id.flow).unwrap_or(usize::MAX)) {
                 flow.arrived(id.number);
             }
-            if self.switches.measuring.load(std::sync::atomic::Ordering::Relaxed) {
-                self.statistics.delivered += 1;
-                self.statistics.delivery.record(now.saturating_sub(id.scheduled));
-            }
+            self.statistics.delivered(&self.switches, now.saturating_sub(id.scheduled));
         }
         if let Some(view) = lane.view {
             self.history.delivered(view, entry(message));

@@ -1,14 +1,18 @@
 //! Established users while others flood the server: connects, TLS handshakes, garbage.
 //!
-//! The same open-loop chat once in peace and once under each flood. The flood is a process of its own with the lowest priority, so
-//! that what it costs the established users is the server's work and not the flooder's.
+//! One open-loop chat of the same users, cut into short slices that are in peace or under one of the floods, in turns: what the disk and
+//! the store do over the minutes (a slow sync, a flush) then falls on all of them alike. The flood is a process of its own with the
+//! lowest priority, so that what it costs the established users is the server's work and not the flooder's.
 
 use std::{
     io::{Read as _, Write as _},
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     process::Stdio,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,8 +20,11 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tokio::{io::AsyncReadExt as _, process::Command, time::Instant};
 
-use super::{Target, chat};
+use super::{Target, chat, judge, run_load_while};
 use crate::{
+    crowd::{Delays, Switches},
+    load::Load,
+    measure::Reading,
     options::Common,
     report::{Goal, Percentiles, Report, round},
     stream::{Connector, Transport},
@@ -28,6 +35,12 @@ use crate::{
 const GROWTH_MAX: f64 = 1.2;
 /// Share of the closed loop's rate, if the options name neither rate nor share.
 const LOAD: f64 = 0.25;
+/// What a slice may be, in the order of the first round.
+const KINDS: [Option<Flood>; 4] = [None, Some(Flood::Connects), Some(Flood::Handshakes), Some(Flood::Garbage)];
+/// The longest slice.
+const SLICE: Duration = Duration::from_secs(2);
+/// After a flood has begun, and after it has ended, nothing counts for so long.
+const BETWEEN: Duration = Duration::from_millis(300);
 /// Attempts under way at once.
 const AT_ONCE: usize = 256;
 const FLOOD_FROM: std::net::IpAddr = std::net::IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 2));
@@ -54,21 +67,33 @@ struct Attempts {
     failed: u64,
 }
 
+/// All slices of one kind together.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    slices: u32,
+    seconds: f64,
+    server_core_seconds: f64,
+    other_core_seconds: f64,
+    attempts: Attempts,
+    flooded_seconds: f64,
+}
+
 #[derive(Debug, Serialize)]
 struct Phase {
     flood: Option<Flood>,
+    slices: u32,
     attempts_per_s: f64,
     failed_per_s: f64,
     ack_us: Percentiles,
     delivery_us: Percentiles,
-    delivered_per_s: f64,
     server_cores: f64,
     other_cores: f64,
-    /// The delivery's p99 against the run in peace.
+    /// The delivery's p50 and p99 against the slices in peace.
+    p50_against_peace: f64,
     p99_against_peace: f64,
 }
 
-/// One run.
+/// One run: `--seconds` of each kind.
 pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
     if !options.server.is_empty() {
         return Err(usage("flood starts its own server: leave out --server"));
@@ -82,40 +107,113 @@ pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
         let closed = chat::closed_loop(&mut target, &options, pairs).await?;
         options.rate = Some(closed.delivered_per_s * options.rate_of.unwrap_or(LOAD));
     }
-    let mut report = chat::once(&mut target, &options, pairs).await?;
-    let peace = report.delivery_us.p99.max(1);
-    let mut phases = vec![phase(None, &report, Attempts::default(), 1.0)];
-    for flood in [Flood::Connects, Flood::Handshakes, Flood::Garbage] {
-        let attacker = Attacker::start(&mut target, flood, rate).await?;
-        let run = chat::once(&mut target, &options, pairs).await?;
-        let (attempts, seconds) = attacker.stop().await?;
-        let against = run.delivery_us.p99 as f64 / peace as f64;
-        phases.push(phase(Some(flood), &run, attempts, seconds));
-        phases.last_mut().into_iter().for_each(|phase| phase.p99_against_peace = round(against));
-        let what = format!("delivery p99 of established users under {flood:?} against the run in peace");
-        report.goals.push(Goal::at_most("flood", &what, GROWTH_MAX, against));
-        if run.promise_broken() {
-            let goals = std::mem::take(&mut report.goals);
-            report = Report { goals, ..run };
-        }
-    }
-    report.scenario = "flood".to_owned();
-    report.detail("phases", phases);
+    let entrances = Entrances::of(&mut target, rate).await?;
+    target.next_users();
+    let load = Load::start(chat::plan(&target, &options, pairs)?, target.endpoints.clone())?;
+    let switches = Arc::clone(&load.switches);
+    let servers = target.pids();
+    let slices = slices(options.time(), &switches, &servers, &entrances);
+    let (mut report, outcome, sums) = run_load_while(load, &target, &options, "flood", slices).await?;
+    report.connections = 2 * pairs;
+    compare(&mut report, &sums?, &outcome.statistics.phases)?;
+    judge(&target, &options, outcome, &mut report).await;
     target.close(&mut report).await?;
     Ok(report)
 }
 
-fn phase(flood: Option<Flood>, run: &Report, attempts: Attempts, seconds: f64) -> Phase {
-    Phase {
-        flood,
-        attempts_per_s: round(attempts.done as f64 / seconds),
-        failed_per_s: round(attempts.failed as f64 / seconds),
-        ack_us: run.ack_us,
-        delivery_us: run.delivery_us,
-        delivered_per_s: run.delivered_per_s,
-        server_cores: run.server.cpu_cores,
-        other_cores: run.other_cpu_cores,
-        p99_against_peace: 1.0,
+/// Slices in rounds, each kind once a round for `each` in all; what happened in those of each kind.
+async fn slices(
+    each: Duration,
+    switches: &Switches,
+    servers: &[u32],
+    entrances: &Entrances,
+) -> anyhow::Result<[Sum; KINDS.len()]> {
+    let rounds = each.div_duration_f64(SLICE).ceil().max(1.0) as u32;
+    let mut sums = [Sum::default(); KINDS.len()];
+    for kind in (0..rounds).flat_map(order) {
+        let attacker = match KINDS[kind] {
+            Some(flood) => Some(Attacker::start(entrances, flood).await?),
+            None => None,
+        };
+        tokio::time::sleep(BETWEEN).await;
+        let before = Reading::take(servers);
+        switches.phase.store(kind + 1, Ordering::Relaxed);
+        tokio::time::sleep(each / rounds).await;
+        switches.phase.store(0, Ordering::Relaxed);
+        let usage = Reading::take(servers).since(&before);
+        let sum = &mut sums[kind];
+        sum.slices += 1;
+        sum.seconds += usage.seconds;
+        sum.server_core_seconds += usage.server_cores * usage.seconds;
+        sum.other_core_seconds += usage.other_cores * usage.seconds;
+        if let Some(attacker) = attacker {
+            let (attempts, seconds) = attacker.stop().await?;
+            sum.attempts.done += attempts.done;
+            sum.attempts.failed += attempts.failed;
+            sum.flooded_seconds += seconds;
+        }
+        tokio::time::sleep(BETWEEN).await;
+    }
+    Ok(sums)
+}
+
+/// The kinds of one round. Each round begins with another, and every second goes backwards, so that no kind always follows the same.
+fn order(round: u32) -> [usize; KINDS.len()] {
+    let kinds = KINDS.len();
+    let forwards = |place: usize| (place + round as usize / 2) % kinds;
+    std::array::from_fn(|place| forwards(if round.is_multiple_of(2) { place } else { kinds - 1 - place }))
+}
+
+/// What each flood did to the established users, against the slices in peace.
+fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], delays: &[Delays]) -> anyhow::Result<()> {
+    anyhow::ensure!(delays.len() == KINDS.len(), "nothing was delivered under some of the floods");
+    let peace = delays[0].delivery.percentiles();
+    let mut phases = Vec::with_capacity(KINDS.len());
+    for ((flood, sum), delays) in KINDS.into_iter().zip(sums).zip(delays) {
+        let delivery = delays.delivery.percentiles();
+        let against = |of: fn(&Percentiles) -> u64| of(&delivery) as f64 / of(&peace).max(1) as f64;
+        let a_second = |count: u64| round(count as f64 / sum.flooded_seconds.max(1e-9));
+        let cores = |core_seconds: f64| round(core_seconds / sum.seconds.max(1e-9));
+        let p99 = against(|percentiles| percentiles.p99);
+        if let Some(flood) = flood {
+            let what = format!("delivery p99 of established users under {flood:?} against that in peace");
+            report.goals.push(Goal::at_most("flood", &what, GROWTH_MAX, p99));
+        }
+        phases.push(Phase {
+            flood,
+            slices: sum.slices,
+            attempts_per_s: a_second(sum.attempts.done),
+            failed_per_s: a_second(sum.attempts.failed),
+            ack_us: delays.ack.percentiles(),
+            delivery_us: delivery,
+            server_cores: cores(sum.server_core_seconds),
+            other_cores: cores(sum.other_core_seconds),
+            p50_against_peace: round(against(|percentiles| percentiles.p50)),
+            p99_against_peace: round(p99),
+        });
+    }
+    report.detail("phases", phases);
+    Ok(())
+}
+
+/// Where a flood goes.
+struct Entrances {
+    tcp: String,
+    tls: String,
+    quic: String,
+    ca: Option<PathBuf>,
+    rate: f64,
+}
+
+impl Entrances {
+    async fn of(target: &mut Target, rate: f64) -> anyhow::Result<Self> {
+        let process = target.process.as_mut().context("there is no own server")?;
+        let mut tls = process.endpoints(Transport::Tls).await?;
+        let mut quic = process.endpoints(Transport::Quic).await?;
+        let mut tcp = process.endpoints(Transport::Tcp).await?;
+        let first = |addresses: &mut Vec<String>| addresses.swap_remove(0);
+        let [tcp, quic] = [&mut tcp, &mut quic].map(|endpoints| first(&mut endpoints.addresses));
+        Ok(Self { tcp, tls: first(&mut tls.addresses), quic, ca: tls.ca, rate })
     }
 }
 
@@ -126,21 +224,17 @@ struct Attacker {
 }
 
 impl Attacker {
-    async fn start(target: &mut Target, flood: Flood, rate: f64) -> anyhow::Result<Self> {
-        let process = target.process.as_mut().context("there is no own server")?;
-        let tls = process.endpoints(Transport::Tls).await?;
-        let quic = process.endpoints(Transport::Quic).await?;
-        let tcp = process.endpoints(Transport::Tcp).await?;
-        let address = if flood == Flood::Handshakes { &tls.addresses[0] } else { &tcp.addresses[0] };
+    async fn start(entrances: &Entrances, flood: Flood) -> anyhow::Result<Self> {
+        let address = if flood == Flood::Handshakes { &entrances.tls } else { &entrances.tcp };
         let own = std::env::current_exe().context("find the own program")?;
         let mut command = Command::new(own);
         let kind = serde_json::to_value(flood)?;
         command.args(["flood-client", "--kind", kind.as_str().unwrap_or_default(), "--address", address]);
-        command.args(["--rate", &rate.to_string()]);
+        command.args(["--rate", &entrances.rate.to_string()]);
         if flood == Flood::Garbage {
-            command.args(["--udp", &quic.addresses[0]]);
+            command.args(["--udp", &entrances.quic]);
         }
-        if let Some(ca) = &tls.ca {
+        if let Some(ca) = &entrances.ca {
             command.arg("--ca").arg(ca);
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
@@ -265,4 +359,20 @@ fn garbage(noise: &mut u64, bytes: usize) -> Vec<u8> {
     }
     out.truncate(bytes);
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{KINDS, order};
+
+    #[test]
+    fn over_eight_rounds_each_kind_has_each_place_as_often() {
+        let mut places = [[0; KINDS.len()]; KINDS.len()];
+        for round in 0..8 {
+            for (place, kind) in order(round).into_iter().enumerate() {
+                places[kind][place] += 1;
+            }
+        }
+        assert_eq!(places, [[2; KINDS.len()]; KINDS.len()]);
+    }
 }

@@ -21,8 +21,10 @@ const SENDERS: usize = 32;
 const BODY_BYTES: usize = 16 * 1024;
 /// Of a message besides its text: ids, names, the places in which it waits.
 const MESSAGE_BYTES: usize = 1024;
-/// A message waits as it came (for another owner) and as the entry that is written.
-const COPIES: u64 = 2;
+/// A message waits in the buffer that it came in, from which it is also written; that may have grown to twice of what is in it.
+const BUFFER: u64 = 2;
+/// The engine takes no write while four full memtables wait to be written out, besides the one that is filled.
+const MEMTABLES: u64 = 5;
 
 /// One part of the sum.
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -72,16 +74,13 @@ fn sum(senders: usize, body: usize, size: &dyn Fn(&str) -> Option<u64>) -> anyho
     let pending = known("gateway.pending_sends_max")?;
     let waiting = senders as u64 * pending * (body + MESSAGE_BYTES) as u64;
     let sends = format!(
-        "{senders} senders × gateway.pending_sends_max {pending} × ({body} bytes of text + {MESSAGE_BYTES}) × {COPIES} copies"
+        "{senders} senders × gateway.pending_sends_max {pending} × ({body} bytes of text + {MESSAGE_BYTES}) × {BUFFER}"
     );
-    let mut parts = vec![part(sends, waiting * COPIES)];
-    for (key, times) in
-        [("store.queue_bytes", 1), ("store.group_bytes", 2), ("store.memtable_bytes", 3), ("store.cache_bytes", 1)]
-    {
+    // What is in the store's queue are the same buffers.
+    let mut parts = vec![part(sends, waiting * BUFFER)];
+    for (key, times) in [("store.group_bytes", 2), ("store.memtable_bytes", MEMTABLES), ("store.cache_bytes", 1)] {
         let each = known(key)?;
-        // No more waits than what was sent.
-        let bytes = if key == "store.queue_bytes" { each.min(waiting) } else { each * times };
-        parts.push(part(format!("{times} × {key} {each}"), bytes));
+        parts.push(part(format!("{times} × {key} {each}"), each * times));
     }
     Ok(parts)
 }
@@ -120,13 +119,12 @@ mod tests {
     fn the_sum_is_that_of_the_settings() {
         let size = |key: &str| match key {
             "gateway.pending_sends_max" => Some(10),
-            "store.queue_bytes" => Some(1 << 30),
             "store.group_bytes" | "store.memtable_bytes" | "store.cache_bytes" => Some(100),
             _ => None,
         };
         let parts = sum(2, 0, &size).unwrap();
         let bytes: Vec<u64> = parts.iter().map(|part| part.bytes).collect();
-        assert_eq!(bytes, [2 * 10 * 1024 * 2, 2 * 10 * 1024, 200, 300, 100]);
+        assert_eq!(bytes, [2 * 10 * 1024 * 2, 200, 500, 100]);
         assert!(parts[0].what.starts_with("2 senders × gateway.pending_sends_max 10"));
         assert!(sum(2, 0, &|_| None).unwrap_err().to_string().contains("no setting gateway.pending_sends_max"));
     }

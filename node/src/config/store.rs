@@ -10,13 +10,14 @@ use super::{
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
-/// Sizes of the embedded store, in memory.
+/// Sizes of the embedded store, in memory, and its threads.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
     pub queue_bytes: usize,
     pub group_bytes: usize,
     pub memtable_bytes: usize,
     pub cache_bytes: usize,
+    pub worker_threads: usize,
 }
 
 impl Default for StoreConfig {
@@ -28,6 +29,7 @@ impl Default for StoreConfig {
             group_bytes: options.group_bytes,
             memtable_bytes: size(options.memtable_bytes),
             cache_bytes: size(options.cache_bytes),
+            worker_threads: options.worker_threads,
         }
     }
 }
@@ -40,13 +42,14 @@ impl StoreConfig {
             group_bytes: self.group_bytes,
             memtable_bytes: self.memtable_bytes as u64,
             cache_bytes: self.cache_bytes as u64,
+            worker_threads: self.worker_threads,
             ..EmbeddedOptions::default()
         }
     }
 }
 
 /// What can be told the embedded store.
-pub fn settings(config: &mut StoreConfig) -> [Setting<'_>; 4] {
+pub fn settings(config: &mut StoreConfig) -> [Setting<'_>; 5] {
     [
         setting(
             "store.queue_bytes",
@@ -63,15 +66,22 @@ pub fn settings(config: &mut StoreConfig) -> [Setting<'_>; 4] {
         ),
         setting(
             "store.memtable_bytes",
-            "The newest part of the log, in memory and in the journal. Up to three times as much is in use while it is written out.\n\
+            "The newest part of the log, in memory and in the journal. Up to five times as much is in use while it is written out.\n\
              64 MiB: half a million messages in a file, so that compaction has few of them.",
             Slot::Bytes(&mut config.memtable_bytes, MIB..=16 * 1024 * MIB),
         ),
         setting(
             "store.cache_bytes",
             "Blocks of the log kept in memory for reads.\n\
-             64 MiB: the last pages of some ten thousand conversations.",
+             64 MiB: the last pages of some four thousand conversations.",
             Slot::Bytes(&mut config.cache_bytes, MIB..=1024 * 1024 * MIB),
+        ),
+        setting(
+            "store.worker_threads",
+            "Threads that write out what the journal holds, and compact it. They rest unless there is work.\n\
+             4: one that is always free to write out, and enough others that requests to compact do not go round in circles; two use up\n\
+             to a core more while a compaction runs.",
+            Slot::Count(&mut config.worker_threads, 1..=64),
         ),
     ]
 }

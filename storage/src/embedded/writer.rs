@@ -1,4 +1,5 @@
-//! The writer thread: takes what waits, commits it, tells everybody. Beside it a watchdog, for commits that never return.
+//! The writer thread: takes what waits, commits it, tells everybody. Beside it a watchdog, for commits that never return and for memory
+//! that the engine is done with.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -7,9 +8,10 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    EmbeddedOptions, FenceTable, WATCH_INTERVAL,
+    EmbeddedOptions, FREE_INTERVAL, FenceTable, WATCH_INTERVAL,
     engine::Engine,
     group::{Acks, Encoder, Group},
+    memtables::Memtables,
     metrics::Metrics,
     queue::{Queue, Work},
 };
@@ -21,6 +23,7 @@ pub(super) struct Core {
     pub(super) queue: Queue,
     pub(super) fences: RwLock<FenceTable>,
     pub(super) stopped: watch::Sender<Option<String>>,
+    memtables: Memtables,
     group_bytes: usize,
     metrics: Metrics,
     /// The commit under way. Whoever takes the acks out answers them: the writer, or the watchdog when it gives the commit up.
@@ -36,6 +39,7 @@ impl Core {
             queue: Queue::new(options.queue_bytes),
             fences: RwLock::new(fences),
             stopped: watch::Sender::new(None),
+            memtables: Memtables::default(),
             group_bytes: options.group_bytes,
             metrics: Metrics::new(),
             in_flight: Mutex::new(None),
@@ -114,6 +118,9 @@ fn commit(core: &Core, encoder: &mut Encoder, mut group: Group, added: Result<()
     *core.in_flight.lock() = Some((begun, acks));
     added.map_err(|error| error.to_string())?;
     if let Some(batch) = batch {
+        if core.memtables.note(&core.engine) {
+            core.watch_wake.notify_all();
+        }
         batch.commit().map_err(|error| format!("a commit failed: {error}"))?;
         core.metrics.committed(group.rows, group.bytes, begun.elapsed());
     }
@@ -130,14 +137,15 @@ fn commit(core: &Core, encoder: &mut Encoder, mut group: Group, added: Result<()
 }
 
 /// Gives up a commit that waits for ever: when the engine's own threads have died of a full disk, a commit may wait for them without
-/// end. The engine says so, if asked.
+/// end. The engine says so, if asked. And frees what the engine is done with.
 pub(super) fn watch(core: &Core) {
     let mut ended = core.watch_ended.lock();
     while !*ended {
-        core.watch_wake.wait_for(&mut ended, WATCH_INTERVAL);
+        core.watch_wake.wait_for(&mut ended, if core.memtables.more() { FREE_INTERVAL } else { WATCH_INTERVAL });
         let slow = core.in_flight.lock().as_ref().is_some_and(|(begun, _)| begun.elapsed() > 2 * WATCH_INTERVAL);
         if slow && let Err(error) = core.engine.database.persist(PersistMode::Buffer) {
             core.stop(&format!("the engine has failed: {error}"));
         }
+        core.memtables.free();
     }
 }

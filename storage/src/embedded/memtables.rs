@@ -1,0 +1,88 @@
+//! Memtables that the engine is done with, freed where nobody waits for it.
+//!
+//! fjall 3.1 frees a memtable that is on disk in the midst of a later rotation, under the lock that every write takes: half a million
+//! entries are 100 to 200 ms without a commit. Who holds the memtable besides makes that a matter of counting down. So one handle to each
+//! is kept here, and the watchdog lets go of it when it is the last one.
+
+use std::{any::Any, collections::VecDeque, sync::Arc};
+
+use fjall::{AbstractTree as _, Keyspace};
+use parking_lot::Mutex;
+
+use super::engine::Engine;
+
+/// The engine does not export its type.
+type Memtable = Arc<dyn Any + Send + Sync>;
+
+/// The memtables of both keyspaces that are in use somewhere, the oldest first.
+#[derive(Default)]
+pub(super) struct Memtables {
+    log: Mutex<VecDeque<Memtable>>,
+    state: Mutex<VecDeque<Memtable>>,
+}
+
+impl Memtables {
+    /// Takes a handle to what is written to now, and says whether one is new. To be called before each commit: a memtable is then known
+    /// before it is full.
+    pub(super) fn note(&self, engine: &Engine) -> bool {
+        let both = [(&engine.log, &self.log), (&engine.state, &self.state)];
+        both.into_iter().map(|(keyspace, known)| note(keyspace, &mut known.lock())).fold(false, |any, new| any | new)
+    }
+
+    /// Whether there are any besides those that are written to now.
+    pub(super) fn more(&self) -> bool {
+        [&self.log, &self.state].into_iter().any(|known| known.lock().len() > 1)
+    }
+
+    /// Frees what nobody else holds, and says how many those were. Takes as long as freeing does.
+    pub(super) fn free(&self) -> usize {
+        [&self.log, &self.state].into_iter().map(free).sum()
+    }
+}
+
+fn note(keyspace: &Keyspace, known: &mut VecDeque<Memtable>) -> bool {
+    let active: Memtable = keyspace.tree.active_memtable();
+    let new = !known.back().is_some_and(|newest| Arc::ptr_eq(newest, &active));
+    if new {
+        known.push_back(active);
+    }
+    new
+}
+
+fn free(known: &Mutex<VecDeque<Memtable>>) -> usize {
+    let mut unused = Vec::new();
+    known.lock().retain(|memtable| {
+        // Nobody can take another handle from this one meanwhile: it is out of the engine.
+        let used = Arc::strong_count(memtable) > 1;
+        if !used {
+            unused.push(Arc::clone(memtable));
+        }
+        used
+    });
+    // The lock is free: the writer need not wait.
+    unused.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::EmbeddedOptions;
+
+    #[test]
+    fn a_memtable_that_the_engine_is_done_with_is_freed_here_and_not_by_the_engine() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = EmbeddedOptions { memtable_bytes: 1 << 20, ..EmbeddedOptions::default() };
+        let engine = Engine::open(directory.path(), &options).unwrap();
+        let memtables = Memtables::default();
+        // Each sixteenth commit fills a memtable; the engine writes it out meanwhile and lets go of it when a later one is full.
+        let freed = (0..4096_u32).map(|number| {
+            memtables.note(&engine);
+            engine.log.insert(number.to_be_bytes(), [0; 64 * 1024]).unwrap();
+            memtables.free()
+        });
+        assert_ne!(freed.take_while(|freed| *freed == 0).count(), 4096, "none was left to us");
+        let known = memtables.log.lock().len();
+        memtables.note(&engine);
+        assert!(known >= 1 && memtables.log.lock().len() <= known + 1, "what is written to now stays");
+    }
+}

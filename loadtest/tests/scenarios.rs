@@ -143,7 +143,7 @@ fn what_waits_for_the_disk_is_measured_against_the_settings() {
     let arguments: Vec<&str> = ["stall", "--slow-disk"].into_iter().chain(settings).collect();
     let report = report(&arguments);
     let parts = report["details"]["memory_bound"].as_array().unwrap();
-    assert!(parts.iter().any(|part| part["what"] == "1 × store.queue_bytes 2097152"), "{report:#}");
+    assert!(parts.iter().any(|part| part["what"] == "5 × store.memtable_bytes 4194304"), "{report:#}");
     assert_eq!(goals(&report), ["PF11"]);
     assert!(report["acked_per_s"].as_f64() > Some(0.0), "{report:#}");
 }

@@ -15,7 +15,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::Waker,
 };
@@ -24,7 +24,7 @@ use im_proto::{ConversationId, v1};
 
 pub use self::{
     flow::{Flow, MessageId},
-    statistics::{Delays, Statistics},
+    statistics::{Delays, Statistics, Timetable},
 };
 use self::{
     lane::{Lane, Sending},
@@ -59,8 +59,7 @@ pub struct Switches {
     pub measuring: AtomicBool,
     /// Connections are to be closed, and not opened again.
     pub closing: AtomicBool,
-    /// One more than the number of the phase that the delays count for; 0 is none.
-    pub phase: AtomicUsize,
+    pub timetable: Timetable,
 }
 
 /// What the threads tell the controller while they run.

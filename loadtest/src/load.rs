@@ -52,6 +52,8 @@ pub struct Load {
     threads: Vec<JoinHandle<anyhow::Result<Outcome>>>,
     pub switches: Arc<Switches>,
     pub progress: Arc<Progress>,
+    /// What the moments of sends are counted from.
+    pub origin: Instant,
     endpoints: Arc<Mutex<Endpoints>>,
     participants: u64,
     /// Those of them who are to be there at the end.
@@ -119,7 +121,7 @@ impl Load {
             let thread = std::thread::Builder::new().name(format!("generator-{number}")).spawn(run)?;
             threads.push(thread);
         }
-        Ok(Self { threads, switches, progress, endpoints, participants, stay })
+        Ok(Self { threads, switches, progress, origin, endpoints, participants, stay })
     }
 
     /// Waits until every participant is connected and synced.

@@ -17,6 +17,7 @@ const LATENCY_MAX_US: u64 = 60_000_000;
 const GENERATOR_BUSY: f64 = 0.95;
 /// Others on the machine used more than this: the run says little about speed.
 const QUIET_CORES: f64 = 0.15;
+const NOT_QUIET: &str = "the machine was not quiet";
 
 /// Latencies of a run.
 pub struct Latencies(Histogram<u64>);
@@ -171,6 +172,11 @@ impl Latencies {
         let _ = self.0.add(&other.0);
     }
 
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.0.len()
+    }
+
     pub fn percentiles(&self) -> Percentiles {
         Percentiles {
             p50: self.0.value_at_quantile(0.5),
@@ -188,8 +194,7 @@ impl Report {
         self.seconds = round(usage.seconds);
         self.server.cpu_cores = round(usage.server_cores);
         self.generator = GeneratorUsage { cpu_cores: round(usage.generator_cores), threads: generator_threads };
-        self.other_cpu_cores = round(usage.other_cores);
-        self.quiet = usage.other_cores < QUIET_CORES;
+        self.others(usage.other_cores);
         let busy = usage.generator_cores / generator_threads.max(1) as f64;
         if busy > GENERATOR_BUSY && usage.server_cores < usage.generator_cores {
             self.generator_was_the_limit = true;
@@ -199,8 +204,15 @@ impl Report {
                 usage.server_cores
             ));
         }
+    }
+
+    /// What everything else on the machine used; takes the place of what was said before.
+    pub fn others(&mut self, cores: f64) {
+        self.other_cpu_cores = round(cores);
+        self.quiet = cores < QUIET_CORES;
+        self.reasons.retain(|reason| !reason.starts_with(NOT_QUIET));
         if !self.quiet {
-            self.reasons.push(format!("the machine was not quiet: others used {:.2} cores", usage.other_cores));
+            self.reasons.push(format!("{NOT_QUIET}: others used {cores:.2} cores"));
         }
     }
 

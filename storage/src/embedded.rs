@@ -45,8 +45,8 @@ const INLINE_ROWS_MAX: u64 = 512;
 pub struct EmbeddedOptions {
     /// Blocks kept in memory for reads.
     pub cache_bytes: u64,
-    /// The part of the log that is in memory and in the journal only. Up to five times as much is in use at a time: the engine takes no
-    /// write while four full ones wait to be written out.
+    /// The part of the log that is in memory and in the journal only. Some five times as much is in use at a time: the engine takes no
+    /// write while four full ones wait to be written out. Fixed at creation.
     pub memtable_bytes: u64,
     /// Writes that may wait. Beyond it a submitter is told `Unconfirmed` at once and repeats later.
     pub queue_bytes: usize,
@@ -56,8 +56,8 @@ pub struct EmbeddedOptions {
     /// because fjall 3.1 does not sync the directory of its blob files: a file system that does not make the name of a synced file
     /// durable by itself may lose one with the power, and acknowledged messages with it (ADR 0002).
     pub blob_threshold_bytes: Option<u32>,
-    /// Threads that flush and compact. With one, a long compaction holds up flushes and with them writes. The first of several does not
-    /// compact: fjall 3.1 lets it hand every request to compact back to the queue without a pause, so that it burns a core as long as all
+    /// Threads that flush and compact, two at least: with one a memtable grows for as long as a compaction takes, and requests to write it
+    /// out fill the queue that only this thread empties. The first does not compact: fjall 3.1 lets it hand every request to compact back to the queue without a pause, so that it burns a core as long as all
     /// others are busy. With two that is every compaction; with four it was not seen (ADR 0002).
     pub worker_threads: usize,
 }
@@ -149,14 +149,18 @@ impl Embedded {
 impl Handle {
     fn close(&self) {
         self.core.queue.close(StoreError::Stopped("the store was closed".into()));
+        let join = |thread: thread::JoinHandle<()>| {
+            // The last handle may be dropped by a callback, on one of the threads itself.
+            if thread.thread().id() != thread::current().id() {
+                // A thread that panicked has stopped the store and said so.
+                let _ = thread.join();
+            }
+        };
+        // The writer first: what waits is committed under the eyes of the watchdog.
+        let mut threads = std::mem::take(&mut *self.threads.lock()).into_iter();
+        threads.next().map(join);
         self.core.end_watch();
-        let threads = std::mem::take(&mut *self.threads.lock());
-        // The last handle may be dropped by a callback, on the writer thread itself.
-        let others = threads.into_iter().filter(|thread| thread.thread().id() != thread::current().id());
-        for thread in others {
-            // A thread that panicked has stopped the store and said so.
-            let _ = thread.join();
-        }
+        threads.for_each(join);
     }
 }
 

@@ -108,7 +108,7 @@ impl Participants {
         let Some(position) = sending.position(id) else { return };
         sending.remove(position);
         self.flows[usize::try_from(id.flow).unwrap_or(0)].arrived(id.number);
-        self.statistics.acknowledged(&self.switches, now.saturating_sub(id.scheduled));
+        self.statistics.acknowledged(&self.switches, id.scheduled, now);
         self.extend(member, id.flow, ack.seq, now);
     }
 
@@ -202,7 +202,7 @@ impl Participants {
             if let Some(flow) = self.flows.get(usize::try_from(id.flow).unwrap_or(usize::MAX)) {
                 flow.arrived(id.number);
             }
-            self.statistics.delivered(&self.switches, now.saturating_sub(id.scheduled));
+            self.statistics.delivered(&self.switches, id.scheduled, now);
         }
         if let Some(view) = lane.view {
             self.history.delivered(view, entry(message));

@@ -1,6 +1,12 @@
 //! What a generator thread measured.
 
-use std::{collections::BTreeMap, sync::atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use super::Switches;
 use crate::{driver::Micros, report::Latencies};
@@ -16,6 +22,8 @@ pub struct Statistics {
     pub delivery: Latencies,
     /// The same delays apart for each phase of a scenario that has some.
     pub phases: Vec<Delays>,
+    /// The timetable as far as this thread knows it.
+    timetable: Vec<(Micros, Option<usize>)>,
     /// During the whole run, by cause: what the server refused for good, and what it said that it should not.
     pub errors: BTreeMap<String, u64>,
     /// By cause: connections that ended unasked or could not be opened.
@@ -42,26 +50,31 @@ pub struct Delays {
 }
 
 impl Statistics {
-    /// A send was acknowledged so long after its moment.
-    pub(super) fn acknowledged(&mut self, switches: &Switches, delay: Micros) {
+    /// A send of that moment was acknowledged now.
+    pub(super) fn acknowledged(&mut self, switches: &Switches, scheduled: Micros, now: Micros) {
         if switches.measuring.load(Ordering::Relaxed) {
+            let delay = now.saturating_sub(scheduled);
             self.acknowledged += 1;
             self.ack.record(delay);
-            self.in_phase(switches, |delays| delays.ack.record(delay));
+            self.in_phase(switches, scheduled, |delays| delays.ack.record(delay));
         }
     }
 
-    /// A message was delivered so long after the moment of its send.
-    pub(super) fn delivered(&mut self, switches: &Switches, delay: Micros) {
+    /// A message of that moment was delivered now.
+    pub(super) fn delivered(&mut self, switches: &Switches, scheduled: Micros, now: Micros) {
         if switches.measuring.load(Ordering::Relaxed) {
+            let delay = now.saturating_sub(scheduled);
             self.delivered += 1;
             self.delivery.record(delay);
-            self.in_phase(switches, |delays| delays.delivery.record(delay));
+            self.in_phase(switches, scheduled, |delays| delays.delivery.record(delay));
         }
     }
 
-    fn in_phase(&mut self, switches: &Switches, record: impl FnOnce(&mut Delays)) {
-        let Some(phase) = switches.phase.load(Ordering::Relaxed).checked_sub(1) else { return };
+    /// A message counts for the phase in which it was to be sent, whenever it arrives.
+    fn in_phase(&mut self, switches: &Switches, scheduled: Micros, record: impl FnOnce(&mut Delays)) {
+        switches.timetable.copy_to(&mut self.timetable);
+        let begun = self.timetable.partition_point(|(at, _)| *at <= scheduled);
+        let Some(phase) = begun.checked_sub(1).and_then(|last| self.timetable[last].1) else { return };
         if self.phases.len() <= phase {
             self.phases.resize_with(phase + 1, Delays::default);
         }
@@ -99,5 +112,53 @@ impl Statistics {
         self.resyncs += other.resyncs;
         self.reconnects += other.reconnects;
         self.heartbeats += other.heartbeats;
+    }
+}
+
+/// Which phase began when.
+#[derive(Default)]
+pub struct Timetable {
+    begun: Mutex<Vec<(Micros, Option<usize>)>>,
+    length: AtomicUsize,
+}
+
+impl Timetable {
+    /// From `at` on messages count for this phase, or for none.
+    pub fn begin(&self, at: Micros, phase: Option<usize>) {
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        begun.push((at, phase));
+        self.length.store(begun.len(), Ordering::Release);
+    }
+
+    fn copy_to(&self, known: &mut Vec<(Micros, Option<usize>)>) {
+        if self.length.load(Ordering::Acquire) != known.len() {
+            known.clone_from(&self.begun.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_counts_for_the_phase_of_its_moment_whenever_it_arrives() {
+        let switches = Switches::default();
+        switches.measuring.store(true, Ordering::Relaxed);
+        let mut statistics = Statistics::default();
+        statistics.delivered(&switches, 5, 9);
+        assert!(statistics.phases.is_empty(), "there is none yet");
+        for (at, phase) in [(10, Some(1)), (20, None), (30, Some(0))] {
+            switches.timetable.begin(at, phase);
+        }
+        for (scheduled, arrived) in [(5, 12), (10, 11), (19, 35), (25, 31), (30, 99)] {
+            statistics.delivered(&switches, scheduled, arrived);
+        }
+        let delays = |phase: usize| {
+            let delivery = &statistics.phases[phase].delivery;
+            (delivery.count(), delivery.percentiles().max)
+        };
+        assert_eq!((delays(0), delays(1)), ((1, 69), (2, 16)));
+        assert_eq!((statistics.delivered, statistics.delivery.count()), (6, 6));
     }
 }

@@ -110,13 +110,14 @@ pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
     let entrances = Entrances::of(&mut target, rate).await?;
     target.next_users();
     let load = Load::start(chat::plan(&target, &options, pairs)?, target.endpoints.clone())?;
-    let switches = Arc::clone(&load.switches);
+    let (switches, origin) = (Arc::clone(&load.switches), load.origin);
     let servers = target.pids();
-    let slices = slices(options.time(), &switches, &servers, &entrances);
-    let (mut report, outcome, sums) = run_load_while(load, &target, &options, "flood", slices).await?;
+    let slices = slices(options.time(), (&switches, origin), &servers, &entrances);
+    let (mut report, mut outcome, sums) = run_load_while(load, &target, &options, "flood", slices).await?;
     report.connections = 2 * pairs;
-    compare(&mut report, &sums?, &outcome.statistics.phases)?;
+    let delays = std::mem::take(&mut outcome.statistics.phases);
     judge(&target, &options, outcome, &mut report).await;
+    compare(&mut report, &sums?, delays);
     target.close(&mut report).await?;
     Ok(report)
 }
@@ -124,12 +125,16 @@ pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
 /// Slices in rounds, each kind once a round for `each` in all; what happened in those of each kind.
 async fn slices(
     each: Duration,
-    switches: &Switches,
+    (switches, origin): (&Switches, Instant),
     servers: &[u32],
     entrances: &Entrances,
 ) -> anyhow::Result<[Sum; KINDS.len()]> {
     let rounds = each.div_duration_f64(SLICE).ceil().max(1.0) as u32;
     let mut sums = [Sum::default(); KINDS.len()];
+    let begin = |phase| {
+        let now = origin.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
+        switches.timetable.begin(now, phase);
+    };
     for kind in (0..rounds).flat_map(order) {
         let attacker = match KINDS[kind] {
             Some(flood) => Some(Attacker::start(entrances, flood).await?),
@@ -137,9 +142,9 @@ async fn slices(
         };
         tokio::time::sleep(BETWEEN).await;
         let before = Reading::take(servers);
-        switches.phase.store(kind + 1, Ordering::Relaxed);
+        begin(Some(kind));
         tokio::time::sleep(each / rounds).await;
-        switches.phase.store(0, Ordering::Relaxed);
+        begin(None);
         let usage = Reading::take(servers).since(&before);
         let sum = &mut sums[kind];
         sum.slices += 1;
@@ -165,11 +170,15 @@ fn order(round: u32) -> [usize; KINDS.len()] {
 }
 
 /// What each flood did to the established users, against the slices in peace.
-fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], delays: &[Delays]) -> anyhow::Result<()> {
-    anyhow::ensure!(delays.len() == KINDS.len(), "nothing was delivered under some of the floods");
+fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut delays: Vec<Delays>) {
+    delays.resize_with(KINDS.len(), Delays::default);
     let peace = delays[0].delivery.percentiles();
     let mut phases = Vec::with_capacity(KINDS.len());
-    for ((flood, sum), delays) in KINDS.into_iter().zip(sums).zip(delays) {
+    for ((flood, sum), delays) in KINDS.into_iter().zip(sums).zip(&delays) {
+        if delays.delivery.count() == 0 {
+            let when = flood.map_or_else(|| "in peace".to_owned(), |flood| format!("under {flood:?}"));
+            report.broke(format!("nothing that was to be sent {when} was delivered"));
+        }
         let delivery = delays.delivery.percentiles();
         let against = |of: fn(&Percentiles) -> u64| of(&delivery) as f64 / of(&peace).max(1) as f64;
         let a_second = |count: u64| round(count as f64 / sum.flooded_seconds.max(1e-9));
@@ -193,7 +202,8 @@ fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], delays: &[Delays]) ->
         });
     }
     report.detail("phases", phases);
-    Ok(())
+    // The flood itself is no other.
+    report.others(sums[0].other_core_seconds / sums[0].seconds.max(1e-9));
 }
 
 /// Where a flood goes.

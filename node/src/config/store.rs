@@ -67,7 +67,7 @@ pub fn settings(config: &mut StoreConfig) -> [Setting<'_>; 5] {
         setting(
             "store.memtable_bytes",
             "The newest part of the log, in memory and in the journal. Up to five times as much is in use while it is written out.\n\
-             64 MiB: half a million messages in a file, so that compaction has few of them.",
+             64 MiB: half a million messages in a file, so that compaction has few of them. A store keeps what it was created with.",
             Slot::Bytes(&mut config.memtable_bytes, MIB..=16 * 1024 * MIB),
         ),
         setting(
@@ -81,7 +81,7 @@ pub fn settings(config: &mut StoreConfig) -> [Setting<'_>; 5] {
             "Threads that write out what the journal holds, and compact it. They rest unless there is work.\n\
              4: one that is always free to write out, and enough others that requests to compact do not go round in circles; two use up\n\
              to a core more while a compaction runs.",
-            Slot::Count(&mut config.worker_threads, 1..=64),
+            Slot::Count(&mut config.worker_threads, 2..=64),
         ),
     ]
 }

@@ -52,7 +52,7 @@ impl Engine {
             let database = Database::builder(path)
                 .cache_size(options.cache_bytes)
                 .journal_compression(CompressionType::None)
-                .worker_threads(options.worker_threads.max(1))
+                .worker_threads(options.worker_threads.max(2))
                 .open()?;
             let log = database.keyspace(LOG, || log_options(options))?;
             let state = database.keyspace(STATE, || KeyspaceCreateOptions::default().max_memtable_size(8 << 20))?;

@@ -4,7 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use fjall::PersistMode;
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use tokio::{sync::watch, time::Instant};
 
 use super::{
@@ -23,7 +23,7 @@ pub(super) struct Core {
     pub(super) queue: Queue,
     pub(super) fences: RwLock<FenceTable>,
     pub(super) stopped: watch::Sender<Option<String>>,
-    memtables: Memtables,
+    pub(super) memtables: Memtables,
     group_bytes: usize,
     metrics: Metrics,
     /// The commit under way. Whoever takes the acks out answers them: the writer, or the watchdog when it gives the commit up.
@@ -141,11 +141,14 @@ fn commit(core: &Core, encoder: &mut Encoder, mut group: Group, added: Result<()
 pub(super) fn watch(core: &Core) {
     let mut ended = core.watch_ended.lock();
     while !*ended {
-        core.watch_wake.wait_for(&mut ended, if core.memtables.more() { FREE_INTERVAL } else { WATCH_INTERVAL });
+        core.watch_wake.wait_for(&mut ended, if core.memtables.soon() { FREE_INTERVAL } else { WATCH_INTERVAL });
         let slow = core.in_flight.lock().as_ref().is_some_and(|(begun, _)| begun.elapsed() > 2 * WATCH_INTERVAL);
-        if slow && let Err(error) = core.engine.database.persist(PersistMode::Buffer) {
-            core.stop(&format!("the engine has failed: {error}"));
-        }
-        core.memtables.free();
+        // Neither holds the lock: whoever is answered may close the store, and freeing takes its time.
+        MutexGuard::unlocked(&mut ended, || {
+            if slow && let Err(error) = core.engine.database.persist(PersistMode::Buffer) {
+                core.stop(&format!("the engine has failed: {error}"));
+            }
+            core.memtables.free();
+        });
     }
 }

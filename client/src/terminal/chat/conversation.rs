@@ -112,10 +112,11 @@ impl Conversation {
         self.name.clone_from(&row.name);
         self.peer = UserId::parse(&row.peer_user_id).ok();
         self.hidden = row.left;
+        // A list that is older than what came live, or than what was read meanwhile, says nothing new.
+        let older = row.head < self.head || row.read_seq < self.read_seq || self.marking;
         self.head = self.head.max(row.head);
         self.read_seq = self.read_seq.max(row.read_seq);
-        // A list that is older than what came live says nothing new.
-        if row.head >= self.head {
+        if !older {
             (self.unread, self.mentions) = (row.unread, row.mentions);
         }
         for cursor in &row.cursors {

@@ -281,7 +281,11 @@ impl Chat {
                     (conversation.unread, conversation.mentions) = (0, 0);
                 }
             }
-            Err(_) => conversation.mark_after = again_at,
+            Err(_) => {
+                conversation.mark_after = again_at;
+                // What is unread is not known any more.
+                self.want_list();
+            }
         }
     }
 }

@@ -112,6 +112,27 @@ fn shows(chat: &Chat, text: &str) -> bool {
 }
 
 #[test]
+fn a_list_from_before_the_reading_does_not_bring_back_what_was_read() {
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    let old = || Input::Listed(Ok(vec![row(WITH_BOB, "bob", "", 10, 2)]));
+    chat.on(old());
+    assert_eq!(chat.conversations[here].unread, 0, "while the cursor moves");
+    chat.on(Input::Marked(here, Ok(v1::MarkReadReply { read_seq: 10, ..v1::MarkReadReply::default() })));
+    chat.on(old());
+    assert_eq!(chat.conversations[here].unread, 0, "once it has moved");
+}
+
+#[test]
+fn a_cursor_that_could_not_be_moved_has_the_list_say_what_is_unread() {
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    let mut effects = chat.on(Input::Marked(here, Err(CallError::Closed(ClosedReason::ByCaller))));
+    effects.extend(chat.on(Input::Tick(at(60_000))));
+    assert!(effects.contains(&Effect::List), "{effects:?}");
+}
+
+#[test]
 fn the_conversation_that_was_named_is_opened_and_its_newest_page_loaded_once() {
     let mut chat = Chat::new(Some(Target::Peer(user("bob"))), at(0), 0, (80, 24));
     assert!(chat.on(Input::Tick(at(0))).is_empty(), "nothing is asked for without a session");

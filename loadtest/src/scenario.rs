@@ -359,8 +359,8 @@ pub fn statistics(report: &mut Report, statistics: &Statistics, options: &Common
     report.offered_per_s = options.rate.unwrap_or_else(|| per_s(statistics.begun));
     report.acked_per_s = per_s(statistics.acknowledged);
     report.delivered_per_s = per_s(statistics.delivered);
-    report.ack_us = statistics.ack.percentiles();
-    report.delivery_us = statistics.delivery.percentiles();
+    report.ack_us = statistics.delays.ack.percentiles();
+    report.delivery_us = statistics.delays.delivery.percentiles();
     report.error_causes = statistics.errors.clone();
     for (cause, count) in &statistics.disconnects {
         *report.error_causes.entry(cause.clone()).or_default() += count;

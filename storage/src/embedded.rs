@@ -56,9 +56,10 @@ pub struct EmbeddedOptions {
     /// because fjall 3.1 does not sync the directory of its blob files: a file system that does not make the name of a synced file
     /// durable by itself may lose one with the power, and acknowledged messages with it (ADR 0002).
     pub blob_threshold_bytes: Option<u32>,
-    /// Threads that flush and compact, two at least: with one a memtable grows for as long as a compaction takes, and requests to write it
-    /// out fill the queue that only this thread empties. The first does not compact: fjall 3.1 lets it hand every request to compact back to the queue without a pause, so that it burns a core as long as all
-    /// others are busy. With two that is every compaction; with four it was not seen (ADR 0002).
+    /// Threads that flush and compact, two at least: with one a memtable grows for as long as a compaction takes, and requests to write
+    /// it out fill the queue that only this thread empties. The first of them does not compact: fjall 3.1 lets it hand every request to
+    /// compact back to the queue without a pause, so that it burns a core as long as all others are busy. With two that is every
+    /// compaction; with four it was not seen (ADR 0002).
     pub worker_threads: usize,
 }
 

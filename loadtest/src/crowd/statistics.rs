@@ -18,9 +18,8 @@ pub struct Statistics {
     pub acknowledged: u64,
     pub delivered: u64,
     pub begun: u64,
-    pub ack: Latencies,
-    pub delivery: Latencies,
-    /// The same delays apart for each phase of a scenario that has some.
+    pub delays: Delays,
+    /// The same apart for each phase of a scenario that has some.
     pub phases: Vec<Delays>,
     /// The timetable as far as this thread knows it.
     timetable: Vec<(Micros, Option<usize>)>,
@@ -42,36 +41,42 @@ pub struct Statistics {
     pub heartbeats: u64,
 }
 
-/// The delays of one phase.
+/// From the moment at which a message was to be sent.
 #[derive(Default)]
 pub struct Delays {
     pub ack: Latencies,
     pub delivery: Latencies,
 }
 
+impl Delays {
+    fn add(&mut self, other: &Delays) {
+        self.ack.add(&other.ack);
+        self.delivery.add(&other.delivery);
+    }
+}
+
 impl Statistics {
     /// A send of that moment was acknowledged now.
     pub(super) fn acknowledged(&mut self, switches: &Switches, scheduled: Micros, now: Micros) {
         if switches.measuring.load(Ordering::Relaxed) {
-            let delay = now.saturating_sub(scheduled);
             self.acknowledged += 1;
-            self.ack.record(delay);
-            self.in_phase(switches, scheduled, |delays| delays.ack.record(delay));
+            let delay = now.saturating_sub(scheduled);
+            self.each(switches, scheduled, |delays| delays.ack.record(delay));
         }
     }
 
     /// A message of that moment was delivered now.
     pub(super) fn delivered(&mut self, switches: &Switches, scheduled: Micros, now: Micros) {
         if switches.measuring.load(Ordering::Relaxed) {
-            let delay = now.saturating_sub(scheduled);
             self.delivered += 1;
-            self.delivery.record(delay);
-            self.in_phase(switches, scheduled, |delays| delays.delivery.record(delay));
+            let delay = now.saturating_sub(scheduled);
+            self.each(switches, scheduled, |delays| delays.delivery.record(delay));
         }
     }
 
-    /// A message counts for the phase in which it was to be sent, whenever it arrives.
-    fn in_phase(&mut self, switches: &Switches, scheduled: Micros, record: impl FnOnce(&mut Delays)) {
+    /// Records among all delays and in those of a phase: the one in which a message was to be sent, whenever it arrives.
+    fn each(&mut self, switches: &Switches, scheduled: Micros, record: impl Fn(&mut Delays)) {
+        record(&mut self.delays);
         switches.timetable.copy_to(&mut self.timetable);
         let begun = self.timetable.partition_point(|(at, _)| *at <= scheduled);
         let Some(phase) = begun.checked_sub(1).and_then(|last| self.timetable[last].1) else { return };
@@ -86,14 +91,12 @@ impl Statistics {
         self.acknowledged += other.acknowledged;
         self.delivered += other.delivered;
         self.begun += other.begun;
-        self.ack.add(&other.ack);
-        self.delivery.add(&other.delivery);
+        self.delays.add(&other.delays);
         if self.phases.len() < other.phases.len() {
             self.phases.resize_with(other.phases.len(), Delays::default);
         }
         for (own, other) in self.phases.iter_mut().zip(&other.phases) {
-            own.ack.add(&other.ack);
-            own.delivery.add(&other.delivery);
+            own.add(other);
         }
         let counts = [
             (&mut self.errors, other.errors),
@@ -159,6 +162,6 @@ mod tests {
             (delivery.count(), delivery.percentiles().max)
         };
         assert_eq!((delays(0), delays(1)), ((1, 69), (2, 16)));
-        assert_eq!((statistics.delivered, statistics.delivery.count()), (6, 6));
+        assert_eq!((statistics.delivered, statistics.delays.delivery.count()), (6, 6));
     }
 }

@@ -7,9 +7,9 @@
 //! Not covered: what the engine recovers from its journals at the start, and a memtable that one commit fills (`memtable_bytes` below
 //! `group_bytes`). Those the engine frees as it does.
 
-use std::{any::Any, collections::VecDeque, sync::Arc, time::Duration};
+use std::{any::Any, sync::Arc, time::Duration};
 
-use fjall::{AbstractTree as _, Keyspace};
+use fjall::AbstractTree as _;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -21,67 +21,58 @@ const SOON: Duration = Duration::from_secs(10);
 /// The engine does not export its type.
 type Memtable = Arc<dyn Any + Send + Sync>;
 
-/// The memtables of both keyspaces that are in use somewhere, the oldest first.
+/// The memtables that are in use somewhere.
 #[derive(Default)]
 pub(super) struct Memtables {
-    log: Mutex<VecDeque<Memtable>>,
-    state: Mutex<VecDeque<Memtable>>,
+    known: Mutex<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    /// Of the log and of the state, the newest last.
+    of: [Vec<Memtable>; 2],
     /// When one was new, or freed.
-    changed: Mutex<Option<Instant>>,
+    changed: Option<Instant>,
 }
 
 impl Memtables {
     /// Takes a handle to what is written to now, and says whether one is new. To be called before each commit: a memtable is then known
     /// before it is full.
     pub(super) fn note(&self, engine: &Engine) -> bool {
-        let both = [(&engine.log, &self.log), (&engine.state, &self.state)];
-        let new = both
-            .into_iter()
-            .map(|(keyspace, known)| note(keyspace, &mut known.lock()))
-            .fold(false, |any, new| any | new);
+        let active: [Memtable; 2] = [engine.log.tree.active_memtable(), engine.state.tree.active_memtable()];
+        let mut known = self.known.lock();
+        let mut new = false;
+        for (known, active) in known.of.iter_mut().zip(active) {
+            if !known.last().is_some_and(|newest| Arc::ptr_eq(newest, &active)) {
+                known.push(active);
+                new = true;
+            }
+        }
         if new {
-            *self.changed.lock() = Some(Instant::now());
+            known.changed = Some(Instant::now());
         }
         new
     }
 
     /// Whether there is soon something to be freed.
     pub(super) fn soon(&self) -> bool {
-        let more = [&self.log, &self.state].into_iter().any(|known| known.lock().len() > 1);
-        more && self.changed.lock().is_some_and(|changed| changed.elapsed() < SOON)
+        let known = self.known.lock();
+        known.of.iter().any(|known| known.len() > 1) && known.changed.is_some_and(|changed| changed.elapsed() < SOON)
     }
 
     /// Frees what nobody else holds, and says how many those were. Takes as long as freeing does.
     pub(super) fn free(&self) -> usize {
-        let freed = [&self.log, &self.state].into_iter().map(free).sum();
-        if freed > 0 {
-            *self.changed.lock() = Some(Instant::now());
+        let mut known = self.known.lock();
+        // Nobody can take another handle from one of these meanwhile: it is out of the engine.
+        let last = |memtable: &mut Memtable| Arc::strong_count(memtable) == 1;
+        let unused: Vec<Memtable> = known.of.iter_mut().flat_map(|known| known.extract_if(.., last)).collect();
+        if !unused.is_empty() {
+            known.changed = Some(Instant::now());
         }
-        freed
+        // The writer need not wait for the rest.
+        drop(known);
+        unused.len()
     }
-}
-
-fn note(keyspace: &Keyspace, known: &mut VecDeque<Memtable>) -> bool {
-    let active: Memtable = keyspace.tree.active_memtable();
-    let new = !known.back().is_some_and(|newest| Arc::ptr_eq(newest, &active));
-    if new {
-        known.push_back(active);
-    }
-    new
-}
-
-fn free(known: &Mutex<VecDeque<Memtable>>) -> usize {
-    let mut unused = Vec::new();
-    known.lock().retain(|memtable| {
-        // Nobody can take another handle from this one meanwhile: it is out of the engine.
-        let used = Arc::strong_count(memtable) > 1;
-        if !used {
-            unused.push(Arc::clone(memtable));
-        }
-        used
-    });
-    // The lock is free: the writer need not wait.
-    unused.len()
 }
 
 #[cfg(test)]
@@ -124,7 +115,7 @@ mod tests {
                 timestamp: 1,
             };
             store.write((0..16).map(write).collect()).await.unwrap();
-            let before = std::mem::replace(&mut known, store.core().memtables.state.lock().len());
+            let before = std::mem::replace(&mut known, store.core().memtables.known.lock().of[1].len());
             if known < before {
                 return;
             }

@@ -195,8 +195,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if self.stage == Stage::Opening && self.session.is_live() {
             self.stage = Stage::Live;
             self.early = None;
-            self.timer.received(Instant::now());
-            self.rearm();
+            let now = Instant::now();
+            self.timer.received(now);
+            // The first look is for what coming in has left behind.
+            self.arm_by(now + self.shared.config.heartbeat_interval);
         }
         if self.stage != Stage::Closing && self.session.outbox.is_closing() {
             if let Some(early) = self.early.as_ref().filter(|_| self.session.is_at_fault() && !self.session.is_live()) {
@@ -307,8 +309,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Sets the timer to whatever comes first.
     fn rearm(&mut self) {
+        self.arm_by(self.timer.next_heartbeat(self.shared.config.heartbeat_interval));
+    }
+
+    /// Sets the timer to that, or to what comes before it.
+    fn arm_by(&mut self, mut next: Instant) {
         let now = Instant::now();
-        let mut next = self.timer.next_heartbeat(self.shared.config.heartbeat_interval);
         if let Some(resume_at) = self.rates.resume_at() {
             next = next.min(resume_at);
         }

@@ -49,7 +49,7 @@ pub struct Delays {
 }
 
 impl Delays {
-    fn add(&mut self, other: &Delays) {
+    pub fn add(&mut self, other: &Delays) {
         self.ack.add(&other.ack);
         self.delivery.add(&other.delivery);
     }

@@ -194,3 +194,25 @@ async fn the_task_of_a_tcp_connection_is_small() {
     println!("{bytes} bytes");
     assert!(bytes <= 512, "an idle connection holds no buffer: {bytes} bytes");
 }
+
+/// Whoever has a session is served between newcomers, however many of them came at once.
+#[tokio::test]
+async fn a_burst_of_connects_is_accepted_a_few_at_a_time() {
+    const BURST: u64 = 100;
+    let (bench, _router) = Bench::with_router(config()).await;
+    let listener = tcp::bind(LOOPBACK).expect("a socket");
+    // They wait in the kernel before the listener runs.
+    let address = listener.address();
+    let connect = |_| std::net::TcpStream::connect(address).expect("connected");
+    let burst: Vec<std::net::TcpStream> = (0..BURST).map(connect).collect();
+    tokio::spawn(listener.run(bench.gateway.clone()));
+    let (mut accepted, mut most) = (0, 0);
+    while accepted < BURST {
+        tokio::task::yield_now().await;
+        let now = bench.gateway.load().connections;
+        most = most.max(now - accepted);
+        accepted = now;
+    }
+    assert!(most <= 8, "{most} in one go");
+    drop(burst);
+}

@@ -12,6 +12,9 @@ const BACKLOG: i32 = 4096;
 /// Out of descriptors or memory: trying again at once would only burn the core.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Connections that are accepted before everybody else has a turn: a burst of them is work for milliseconds.
+const ACCEPTED_AT_ONCE: usize = 8;
+
 /// A bound listener.
 pub struct Listener {
     socket: tokio::net::TcpListener,
@@ -54,7 +57,7 @@ impl Listener {
     /// Hands over each accepted stream.
     pub(super) async fn accept_each(&self, gateway: &Gateway, mut serve: impl FnMut(TcpStream, SocketAddr)) {
         let (effort, metrics) = (&gateway.shared.limits.effort, &gateway.shared.metrics);
-        loop {
+        for accepted in 1_usize.. {
             // Who has to wait waits in the kernel, where it costs nothing.
             if effort.is_exhausted() {
                 metrics.accept_waits.increment(1);
@@ -67,6 +70,9 @@ impl Listener {
                         continue;
                     }
                     serve(stream, remote_address);
+                    if accepted.is_multiple_of(ACCEPTED_AT_ONCE) {
+                        tokio::task::yield_now().await;
+                    }
                 }
                 Err(error) => {
                     gateway.shared.metrics.transport_failures.increment(1);

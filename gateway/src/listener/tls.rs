@@ -12,7 +12,7 @@ use tokio::{
 
 use self::stream::TlsStream;
 use super::{ALPN, certificate::Certificate, tcp};
-use crate::{Gateway, ListenError, PeerInfo, Transport};
+use crate::{Gateway, ListenError, PeerInfo, Transport, addresses::AddressPlace};
 
 /// A bound listener.
 pub struct Listener {
@@ -34,23 +34,28 @@ impl Listener {
 
     /// Accepts until the gateway drains or stops. Connections go on as tasks of the environment.
     pub async fn run(self, gateway: Gateway) {
-        let accepting = self.tcp.accept_each(&gateway, |stream, remote_address| {
-            let serving = serve(gateway.clone(), self.config.clone(), stream, remote_address);
-            gateway.shared.environment.spawn(serving);
+        let accepting = self.tcp.accept_each(&gateway, |stream, remote_address| match gateway.arrive(remote_address) {
+            Ok(address) => {
+                let serving = serve(gateway.clone(), self.config.clone(), stream, remote_address, address);
+                gateway.shared.environment.spawn(serving);
+            }
+            // There is no cheap way to say why before the handshake.
+            Err(excess) => gateway.shared.metrics.limited_address(excess).increment(1),
         });
         tcp::until_drain(&gateway, accepting).await;
     }
 }
 
 /// The handshake is a task of its own, boxed, so that a served connection does not carry its state for life.
-async fn serve(gateway: Gateway, config: Arc<ServerConfig>, stream: TcpStream, remote_address: SocketAddr) {
+async fn serve(
+    gateway: Gateway,
+    config: Arc<ServerConfig>,
+    stream: TcpStream,
+    remote_address: SocketAddr,
+    address: Option<AddressPlace>,
+) {
     let shared = gateway.shared.clone();
-    let address = match gateway.arrive(remote_address) {
-        Ok(address) => address,
-        Err(excess) => return shared.metrics.limited_address(excess).increment(1),
-    };
     let Ok(permit) = shared.admission.handshake() else {
-        // There is no cheap way to say why before the handshake.
         return shared.metrics.refused_handshakes.increment(1);
     };
     let handshake = shared.limits.effort.pace(TlsStream::accept(config, stream));

@@ -9,14 +9,15 @@ use im_proto::limits;
 pub struct GatewayConfig {
     /// The cluster, as tokens and links name it.
     pub cluster_id: String,
-    /// Connections at once; more are told to go away. 100,000 idle ones take about 500 MB of gateway
-    /// and router memory over TCP (4.9 KiB each), 850 MB with TLS.
+    /// Connections at once; more are told to go away. 100,000 idle ones take about 250 MB of gateway
+    /// and router memory over TCP (2.5 KiB each), 650 MB with TLS.
     pub connections_max: usize,
     /// Connections before their `Welcome`, TLS handshakes included. 10,000 of them may hold 64 KiB each: 640 MB at worst.
     pub handshakes_max: usize,
     /// From the first byte to `Welcome`.
     pub handshake_deadline: Duration,
-    /// A silent client is asked after this, and given up after two and a half times this.
+    /// A client that sent nothing for this long sends a heartbeat. One of whom nothing came for one and a half times this is asked, and
+    /// given up after two and a half times.
     pub heartbeat_interval: Duration,
     /// A frame before `Welcome`, in bytes.
     pub frame_bytes_max_before_hello: usize,

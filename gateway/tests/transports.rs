@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use im_gateway::{
-    Transport,
+    GatewayConfig, Transport,
     listener::{certificate::Certificate, quic, tcp, tls},
 };
 use im_proto::{StatusCode, v1};
@@ -195,7 +195,7 @@ async fn the_task_of_a_tcp_connection_is_small() {
     assert!(bytes <= 512, "an idle connection holds no buffer: {bytes} bytes");
 }
 
-/// Whoever has a session is served between newcomers, however many of them came at once.
+/// Others have a turn between newcomers, however many of them came at once.
 #[tokio::test]
 async fn a_burst_of_connects_is_accepted_a_few_at_a_time() {
     const BURST: u64 = 100;
@@ -207,12 +207,38 @@ async fn a_burst_of_connects_is_accepted_a_few_at_a_time() {
     let burst: Vec<std::net::TcpStream> = (0..BURST).map(connect).collect();
     tokio::spawn(listener.run(bench.gateway.clone()));
     let (mut accepted, mut most) = (0, 0);
-    while accepted < BURST {
-        tokio::task::yield_now().await;
-        let now = bench.gateway.load().connections;
-        most = most.max(now - accepted);
-        accepted = now;
-    }
+    let watching = async {
+        while accepted < BURST {
+            tokio::task::yield_now().await;
+            let now = bench.gateway.load().connections;
+            most = most.max(now - accepted);
+            accepted = now;
+        }
+    };
+    tokio::time::timeout(PATIENCE, watching).await.expect("all are accepted");
     assert!(most <= 8, "{most} in one go");
     drop(burst);
+}
+
+#[tokio::test]
+async fn over_tls_an_address_over_its_limit_is_closed_before_a_handshake_and_its_place_is_free_again_after_one() {
+    let limited = GatewayConfig { address_connections_max: 1, address_limits_loopback: true, ..config() };
+    let (bench, _router) = Bench::with_router(limited).await;
+    let sockets = Sockets::listen(&bench);
+    let first = TcpStream::connect(sockets.tls).await.expect("connected");
+    let mut second = TcpStream::connect(sockets.tls).await.expect("connected");
+    assert_eq!(second.read(&mut [0]).await.unwrap_or(0), 0, "closed without a word");
+    assert_eq!(bench.counts.of("im_gateway_limited_total{limit=address connections}"), 1);
+    drop(first);
+    let connector = tokio_rustls::TlsConnector::from(sockets.client.clone());
+    let let_in = async {
+        loop {
+            let stream = TcpStream::connect(sockets.tls).await.expect("connected");
+            if connector.connect("localhost".try_into().expect("a name"), stream).await.is_ok() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, let_in).await.expect("the place is free");
 }

@@ -231,7 +231,7 @@ pub struct Common {
     /// Connections; for chat two a pair.
     #[arg(long)]
     pub connections: Option<usize>,
-    /// Processes of clients for idle connections, each with a server of its own; else as many as their descriptors take.
+    /// Servers for idle connections, each with two processes of clients; else as many as their descriptors take.
     #[arg(long)]
     pub processes: Option<usize>,
     /// Pairs of users.

@@ -54,8 +54,8 @@ impl Timer {
     }
 }
 
-/// A client's own heartbeat is due after an interval and some time on its way. Asking at the same moment would double what goes over the
-/// network, and wake a phone for nothing.
+/// A client's own heartbeat is due after an interval. Who asks at the same moment asks half of the time before it: that doubles what goes
+/// over the network, and wakes a phone for nothing.
 fn ask_after(interval: Duration) -> Duration {
     interval * 3 / 2
 }

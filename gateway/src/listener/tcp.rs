@@ -64,24 +64,20 @@ impl Listener {
             }
             effort.accept().await;
             match self.socket.accept().await {
-                Ok((stream, remote_address)) => {
-                    if let Err(error) = stream.set_nodelay(true) {
-                        tracing::debug!(%error, "the connection ended before it was served");
-                        continue;
-                    }
-                    serve(stream, remote_address);
-                    if accepted.is_multiple_of(ACCEPTED_AT_ONCE) {
-                        tokio::task::yield_now().await;
-                    }
-                }
+                Ok((stream, remote_address)) => match stream.set_nodelay(true) {
+                    Ok(()) => serve(stream, remote_address),
+                    Err(error) => tracing::debug!(%error, "the connection ended before it was served"),
+                },
                 Err(error) => {
                     gateway.shared.metrics.transport_failures.increment(1);
-                    if is_of_one_connection(&error) {
-                        continue;
+                    if !is_of_one_connection(&error) {
+                        tracing::warn!(%error, "cannot accept");
+                        sleep(ACCEPT_PAUSE).await;
                     }
-                    tracing::warn!(%error, "cannot accept");
-                    sleep(ACCEPT_PAUSE).await;
                 }
+            }
+            if accepted.is_multiple_of(ACCEPTED_AT_ONCE) {
+                tokio::task::yield_now().await;
             }
         }
     }

@@ -34,6 +34,10 @@ use crate::{
 
 /// The p99 of established users may grow by this.
 const GROWTH_MAX: f64 = 1.2;
+/// A flood of less than this share of its rate says little.
+const ATTEMPTED_MIN: f64 = 0.9;
+/// Until the flooder has to begin, on a machine that has hardly anything left for it.
+const BEGINS_WITHIN: Duration = Duration::from_secs(30);
 /// Share of the closed loop's rate, if the options name neither rate nor share.
 const LOAD: f64 = 0.25;
 /// What a slice may be, in the order of the first round.
@@ -130,7 +134,7 @@ pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
     report.connections = 2 * pairs;
     let delays = std::mem::take(&mut outcome.statistics.phases);
     judge(&target, &options, outcome, &mut report).await;
-    compare(&mut report, &sums?, delays);
+    compare(&mut report, &sums?, delays, rate);
     target.close(&mut report).await?;
     Ok(report)
 }
@@ -183,7 +187,7 @@ fn order(round: u32) -> [usize; KINDS.len()] {
 }
 
 /// What each flood did to the established users, against the slices in peace.
-fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut slices: Vec<Delays>) {
+fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut slices: Vec<Delays>, rate: f64) {
     let rounds = sums[0].slices;
     slices.resize_with(rounds as usize * KINDS.len(), Delays::default);
     let of_kind = |kind: usize| {
@@ -208,6 +212,12 @@ fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut slices: Vec<Delay
         if let Some(flood) = flood {
             let what = format!("delivery p99 of established users under {flood:?} against that in peace");
             report.goals.push(Goal::at_most("flood", &what, GROWTH_MAX, p99));
+            let attempted = a_second(sum.attempts.done + sum.attempts.failed);
+            if attempted < ATTEMPTED_MIN * rate {
+                report.reasons.push(format!(
+                    "{flood:?} came {attempted} times a second of {rate}: the machine had no more for them"
+                ));
+            }
         }
         phases.push(Phase {
             flood,
@@ -231,10 +241,11 @@ fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut slices: Vec<Delay
 }
 
 impl Medians {
-    /// Over slices in which something was delivered.
+    /// A slice in which nothing was delivered is the slowest of all.
     fn of<'a>(slices: impl Iterator<Item = &'a Delays>) -> Self {
-        let delivered = slices.filter(|slice| slice.delivery.count() > 0);
-        let each: Vec<Percentiles> = delivered.map(|slice| slice.delivery.percentiles()).collect();
+        let never = Percentiles { p50: u64::MAX, p90: u64::MAX, p99: u64::MAX, ..Percentiles::default() };
+        let of_slice = |slice: &Delays| if slice.delivery.count() > 0 { slice.delivery.percentiles() } else { never };
+        let each: Vec<Percentiles> = slices.map(of_slice).collect();
         let median = |of: fn(&Percentiles) -> u64| {
             let mut sorted: Vec<u64> = each.iter().map(of).collect();
             sorted.sort_unstable();
@@ -289,7 +300,8 @@ impl Attacker {
         let mut child = command.spawn().context("start the flood")?;
         // It says that it has begun.
         let output = child.stdout.as_mut().context("read from the flood")?;
-        anyhow::ensure!(output.read_u8().await.is_ok_and(|byte| byte == b'\n'), "the flood did not start");
+        let begins = tokio::time::timeout(BEGINS_WITHIN, output.read_u8()).await;
+        anyhow::ensure!(begins.is_ok_and(|begins| begins.is_ok_and(|byte| byte == b'\n')), "the flood did not start");
         Ok(Self { child, begun: Instant::now() })
     }
 

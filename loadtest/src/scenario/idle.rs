@@ -1,7 +1,8 @@
 //! Authenticated connections that do nothing but send heartbeats: memory and CPU a connection. PF4 and PF6.
 //!
 //! A process may hold only so many descriptors, so the connections are held by as many servers as that takes, each with two processes of
-//! `loadtest`: one for those that come first, one for the others. The same heartbeats then go to as many bare servers: what a heartbeat costs the machine at least.
+//! `loadtest`: one for those that come first, one for the others. The same heartbeats then go to as many bare servers: what a heartbeat
+//! costs the machine at least.
 
 use std::{collections::BTreeMap, io::Write as _, process::Stdio, sync::Arc, time::Duration};
 
@@ -140,7 +141,7 @@ fn shares(connections: usize, processes: usize) -> Vec<usize> {
     (0..processes).map(|process| (connections + process) / processes).collect()
 }
 
-/// Those of each process that come first, and the others. Of a single one all come last.
+/// Of each server those that come first, and the others: of fewer than [`FIRST`] all are others.
 fn in_two(shares: &[usize]) -> [Vec<usize>; 2] {
     let first: Vec<usize> = shares.iter().map(|share| share / FIRST).collect();
     let further = shares.iter().zip(&first).map(|(share, first)| share - first).collect();

@@ -24,6 +24,7 @@ mod rate;
 mod routing;
 mod session;
 mod sessions;
+mod spare;
 mod table;
 
 pub use config::GatewayConfig;

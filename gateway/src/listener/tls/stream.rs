@@ -21,6 +21,8 @@ use rustls::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::{effort::Effort, spare::Spare};
+
 /// Sealed bytes of one read: one whole record at least.
 const READ_BYTES: usize = 32 * 1024;
 /// Of records that cannot be opened yet, or hold a part of a message of the handshake: these must stay where they are until the message is
@@ -88,30 +90,29 @@ impl Pending {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
-    /// Carries out the handshake. What the peer did wrong is `InvalidData`, and the peer is told by an alert if it still listens.
-    pub async fn accept(config: Arc<ServerConfig>, stream: S) -> io::Result<Self> {
-        let tls = UnbufferedServerConnection::new(config).map_err(io::Error::other)?;
-        let session = Session {
-            tls: Box::new(tls),
-            partial: Vec::new(),
-            plain: Pending::default(),
-            sealed: Pending::default(),
-            is_ended: false,
-            is_closed: false,
-            failure: None,
-        };
-        let mut accepted = Self { stream, session };
+    /// Carries out the handshake, whose computing is done by `spare` and paid for to `effort`. What the peer did wrong is `InvalidData`,
+    /// and the peer is told by an alert if it still listens.
+    pub async fn accept(config: Arc<ServerConfig>, stream: S, effort: &Effort, spare: &Spare) -> io::Result<Self> {
+        let mut accepted = Self { stream, session: Session::new(config)? };
         while accepted.session.tls.is_handshaking() {
-            let outcome = poll_fn(|cx| accepted.poll_more(cx, &mut ReadBuf::new(&mut []))).await;
+            let Self { mut stream, mut session } = accepted;
+            let mut sealed = poll_fn(|cx| poll_sealed_in(&mut stream, cx)).await?;
+            if sealed.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let step = move || {
+                let outcome = session.open(&mut sealed, &mut ReadBuf::new(&mut []));
+                (session, outcome)
+            };
+            let (session, outcome) = effort.step_in(spare, step).await?;
+            accepted = Self { stream, session };
             if accepted.session.tls.is_handshaking() {
                 // The peer waits for it, or is told by it what went wrong.
                 let flushed = poll_fn(|cx| accepted.poll_sealed(cx)).await;
                 accepted.session.check()?;
                 flushed?;
             }
-            if outcome? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
+            outcome?;
         }
         // The ticket: a client may well read it only when it reads something else.
         match poll_fn(|cx| Poll::Ready(accepted.poll_sealed(cx))).await {
@@ -153,7 +154,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     }
 }
 
+/// Reads once; nothing at the end of the stream.
+fn poll_sealed_in<S: AsyncRead + Unpin>(stream: &mut S, cx: &mut Context<'_>) -> Poll<io::Result<Vec<u8>>> {
+    SEALED_IN.with_borrow_mut(|buffer| {
+        let mut read = ReadBuf::new(buffer);
+        ready!(Pin::new(stream).poll_read(cx, &mut read))?;
+        Poll::Ready(Ok(read.filled().to_vec()))
+    })
+}
+
 impl Session {
+    fn new(config: Arc<ServerConfig>) -> io::Result<Self> {
+        let tls = UnbufferedServerConnection::new(config).map_err(io::Error::other)?;
+        Ok(Self {
+            tls: Box::new(tls),
+            partial: Vec::new(),
+            plain: Pending::default(),
+            sealed: Pending::default(),
+            is_ended: false,
+            is_closed: false,
+            failure: None,
+        })
+    }
+
     /// Opens the records in what was read; keeps the rest for the next read.
     fn open(&mut self, sealed: &mut [u8], plain: &mut ReadBuf<'_>) -> io::Result<()> {
         if self.partial.is_empty() {

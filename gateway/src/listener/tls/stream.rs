@@ -15,7 +15,7 @@ use std::{
 };
 
 use rustls::{
-    CommonState, ServerConfig,
+    CommonState, HandshakeKind, ServerConfig,
     server::UnbufferedServerConnection,
     unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus},
 };
@@ -90,8 +90,8 @@ impl Pending {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
-    /// Carries out the handshake, whose computing is done by `spare` and paid for to `effort`. What the peer did wrong is `InvalidData`,
-    /// and the peer is told by an alert if it still listens.
+    /// Carries out the handshake. It is paid for to `effort`, and its heavy part, the answer to the client's hello, is done by `spare`. What
+    /// the peer did wrong is `InvalidData`, and the peer is told by an alert if it still listens.
     pub async fn accept(config: Arc<ServerConfig>, stream: S, effort: &Effort, spare: &Spare) -> io::Result<Self> {
         let mut accepted = Self { stream, session: Session::new(config)? };
         while accepted.session.tls.is_handshaking() {
@@ -100,11 +100,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             if sealed.is_empty() {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
+            // With a request to say hello again the heavy part is still to come.
+            let is_answered =
+                matches!(session.tls.handshake_kind(), Some(HandshakeKind::Full | HandshakeKind::Resumed));
             let step = move || {
                 let outcome = session.open(&mut sealed, &mut ReadBuf::new(&mut []));
                 (session, outcome)
             };
-            let (session, outcome) = effort.step_in(spare, step).await?;
+            let (session, outcome) =
+                if is_answered { effort.measure(step) } else { effort.step_in(spare, step).await? };
             accepted = Self { stream, session };
             if accepted.session.tls.is_handshaking() {
                 // The peer waits for it, or is told by it what went wrong.

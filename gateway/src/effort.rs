@@ -6,13 +6,15 @@
 //! handshakes or garbage costs established users no more than that share, and what it cannot get stays in the kernel's queue, where
 //! it costs nothing.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use parking_lot::Mutex;
-use rustix::time::{ClockId, clock_gettime};
-use tokio::time::{Instant, sleep_until};
-
-use crate::spare::Spare;
+use tokio::time::{Instant, Sleep, sleep_until};
 
 /// What may be owed before anybody waits: a hundred TLS handshakes at once on one core.
 const GRACE: Duration = Duration::from_millis(20);
@@ -61,11 +63,6 @@ impl Effort {
         self.paid_at.as_ref().is_some_and(|paid_at| *paid_at.lock() > Instant::now() + GRACE)
     }
 
-    /// The threads that can do as much.
-    pub fn threads(&self) -> usize {
-        usize::try_from(self.percent.div_ceil(100)).unwrap_or(1)
-    }
-
     /// Waits until one more connection may be accepted.
     pub async fn accept(&self) {
         if let Some(turn) = self.reserve(ACCEPT) {
@@ -81,22 +78,9 @@ impl Effort {
         self.settle(STEP, Duration::ZERO);
     }
 
-    /// Has one step of a handshake done at its turn, when a core has nothing else to do. It costs what it took of a core.
-    pub async fn step_in<T: Send + 'static>(
-        &self,
-        spare: &Spare,
-        step: impl FnOnce() -> T + Send + 'static,
-    ) -> io::Result<T> {
-        if let Some(turn) = self.reserve(STEP) {
-            sleep_until(turn).await;
-        }
-        let done = spare.run(move || {
-            let began = core_time();
-            (step(), core_time().saturating_sub(began))
-        });
-        let done = done.await;
-        self.settle(STEP, done.as_ref().map_or(STEP, |(_, took)| (*took).min(WORK_MAX)));
-        done.map(|(result, _)| result)
+    /// Runs a handshake step by step, each at its turn.
+    pub fn pace<F: Future>(&self, handshake: F) -> Paced<F> {
+        Paced { effort: self.clone(), turn: None, handshake: Box::pin(handshake) }
     }
 
     /// Books work; when its turn is, unless it is now.
@@ -122,19 +106,44 @@ impl Effort {
     }
 }
 
-/// What this thread has used of a core.
-fn core_time() -> Duration {
-    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+/// A handshake that takes its turns.
+pub(crate) struct Paced<F> {
+    effort: Effort,
+    turn: Option<Pin<Box<Sleep>>>,
+    handshake: Pin<Box<F>>,
+}
+
+impl<F: Future> Future for Paced<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let this = &mut *self;
+        if this.effort.paid_at.is_none() {
+            return this.handshake.as_mut().poll(cx);
+        }
+        if this.turn.is_none()
+            && let Some(turn) = this.effort.reserve(STEP)
+        {
+            this.turn = Some(Box::pin(sleep_until(turn)));
+        }
+        if let Some(turn) = &mut this.turn {
+            ready!(turn.as_mut().poll(cx));
+            this.turn = None;
+        }
+        let began = Instant::now();
+        let polled = this.handshake.as_mut().poll(cx);
+        this.effort.settle(STEP, began.elapsed().min(WORK_MAX));
+        polled
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spare::PATIENCE;
 
     /// Work of this long, in paused time.
     async fn work(effort: &Effort, time: Duration) {
-        effort.step().await;
+        effort.pace(std::future::ready(())).await;
         let began = Instant::now();
         tokio::time::advance(time).await;
         effort.settle(Duration::ZERO, began.elapsed());
@@ -195,28 +204,6 @@ mod tests {
             effort.accept().await;
             assert!(began.elapsed() < DEBT_MAX + GRACE, "{:?}", began.elapsed());
         }
-    }
-
-    #[tokio::test]
-    async fn a_step_elsewhere_costs_what_it_took_of_a_core() {
-        let (spare, effort) = (Spare::start(0, PATIENCE, metrics::Counter::noop()), Effort::new(1, 1));
-        let began = Instant::now();
-        effort.step_in(&spare, || std::thread::sleep(Duration::from_millis(1))).await.expect("done");
-        assert!(!effort.is_exhausted(), "asleep it takes nothing");
-        let busy = || {
-            let until = core_time() + Duration::from_millis(1);
-            while core_time() < until {}
-        };
-        effort.step_in(&spare, busy).await.expect("done");
-        // A hundredth of a core takes 100 ms for a millisecond.
-        let paid_at = *effort.paid_at.as_ref().expect("bounded").lock();
-        assert!(paid_at >= began + Duration::from_millis(100), "{:?}", paid_at - began);
-    }
-
-    #[test]
-    fn there_are_threads_for_the_share() {
-        let threads = |percent, cores| Effort::new(percent, cores).threads();
-        assert_eq!([threads(25, 2), threads(1, 1), threads(25, 16), threads(100, 8)], [1, 1, 4, 8]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -24,7 +24,6 @@ mod rate;
 mod routing;
 mod session;
 mod sessions;
-mod spare;
 mod table;
 
 pub use config::GatewayConfig;

@@ -12,11 +12,7 @@ use tokio::{
 
 use self::stream::TlsStream;
 use super::{ALPN, certificate::Certificate, tcp};
-use crate::{
-    Gateway, ListenError, PeerInfo, Transport,
-    addresses::AddressPlace,
-    spare::{PATIENCE, Spare},
-};
+use crate::{Gateway, ListenError, PeerInfo, Transport, addresses::AddressPlace};
 
 /// A bound listener.
 pub struct Listener {
@@ -38,16 +34,13 @@ impl Listener {
 
     /// Accepts until the gateway drains or stops. Connections go on as tasks of the environment.
     pub async fn run(self, gateway: Gateway) {
-        let metrics = &gateway.shared.metrics;
-        let spare = Spare::start(gateway.shared.limits.effort.threads(), PATIENCE, metrics.hurried_steps.clone());
         let accepting = self.tcp.accept_each(&gateway, |stream, remote_address| match gateway.arrive(remote_address) {
             Ok(address) => {
-                let (config, spare) = (self.config.clone(), spare.clone());
-                let serving = serve(gateway.clone(), config, spare, stream, remote_address, address);
+                let serving = serve(gateway.clone(), self.config.clone(), stream, remote_address, address);
                 gateway.shared.environment.spawn(serving);
             }
             // There is no cheap way to say why before the handshake.
-            Err(excess) => metrics.limited_address(excess).increment(1),
+            Err(excess) => gateway.shared.metrics.limited_address(excess).increment(1),
         });
         tcp::until_drain(&gateway, accepting).await;
     }
@@ -57,7 +50,6 @@ impl Listener {
 async fn serve(
     gateway: Gateway,
     config: Arc<ServerConfig>,
-    spare: Spare,
     stream: TcpStream,
     remote_address: SocketAddr,
     address: Option<AddressPlace>,
@@ -66,7 +58,7 @@ async fn serve(
     let Ok(permit) = shared.admission.handshake() else {
         return shared.metrics.refused_handshakes.increment(1);
     };
-    let handshake = TlsStream::accept(config, stream, &shared.limits.effort, &spare);
+    let handshake = shared.limits.effort.pace(TlsStream::accept(config, stream));
     let handshake = Box::pin(timeout(shared.config.handshake_deadline, handshake));
     let stream = match handshake.await {
         Ok(Ok(stream)) if stream.agreed().alpn_protocol() == Some(ALPN) => stream,

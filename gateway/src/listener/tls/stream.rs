@@ -15,13 +15,11 @@ use std::{
 };
 
 use rustls::{
-    CommonState, HandshakeKind, ServerConfig,
+    CommonState, ServerConfig,
     server::UnbufferedServerConnection,
     unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus},
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
-use crate::{effort::Effort, spare::Spare};
 
 /// Sealed bytes of one read: one whole record at least.
 const READ_BYTES: usize = 32 * 1024;
@@ -90,33 +88,30 @@ impl Pending {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
-    /// Carries out the handshake. It is paid for to `effort`, and its heavy part, the answer to the client's hello, is done by `spare`. What
-    /// the peer did wrong is `InvalidData`, and the peer is told by an alert if it still listens.
-    pub async fn accept(config: Arc<ServerConfig>, stream: S, effort: &Effort, spare: &Spare) -> io::Result<Self> {
-        let mut accepted = Self { stream, session: Session::new(config)? };
+    /// Carries out the handshake. What the peer did wrong is `InvalidData`, and the peer is told by an alert if it still listens.
+    pub async fn accept(config: Arc<ServerConfig>, stream: S) -> io::Result<Self> {
+        let tls = UnbufferedServerConnection::new(config).map_err(io::Error::other)?;
+        let session = Session {
+            tls: Box::new(tls),
+            partial: Vec::new(),
+            plain: Pending::default(),
+            sealed: Pending::default(),
+            is_ended: false,
+            is_closed: false,
+            failure: None,
+        };
+        let mut accepted = Self { stream, session };
         while accepted.session.tls.is_handshaking() {
-            let Self { mut stream, mut session } = accepted;
-            let mut sealed = poll_fn(|cx| poll_sealed_in(&mut stream, cx)).await?;
-            if sealed.is_empty() {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            // With a request to say hello again the heavy part is still to come.
-            let is_answered =
-                matches!(session.tls.handshake_kind(), Some(HandshakeKind::Full | HandshakeKind::Resumed));
-            let step = move || {
-                let outcome = session.open(&mut sealed, &mut ReadBuf::new(&mut []));
-                (session, outcome)
-            };
-            let (session, outcome) =
-                if is_answered { effort.measure(step) } else { effort.step_in(spare, step).await? };
-            accepted = Self { stream, session };
+            let outcome = poll_fn(|cx| accepted.poll_more(cx, &mut ReadBuf::new(&mut []))).await;
             if accepted.session.tls.is_handshaking() {
                 // The peer waits for it, or is told by it what went wrong.
                 let flushed = poll_fn(|cx| accepted.poll_sealed(cx)).await;
                 accepted.session.check()?;
                 flushed?;
             }
-            outcome?;
+            if outcome? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
         }
         // The ticket: a client may well read it only when it reads something else.
         match poll_fn(|cx| Poll::Ready(accepted.poll_sealed(cx))).await {
@@ -158,29 +153,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     }
 }
 
-/// Reads once; nothing at the end of the stream.
-fn poll_sealed_in<S: AsyncRead + Unpin>(stream: &mut S, cx: &mut Context<'_>) -> Poll<io::Result<Vec<u8>>> {
-    SEALED_IN.with_borrow_mut(|buffer| {
-        let mut read = ReadBuf::new(buffer);
-        ready!(Pin::new(stream).poll_read(cx, &mut read))?;
-        Poll::Ready(Ok(read.filled().to_vec()))
-    })
-}
-
 impl Session {
-    fn new(config: Arc<ServerConfig>) -> io::Result<Self> {
-        let tls = UnbufferedServerConnection::new(config).map_err(io::Error::other)?;
-        Ok(Self {
-            tls: Box::new(tls),
-            partial: Vec::new(),
-            plain: Pending::default(),
-            sealed: Pending::default(),
-            is_ended: false,
-            is_closed: false,
-            failure: None,
-        })
-    }
-
     /// Opens the records in what was read; keeps the rest for the next read.
     fn open(&mut self, sealed: &mut [u8], plain: &mut ReadBuf<'_>) -> io::Result<()> {
         if self.partial.is_empty() {

@@ -1,22 +1,11 @@
-use std::{io::Write as _, time::Duration};
+use std::io::Write as _;
 
-use metrics::Counter;
-use parking_lot::Mutex;
-use rustls::{
-    ClientConfig, ClientConnection, RootCertStore,
-    crypto::ring,
-    server::{ClientHello, ResolvesServerCert},
-    sign::CertifiedKey,
-    version::TLS13,
-};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, crypto::ring, version::TLS13};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 use tokio_rustls::{TlsConnector, client};
 
 use super::*;
-use crate::{
-    listener::{ALPN, certificate::Certificate},
-    spare::PATIENCE,
-};
+use crate::listener::{ALPN, certificate::Certificate};
 
 /// Bytes that the streams below hold at a time. With less than the six of its first answer the client would wait for a server that waits for it.
 const CUTS: [usize; 4] = [7, 100, 5_000, 200_000];
@@ -34,10 +23,6 @@ fn configs() -> (Arc<ServerConfig>, Arc<ClientConfig>) {
     (Arc::new(server), Arc::new(client))
 }
 
-async fn accept(config: Arc<ServerConfig>, stream: DuplexStream) -> io::Result<TlsStream<DuplexStream>> {
-    TlsStream::accept(config, stream, &Effort::new(100, 1), &Spare::start(0, PATIENCE, Counter::noop())).await
-}
-
 type Client = client::TlsStream<DuplexStream>;
 
 async fn connected(cut: usize) -> (TlsStream<DuplexStream>, Client) {
@@ -45,7 +30,7 @@ async fn connected(cut: usize) -> (TlsStream<DuplexStream>, Client) {
     let (theirs, ours) = duplex(cut);
     let connector = TlsConnector::from(client);
     let connecting = connector.connect("localhost".try_into().expect("a name"), theirs);
-    let (accepted, connected) = tokio::join!(accept(server, ours), connecting);
+    let (accepted, connected) = tokio::join!(TlsStream::accept(server, ours), connecting);
     let accepted = accepted.expect("a handshake");
     assert_eq!(accepted.agreed().alpn_protocol(), Some(ALPN));
     (accepted, connected.expect("a handshake"))
@@ -143,42 +128,12 @@ async fn only_the_peers_word_is_an_end() {
     assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
 }
 
-/// Notes in which threads the certificate was asked for.
-#[derive(Debug)]
-struct Noting {
-    resolver: Arc<dyn ResolvesServerCert>,
-    threads: Mutex<Vec<Option<String>>>,
-}
-
-impl ResolvesServerCert for Noting {
-    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        self.threads.lock().push(std::thread::current().name().map(str::to_owned));
-        self.resolver.resolve(hello)
-    }
-}
-
-#[tokio::test]
-async fn handshakes_are_not_computed_in_the_threads_of_users() {
-    let (server, client) = configs();
-    let mut server = Arc::unwrap_or_clone(server);
-    let noting = Arc::new(Noting { resolver: server.cert_resolver.clone(), threads: Mutex::default() });
-    server.cert_resolver = noting.clone();
-    let (theirs, ours) = duplex(5_000);
-    let connector = TlsConnector::from(client);
-    let connecting = connector.connect("localhost".try_into().expect("a name"), theirs);
-    let (effort, spare) = (Effort::new(100, 1), Spare::start(1, Duration::from_secs(600), Counter::noop()));
-    let (accepted, connected) = tokio::join!(TlsStream::accept(Arc::new(server), ours, &effort, &spare), connecting);
-    let (mut accepted, mut connected) = (accepted.expect("a handshake"), connected.expect("a handshake"));
-    assert_eq!(*noting.threads.lock(), [Some("im-spare".to_owned())]);
-    exchange(&mut accepted, &mut connected, 1_000).await;
-}
-
 #[tokio::test]
 async fn what_is_not_tls_is_invalid_and_told_by_an_alert() {
     let (server, _) = configs();
     let (mut theirs, ours) = duplex(10_000);
     theirs.write_all(b"GET / HTTP/1.1\r\nHost: somewhere\r\n\r\n").await.expect("room");
-    let refused = accept(server.clone(), ours).await.err().expect("refused");
+    let refused = TlsStream::accept(server.clone(), ours).await.err().expect("refused");
     assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
     let mut told = Vec::new();
     theirs.read_to_end(&mut told).await.expect("read");
@@ -186,7 +141,7 @@ async fn what_is_not_tls_is_invalid_and_told_by_an_alert() {
 
     let (theirs, ours) = duplex(10_000);
     drop(theirs);
-    let ended = accept(server, ours).await.err().expect("ended");
+    let ended = TlsStream::accept(server, ours).await.err().expect("ended");
     assert_eq!(ended.kind(), io::ErrorKind::UnexpectedEof);
 }
 
@@ -215,7 +170,7 @@ async fn by_hand() -> (TlsStream<DuplexStream>, ClientConnection, DuplexStream) 
         }
         theirs.write_all(&sealed).await.expect("room");
     };
-    let (accepted, ()) = tokio::join!(accept(server, ours), shakes_hands);
+    let (accepted, ()) = tokio::join!(TlsStream::accept(server, ours), shakes_hands);
     (accepted.expect("a handshake"), tls, theirs)
 }
 
@@ -283,7 +238,7 @@ async fn answer_to(bytes: Vec<u8>) -> (io::ErrorKind, Option<u8>) {
         theirs.read_to_end(&mut told).await.expect("read");
         told.first().copied()
     };
-    let accepts = async { accept(server, ours).await.err().expect("refused").kind() };
+    let accepts = async { TlsStream::accept(server, ours).await.err().expect("refused").kind() };
     tokio::join!(accepts, says)
 }
 

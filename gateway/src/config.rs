@@ -38,7 +38,8 @@ pub struct GatewayConfig {
     /// Bytes of a connection in one second, beyond which it is not read for a while; 0 is no limit. The default is 67 Mbit/s.
     pub bytes_per_second_max: usize,
     /// Connects of one address (IPv4, or IPv6 network of 64 bits) in one second; 0 is no limit. Limits of an address do not hold for
-    /// the machine itself, unless `address_limits_loopback`. 100: an office of 1,000 that comes back in ten seconds.
+    /// the machine itself, unless `address_limits_loopback`. 50: an office of 1,000 that comes back in
+    /// twenty seconds, and a hundredth of two cores for TLS handshakes that one address begins (docs/performance.md).
     pub address_connects_per_second_max: u32,
     /// Connections of one address at a time; 0 is no limit. A tenth of all, for networks that share one address among thousands.
     pub address_connections_max: usize,
@@ -99,7 +100,7 @@ impl GatewayConfig {
             user_sends_per_second_max: 10_000,
             frames_per_second_max: 20_000,
             bytes_per_second_max: 8 * 1024 * 1024,
-            address_connects_per_second_max: 100,
+            address_connects_per_second_max: 50,
             address_connections_max: 10_000,
             address_failures_per_second_max: 10,
             address_limits_loopback: false,

@@ -124,7 +124,8 @@ pub enum Scenario {
         #[arg(long, default_value_t = 300)]
         conversations: usize,
     },
-    /// Established users while others flood the server with connects, TLS handshakes and garbage: --seconds of each, in turns.
+    /// Established users while others flood the server with connects, TLS handshakes begun and done, and garbage: --seconds of each, in
+    /// turns.
     #[command(after_help = "Example:  loadtest flood --flood-rate 2000")]
     Flood {
         #[command(flatten)]

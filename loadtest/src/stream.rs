@@ -92,6 +92,15 @@ impl Connector {
         Ok(connector)
     }
 
+    /// The first bytes of a TLS handshake with a server.
+    pub fn client_hello(&self, address: &str) -> anyhow::Result<Vec<u8>> {
+        let connector = self.tls.as_ref().context("only TLS has such bytes")?;
+        let mut handshake = rustls::ClientConnection::new(connector.config().clone(), server_name(address)?)?;
+        let mut hello = Vec::new();
+        handshake.write_tls(&mut hello)?;
+        Ok(hello)
+    }
+
     /// From now on TCP connections come from this address of the machine.
     pub fn come_from(&mut self, address: std::net::IpAddr) {
         self.from = Some(address);
@@ -105,21 +114,25 @@ impl Connector {
     /// The same; a narrow one takes in little that nobody reads, so that a stalled reader is felt soon.
     pub async fn connect_reading(&self, address: &str, narrow: bool) -> anyhow::Result<Stream> {
         let resolved = address.to_socket_addrs()?.next().context("the address resolves to nothing")?;
-        let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
         if let Some(endpoint) = &self.quic {
-            let connection = endpoint.connect(resolved, host)?.await?;
+            let connection = endpoint.connect(resolved, host_of(address))?.await?;
             let (send, receive) = connection.open_bi().await?;
             return Ok(Stream::Quic { send, receive, connection });
         }
         let stream = connect_tcp(resolved, self.from, narrow).await?;
         match &self.tls {
             None => Ok(Stream::Tcp(stream)),
-            Some(connector) => {
-                let name = ServerName::try_from(host.to_owned())?;
-                Ok(Stream::Tls(Box::new(connector.connect(name, stream).await?)))
-            }
+            Some(connector) => Ok(Stream::Tls(Box::new(connector.connect(server_name(address)?, stream).await?))),
         }
     }
+}
+
+fn host_of(address: &str) -> &str {
+    address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']'])
+}
+
+fn server_name(address: &str) -> anyhow::Result<ServerName<'static>> {
+    Ok(ServerName::try_from(host_of(address).to_owned())?)
 }
 
 /// An endpoint whose socket holds what a burst for all its connections brings: what the kernel drops there comes again only after a

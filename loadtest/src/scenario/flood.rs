@@ -1,9 +1,10 @@
-//! Established users while others flood the server: connects, TLS handshakes, garbage.
+//! Established users while others flood the server: connects, TLS handshakes begun and done, garbage.
 //!
 //! One open-loop chat of the same users, cut into short slices that are in peace or under one of the floods, in turns: what the disk and
-//! the store do over the minutes (a slow sync, a flush) then falls on all of them alike. What is compared is the p99 of a slice, the median
-//! over the slices of a kind: a disk that stands still once moves one slice. The flood is a process of its own that runs when nobody
-//! else wants to, so that what it costs the established users is the server's work and not the flooder's.
+//! the store do over the minutes (a slow sync, a flush) then falls on all of them alike. What is compared is the p99 of a window of a
+//! quarter of a second, the median over the windows of a kind: a disk or a host that stands still once moves one window. The flood is a
+//! process of its own that runs when nobody else wants to, so that what it costs the established users is the server's work and not
+//! the flooder's.
 
 use std::{
     io::{Read as _, Write as _},
@@ -41,9 +42,12 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(30);
 /// Share of the closed loop's rate, if the options name neither rate nor share.
 const LOAD: f64 = 0.25;
 /// What a slice may be, in the order of the first round.
-const KINDS: [Option<Flood>; 4] = [None, Some(Flood::Connects), Some(Flood::Handshakes), Some(Flood::Garbage)];
-/// The longest slice.
+const KINDS: [Option<Flood>; 5] =
+    [None, Some(Flood::Connects), Some(Flood::Hellos), Some(Flood::Handshakes), Some(Flood::Garbage)];
+/// The longest slice; `--seconds` of each kind are as many slices as that takes.
 const SLICE: Duration = Duration::from_secs(2);
+/// Windows of a slice: of a quarter of a second in the longest.
+const WINDOWS: u32 = 8;
 /// After a flood has begun, and after it has ended, nothing counts for so long.
 const BETWEEN: Duration = Duration::from_millis(300);
 /// Attempts under way at once.
@@ -52,6 +56,8 @@ const FLOOD_FROM: std::net::IpAddr = std::net::IpAddr::V4(std::net::Ipv4Addr::ne
 const ATTEMPT_WITHIN: Duration = Duration::from_secs(5);
 const GARBAGE_BYTES: usize = 4096;
 const DATAGRAM_BYTES: usize = 1200;
+/// The type of a record that an answer to a hello begins with (RFC 8446, 5.1); an alert has another.
+const TLS_HANDSHAKE: u8 = 22;
 
 /// What the flood consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -59,7 +65,10 @@ const DATAGRAM_BYTES: usize = 1200;
 pub enum Flood {
     /// Connections that are opened and reset.
     Connects,
-    /// Whole TLS handshakes, and nothing after them.
+    /// The beginning of a TLS handshake, the same bytes each time, until the server has answered: it has computed its part then, and the
+    /// flooder nothing.
+    Hellos,
+    /// Whole TLS handshakes, and nothing after them. What the flooder computes for its part the machine of the server computes as well.
     Handshakes,
     /// Connections that send what is no frame, and datagrams that are no QUIC.
     Garbage,
@@ -95,9 +104,9 @@ struct Phase {
     delivery_us: Percentiles,
     server_cores: f64,
     other_cores: f64,
-    /// The medians over the slices of the delivery's percentiles in each, µs.
+    /// The medians over the windows of the delivery's percentiles in each, µs.
     median_us: Medians,
-    /// Those against the slices in peace.
+    /// Those against the windows in peace.
     p50_against_peace: f64,
     p90_against_peace: f64,
     p99_against_peace: f64,
@@ -150,10 +159,7 @@ async fn slices(
 ) -> anyhow::Result<[Sum; KINDS.len()]> {
     let rounds = each.div_duration_f64(SLICE).ceil().max(1.0) as u32;
     let mut sums = [Sum::default(); KINDS.len()];
-    let begin = |phase| {
-        let now = origin.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
-        switches.timetable.begin(now, phase);
-    };
+    let at = |moment: Duration| u64::try_from(moment.as_micros()).unwrap_or(u64::MAX);
     for (slice, kind) in (0..rounds).flat_map(order).enumerate() {
         let attacker = match KINDS[kind] {
             Some(flood) => Some(Attacker::start(entrances, flood).await?),
@@ -161,9 +167,14 @@ async fn slices(
         };
         tokio::time::sleep(BETWEEN).await;
         let before = Reading::take(servers);
-        begin(Some(slice));
-        tokio::time::sleep(each / rounds).await;
-        begin(None);
+        let (begun, length) = (origin.elapsed(), each / rounds);
+        // Messages count by the moment at which they were to be sent, so all of it is known now.
+        for window in 0..WINDOWS {
+            let begins = begun + length * window / WINDOWS;
+            switches.timetable.begin(at(begins), Some(slice * WINDOWS as usize + window as usize));
+        }
+        switches.timetable.begin(at(begun + length), None);
+        tokio::time::sleep_until(origin + begun + length).await;
         let usage = Reading::take(servers).since(&before);
         let sum = &mut sums[kind];
         sum.slices += 1;
@@ -190,18 +201,18 @@ fn order(round: u32) -> [usize; KINDS.len()] {
 }
 
 /// What each flood did to the established users, against the slices in peace.
-fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut slices: Vec<Delays>, rate: f64) {
+fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut windows: Vec<Delays>, rate: f64) {
     let rounds = sums[0].slices;
-    slices.resize_with(rounds as usize * KINDS.len(), Delays::default);
+    windows.resize_with(rounds as usize * KINDS.len() * WINDOWS as usize, Delays::default);
     let of_kind = |kind: usize| {
-        let slices = slices.iter().zip((0..rounds).flat_map(order));
-        slices.filter(move |(_, other)| *other == kind).map(|(delays, _)| delays)
+        let slices = windows.chunks(WINDOWS as usize).zip((0..rounds).flat_map(order));
+        slices.filter(move |(_, other)| *other == kind).flat_map(|(windows, _)| windows)
     };
     let mut peace: Option<(Medians, Percentiles)> = None;
     let mut phases = Vec::with_capacity(KINDS.len());
     for (kind, (flood, sum)) in KINDS.into_iter().zip(sums).enumerate() {
         let mut all = Delays::default();
-        of_kind(kind).for_each(|slice| all.add(slice));
+        of_kind(kind).for_each(|window| all.add(window));
         if all.delivery.count() == 0 {
             let when = flood.map_or_else(|| "in peace".to_owned(), |flood| format!("under {flood:?}"));
             report.broke(format!("nothing that was to be sent {when} was delivered"));
@@ -249,17 +260,18 @@ fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut slices: Vec<Delay
 }
 
 impl Medians {
-    /// A slice in which nothing was delivered is the slowest of all.
-    fn of<'a>(slices: impl Iterator<Item = &'a Delays>) -> Self {
+    /// A window in which nothing was delivered is the slowest of all.
+    fn of<'a>(windows: impl Iterator<Item = &'a Delays>) -> Self {
         let never = Percentiles { p50: u64::MAX, p90: u64::MAX, p99: u64::MAX, ..Percentiles::default() };
-        let of_slice = |slice: &Delays| if slice.delivery.count() > 0 { slice.delivery.percentiles() } else { never };
-        let each: Vec<Percentiles> = slices.map(of_slice).collect();
+        let of_window =
+            |window: &Delays| if window.delivery.count() > 0 { window.delivery.percentiles() } else { never };
+        let each: Vec<Percentiles> = windows.map(of_window).collect();
         let median = |of: fn(&Percentiles) -> u64| {
             let mut sorted: Vec<u64> = each.iter().map(of).collect();
             sorted.sort_unstable();
             sorted.get(sorted.len() / 2).copied().unwrap_or_default()
         };
-        Self { p50: median(|slice| slice.p50), p90: median(|slice| slice.p90), p99: median(|slice| slice.p99) }
+        Self { p50: median(|window| window.p50), p90: median(|window| window.p90), p99: median(|window| window.p99) }
     }
 }
 
@@ -292,7 +304,8 @@ struct Attacker {
 
 impl Attacker {
     async fn start(entrances: &Entrances, flood: Flood) -> anyhow::Result<Self> {
-        let address = if flood == Flood::Handshakes { &entrances.tls } else { &entrances.tcp };
+        let is_tls = matches!(flood, Flood::Hellos | Flood::Handshakes);
+        let address = if is_tls { &entrances.tls } else { &entrances.tcp };
         let own = std::env::current_exe().context("find the own program")?;
         let mut command = Command::new(own);
         let kind = serde_json::to_value(flood)?;
@@ -374,6 +387,8 @@ struct Attack<'a> {
     udp: Option<SocketAddr>,
     rate: f64,
     connector: Connector,
+    /// Of a handshake.
+    hello: Vec<u8>,
     datagrams: tokio::net::UdpSocket,
 }
 
@@ -387,12 +402,16 @@ impl<'a> Attack<'a> {
     ) -> anyhow::Result<Self> {
         let transport = if kind == Flood::Handshakes { Transport::Tls } else { Transport::Tcp };
         let mut connector = Connector::with_resumption(transport, ca, false)?;
+        let hello = match kind {
+            Flood::Hellos => Connector::with_resumption(Transport::Tls, ca, false)?.client_hello(address)?,
+            Flood::Connects | Flood::Handshakes | Flood::Garbage => Vec::new(),
+        };
         if address.starts_with("127.") {
             // Another address than the established users have: limits of addresses must tell them apart.
             connector.come_from(FLOOD_FROM);
         }
         let datagrams = tokio::net::UdpSocket::bind("0.0.0.0:0").await?;
-        Ok(Self { kind, address, udp: udp.map(str::parse).transpose()?, rate, connector, datagrams })
+        Ok(Self { kind, address, udp: udp.map(str::parse).transpose()?, rate, connector, hello, datagrams })
     }
 
     /// At most [`AT_ONCE`] attempts at once, each lane at its share of the rate.
@@ -420,8 +439,15 @@ impl<'a> Attack<'a> {
 
     async fn attempt(&self, noise: &mut u64) -> anyhow::Result<()> {
         let mut stream = self.connector.connect(self.address).await?;
-        if self.kind != Flood::Garbage {
-            return Ok(());
+        match self.kind {
+            Flood::Connects | Flood::Handshakes => return Ok(()),
+            Flood::Hellos => {
+                tokio::io::AsyncWriteExt::write_all(&mut stream, &self.hello).await?;
+                let record = stream.read_u8().await?;
+                anyhow::ensure!(record == TLS_HANDSHAKE, "the server sent no answer but a record of type {record}");
+                return Ok(());
+            }
+            Flood::Garbage => {}
         }
         if let Some(udp) = self.udp {
             self.datagrams.send_to(&garbage(noise, DATAGRAM_BYTES), udp).await?;
@@ -451,25 +477,25 @@ mod tests {
     use super::{Delays, KINDS, Medians, order};
 
     #[test]
-    fn a_disk_that_stands_still_once_moves_one_slice() {
-        let slices: Vec<Delays> = (0_u64..5)
-            .map(|slice| {
+    fn a_disk_that_stands_still_once_moves_one_window() {
+        let windows: Vec<Delays> = (0_u64..5)
+            .map(|window| {
                 let mut delays = Delays::default();
                 for message in 1..=100 {
-                    delays.delivery.record(if slice == 1 { 500_000 } else { message });
+                    delays.delivery.record(if window == 1 { 500_000 } else { message });
                 }
                 delays
             })
             .chain([Delays::default()])
             .collect();
-        let medians = Medians::of(slices.iter());
+        let medians = Medians::of(windows.iter());
         assert_eq!((medians.p50, medians.p90, medians.p99), (50, 90, 99));
     }
 
     #[test]
-    fn over_eight_rounds_each_kind_has_each_place_as_often() {
+    fn over_ten_rounds_each_kind_has_each_place_as_often() {
         let mut places = [[0; KINDS.len()]; KINDS.len()];
-        for round in 0..8 {
+        for round in 0..10 {
             for (place, kind) in order(round).into_iter().enumerate() {
                 places[kind][place] += 1;
             }

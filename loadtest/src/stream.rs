@@ -20,7 +20,7 @@ use tokio::{
 };
 
 /// The protocol's name in TLS.
-const ALPN: &[u8] = b"im/1";
+pub const ALPN: &[u8] = b"im/1";
 /// Asked for; the kernel gives at most `net.core.rmem_max` and `wmem_max`.
 const QUIC_SOCKET_BYTES: usize = 4 * 1024 * 1024;
 

@@ -6,22 +6,16 @@
 //! process of its own that runs when nobody else wants to, so that what it costs the established users is the server's work and not
 //! the flooder's.
 
-use std::{
-    io::{Read as _, Write as _},
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::Stdio,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+mod decoy;
+mod flooder;
+
+use std::{path::PathBuf, process::Stdio, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tokio::{io::AsyncReadExt as _, process::Command, time::Instant};
 
+pub use self::flooder::attack;
 use super::{Target, chat, judge, run_load_while};
 use crate::{
     crowd::{Delays, Switches},
@@ -29,7 +23,7 @@ use crate::{
     measure::Reading,
     options::Common,
     report::{Goal, Percentiles, Report, round},
-    stream::{Connector, Transport},
+    stream::Transport,
     usage::usage,
 };
 
@@ -42,22 +36,20 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(30);
 /// Share of the closed loop's rate, if the options name neither rate nor share.
 const LOAD: f64 = 0.25;
 /// What a slice may be, in the order of the first round.
-const KINDS: [Option<Flood>; 5] =
-    [None, Some(Flood::Connects), Some(Flood::Hellos), Some(Flood::Handshakes), Some(Flood::Garbage)];
+const KINDS: [Option<Flood>; 6] = [
+    None,
+    Some(Flood::Connects),
+    Some(Flood::Hellos),
+    Some(Flood::Elsewhere),
+    Some(Flood::Handshakes),
+    Some(Flood::Garbage),
+];
 /// The longest slice; `--seconds` of each kind are as many slices as that takes.
 const SLICE: Duration = Duration::from_secs(2);
 /// Windows of a slice: of a quarter of a second in the longest.
 const WINDOWS: u32 = 8;
 /// After a flood has begun, and after it has ended, nothing counts for so long.
 const BETWEEN: Duration = Duration::from_millis(300);
-/// Attempts under way at once.
-const AT_ONCE: usize = 256;
-const FLOOD_FROM: std::net::IpAddr = std::net::IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 2));
-const ATTEMPT_WITHIN: Duration = Duration::from_secs(5);
-const GARBAGE_BYTES: usize = 4096;
-const DATAGRAM_BYTES: usize = 1200;
-/// The type of a record that an answer to a hello begins with (RFC 8446, 5.1); an alert has another.
-const TLS_HANDSHAKE: u8 = 22;
 
 /// What the flood consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -68,6 +60,8 @@ pub enum Flood {
     /// The beginning of a TLS handshake, the same bytes each time, until the server has answered: it has computed its part then, and the
     /// flooder nothing.
     Hellos,
+    /// Whole TLS handshakes as below with another server, in the process of the flooder: what the machine takes for them.
+    Elsewhere,
     /// Whole TLS handshakes, and nothing after them. What the flooder computes for its part the machine of the server computes as well.
     Handshakes,
     /// Connections that send what is no frame, and datagrams that are no QUIC.
@@ -209,6 +203,7 @@ fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut windows: Vec<Dela
         slices.filter(move |(_, other)| *other == kind).flat_map(|(windows, _)| windows)
     };
     let mut peace: Option<(Medians, Percentiles)> = None;
+    let mut elsewhere: Option<Medians> = None;
     let mut phases = Vec::with_capacity(KINDS.len());
     for (kind, (flood, sum)) in KINDS.into_iter().zip(sums).enumerate() {
         let mut all = Delays::default();
@@ -224,8 +219,21 @@ fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut windows: Vec<Dela
         let cores = |core_seconds: f64| round(core_seconds / sum.seconds.max(1e-9));
         let p99 = against(medians.p99, peace.0.p99);
         if let Some(flood) = flood {
-            let what = format!("delivery p99 of established users under {flood:?} against that in peace");
-            report.goals.push(Goal::at_most("flood", &what, GROWTH_MAX, p99));
+            let mut judge = |against: &str, ratio| {
+                let what = format!("delivery p99 of established users under {flood:?} against that {against}");
+                report.goals.push(Goal::at_most("flood", &what, GROWTH_MAX, ratio));
+            };
+            match flood {
+                // What the machine takes is nobody's goal, but what the server adds to it is.
+                Flood::Elsewhere => elsewhere = Some(medians),
+                Flood::Handshakes => {
+                    judge("in peace", p99);
+                    if let Some(elsewhere) = elsewhere {
+                        judge("under those with another server", against(medians.p99, elsewhere.p99));
+                    }
+                }
+                Flood::Connects | Flood::Hellos | Flood::Garbage => judge("in peace", p99),
+            }
             if !sum.attempts.yielded {
                 report
                     .reasons
@@ -335,143 +343,6 @@ impl Attacker {
     }
 }
 
-/// Whatever the flooder itself needs is not taken from those whom it disturbs: it runs when nobody else wants to. Where the scheduler's
-/// class for that cannot be had (it is set by util-linux' `chrt`) it has the lowest priority, and may then keep a core for a slice.
-/// Whether it could.
-fn yield_to_everybody() -> bool {
-    let own = std::process::id().to_string();
-    let idle = std::process::Command::new("chrt").args(["--all-tasks", "--idle", "--pid", "0", &own]).output();
-    let yielded = idle.is_ok_and(|output| output.status.success());
-    if !yielded {
-        let _ = rustix::process::nice(19);
-    }
-    yielded
-}
-
-/// Floods until standard input ends.
-pub fn attack(kind: Flood, address: &str, udp: Option<&str>, ca: Option<&Path>, rate: f64) -> anyhow::Result<()> {
-    let (ended, mut over) = tokio::sync::watch::channel(false);
-    std::thread::spawn(move || {
-        let _ = std::io::stdin().lock().read_to_end(&mut Vec::new());
-        let _ = ended.send(true);
-    });
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let counts = Counts::default();
-    let yielded = runtime.block_on(async {
-        let attack = Attack::new(kind, address, udp, ca, rate).await?;
-        // Before it yields: on a machine that has nothing to spare there may be no other attempt.
-        attack.count(&counts, &mut 1).await;
-        let yielded = yield_to_everybody();
-        std::io::stdout().write_all(b"\n")?;
-        std::io::stdout().flush()?;
-        tokio::select! {
-            biased;
-            _ = over.changed() => anyhow::Ok(yielded),
-            _ = attack.run(&counts) => anyhow::bail!("no lane ever ends by itself"),
-        }
-    })?;
-    let [done, failed] = [&counts.done, &counts.failed].map(|count| count.load(Ordering::Relaxed));
-    println!("{}", serde_json::to_string(&Attempts { done, failed, yielded })?);
-    Ok(())
-}
-
-#[derive(Default)]
-struct Counts {
-    done: AtomicU64,
-    failed: AtomicU64,
-}
-
-struct Attack<'a> {
-    kind: Flood,
-    address: &'a str,
-    udp: Option<SocketAddr>,
-    rate: f64,
-    connector: Connector,
-    /// Of a handshake.
-    hello: Vec<u8>,
-    datagrams: tokio::net::UdpSocket,
-}
-
-impl<'a> Attack<'a> {
-    async fn new(
-        kind: Flood,
-        address: &'a str,
-        udp: Option<&str>,
-        ca: Option<&Path>,
-        rate: f64,
-    ) -> anyhow::Result<Self> {
-        let transport = if kind == Flood::Handshakes { Transport::Tls } else { Transport::Tcp };
-        let mut connector = Connector::with_resumption(transport, ca, false)?;
-        let hello = match kind {
-            Flood::Hellos => Connector::with_resumption(Transport::Tls, ca, false)?.client_hello(address)?,
-            Flood::Connects | Flood::Handshakes | Flood::Garbage => Vec::new(),
-        };
-        if address.starts_with("127.") {
-            // Another address than the established users have: limits of addresses must tell them apart.
-            connector.come_from(FLOOD_FROM);
-        }
-        let datagrams = tokio::net::UdpSocket::bind("0.0.0.0:0").await?;
-        Ok(Self { kind, address, udp: udp.map(str::parse).transpose()?, rate, connector, hello, datagrams })
-    }
-
-    /// At most [`AT_ONCE`] attempts at once, each lane at its share of the rate.
-    async fn run(&self, counts: &Counts) -> Vec<std::convert::Infallible> {
-        let every = Duration::from_secs_f64(AT_ONCE as f64 / self.rate.max(0.1));
-        let lanes = (0..AT_ONCE).map(|lane| async move {
-            let mut next = Instant::now() + every * u32::try_from(lane).unwrap_or(0) / AT_ONCE as u32;
-            let mut noise = lane as u64 + 1;
-            loop {
-                tokio::time::sleep_until(next).await;
-                // Behind the schedule it does not catch up: a slow server is flooded by those at once.
-                next = (next + every).max(Instant::now());
-                self.count(counts, &mut noise).await;
-            }
-        });
-        futures::future::join_all(lanes).await
-    }
-
-    async fn count(&self, counts: &Counts, noise: &mut u64) {
-        match tokio::time::timeout(ATTEMPT_WITHIN, self.attempt(noise)).await {
-            Ok(Ok(())) => counts.done.fetch_add(1, Ordering::Relaxed),
-            Ok(Err(_)) | Err(_) => counts.failed.fetch_add(1, Ordering::Relaxed),
-        };
-    }
-
-    async fn attempt(&self, noise: &mut u64) -> anyhow::Result<()> {
-        let mut stream = self.connector.connect(self.address).await?;
-        match self.kind {
-            Flood::Connects | Flood::Handshakes => return Ok(()),
-            Flood::Hellos => {
-                tokio::io::AsyncWriteExt::write_all(&mut stream, &self.hello).await?;
-                let record = stream.read_u8().await?;
-                anyhow::ensure!(record == TLS_HANDSHAKE, "the server sent no answer but a record of type {record}");
-                return Ok(());
-            }
-            Flood::Garbage => {}
-        }
-        if let Some(udp) = self.udp {
-            self.datagrams.send_to(&garbage(noise, DATAGRAM_BYTES), udp).await?;
-        }
-        tokio::io::AsyncWriteExt::write_all(&mut stream, &garbage(noise, GARBAGE_BYTES)).await?;
-        // Until the server has had enough of it.
-        let _ = stream.read_u8().await;
-        Ok(())
-    }
-}
-
-/// Bytes by chance; the same in every run.
-fn garbage(noise: &mut u64, bytes: usize) -> Vec<u8> {
-    let mut out = Vec::with_capacity(bytes + 8);
-    while out.len() < bytes {
-        *noise ^= *noise << 13;
-        *noise ^= *noise >> 7;
-        *noise ^= *noise << 17;
-        out.extend_from_slice(&noise.to_le_bytes());
-    }
-    out.truncate(bytes);
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::{Delays, KINDS, Medians, order};
@@ -493,9 +364,9 @@ mod tests {
     }
 
     #[test]
-    fn over_ten_rounds_each_kind_has_each_place_as_often() {
+    fn over_twelve_rounds_each_kind_has_each_place_as_often() {
         let mut places = [[0; KINDS.len()]; KINDS.len()];
-        for round in 0..10 {
+        for round in 0..12 {
             for (place, kind) in order(round).into_iter().enumerate() {
                 places[kind][place] += 1;
             }

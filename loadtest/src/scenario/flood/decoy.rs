@@ -1,0 +1,73 @@
+//! A server of the flooder's own: what the machine gives for whole handshakes when nobody of the established users' server takes part.
+
+use std::{net::IpAddr, sync::Arc};
+
+use futures::{StreamExt as _, stream::FuturesUnordered};
+use rustls::{ServerConfig, crypto::ring, version::TLS13};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::Instant,
+};
+use tokio_rustls::TlsAcceptor;
+
+use crate::stream::ALPN;
+
+/// Handshakes in one second, and after a pause at once; beyond them connections are closed. As many as a server lets one address have by
+/// default (docs/limits.md, `address_connects_per_second_max`).
+const HANDSHAKES: f64 = 50.0;
+
+/// It listens.
+pub struct Decoy {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    /// Where it listens.
+    pub address: String,
+    /// What clients have to trust.
+    pub ca: tempfile::NamedTempFile,
+}
+
+impl Decoy {
+    pub async fn listen(address: IpAddr) -> anyhow::Result<Self> {
+        let signed = rcgen::generate_simple_self_signed(vec![address.to_string()])?;
+        let ca = tempfile::NamedTempFile::new()?;
+        std::fs::write(ca.path(), signed.cert.pem())?;
+        let key = rustls::pki_types::PrivateKeyDer::try_from(signed.signing_key.serialize_der());
+        let key = key.map_err(|error| anyhow::anyhow!("the key cannot be used: {error}"))?;
+        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_protocol_versions(&[&TLS13])?
+            .with_no_client_auth()
+            .with_single_cert(vec![signed.cert.der().clone()], key)?;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.send_tls13_tickets = 1;
+        let listener = TcpListener::bind((address, 0)).await?;
+        let address = listener.local_addr()?.to_string();
+        Ok(Self { listener, acceptor: TlsAcceptor::from(Arc::new(config)), address, ca })
+    }
+
+    /// Serves for as long as it is polled.
+    pub async fn run(&self) -> std::convert::Infallible {
+        let mut handshakes = FuturesUnordered::new();
+        let (mut left, mut since) = (HANDSHAKES, Instant::now());
+        loop {
+            tokio::select! {
+                accepted = self.listener.accept() => {
+                    let now = Instant::now();
+                    left = (left + (now - since).as_secs_f64() * HANDSHAKES).min(HANDSHAKES);
+                    since = now;
+                    if let Ok((stream, _)) = accepted && left >= 1.0 {
+                        left -= 1.0;
+                        handshakes.push(self.serve(stream));
+                    }
+                }
+                Some(()) = handshakes.next() => {}
+            }
+        }
+    }
+
+    async fn serve(&self, stream: TcpStream) {
+        if let Ok(mut stream) = self.acceptor.accept(stream).await {
+            // Until the client has gone.
+            let _ = tokio::io::AsyncReadExt::read_u8(&mut stream).await;
+        }
+    }
+}

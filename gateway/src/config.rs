@@ -38,8 +38,8 @@ pub struct GatewayConfig {
     /// Bytes of a connection in one second, beyond which it is not read for a while; 0 is no limit. The default is 67 Mbit/s.
     pub bytes_per_second_max: usize,
     /// Connects of one address (IPv4, or IPv6 network of 64 bits) in one second; 0 is no limit. Limits of an address do not hold for
-    /// the machine itself, unless `address_limits_loopback`. 50: an office of 1,000 that comes back in
-    /// twenty seconds, and a hundredth of two cores for TLS handshakes that one address begins (docs/performance.md).
+    /// the machine itself, unless `address_limits_loopback`. 50: an office of 1,000 that comes back in twenty
+    /// seconds, and a hundredth of two cores for the TLS handshakes of one address (docs/performance.md).
     pub address_connects_per_second_max: u32,
     /// Connections of one address at a time; 0 is no limit. A tenth of all, for networks that share one address among thousands.
     pub address_connections_max: usize,

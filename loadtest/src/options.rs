@@ -147,6 +147,9 @@ pub enum Scenario {
         ca: Option<PathBuf>,
         #[arg(long)]
         rate: f64,
+        /// Handshakes a second that a server of its own lets through.
+        #[arg(long)]
+        admitted: f64,
     },
     /// Another server under the same traffic, started and ended here: the program is Debian's.
     #[command(after_help = "Example:  loadtest peer redis-stream --pairs 100")]

@@ -3,8 +3,8 @@
 //! One open-loop chat of the same users, cut into short slices that are in peace or under one of the floods, in turns: what the disk and
 //! the store do over the minutes (a slow sync, a flush) then falls on all of them alike. What is compared is the p99 of a window of a
 //! quarter of a second, the median over the windows of a kind: a disk or a host that stands still once moves one window. The flood is a
-//! process of its own that runs when nobody else wants to, so that what it costs the established users is the server's work and not
-//! the flooder's.
+//! process of its own that runs when nobody else wants to, so that what it costs the established users is the server's work and not the
+//! flooder's, as far as the machine keeps them apart. What it takes for whole handshakes is a control: the same with another server.
 
 mod decoy;
 mod flooder;
@@ -50,6 +50,10 @@ const SLICE: Duration = Duration::from_secs(2);
 const WINDOWS: u32 = 8;
 /// After a flood has begun, and after it has ended, nothing counts for so long.
 const BETWEEN: Duration = Duration::from_millis(300);
+
+/// What a server lets one address have in a second, and after a pause at once: the key, and what it is without a setting (docs/limits.md).
+const ADMITTED_KEY: &str = "gateway.address_connects_per_second_max";
+const ADMITTED: f64 = 50.0;
 
 /// What the flood consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -129,7 +133,7 @@ pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
         let closed = chat::closed_loop(&mut target, &options, pairs).await?;
         options.rate = Some(closed.delivered_per_s * options.rate_of.unwrap_or(LOAD));
     }
-    let entrances = Entrances::of(&mut target, rate).await?;
+    let entrances = Entrances::of(&mut target, rate, admitted(&options.set)?).await?;
     target.next_users();
     let load = Load::start(chat::plan(&target, &options, pairs)?, target.endpoints.clone())?;
     let (switches, origin) = (Arc::clone(&load.switches), load.origin);
@@ -219,7 +223,7 @@ fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut windows: Vec<Dela
         let cores = |core_seconds: f64| round(core_seconds / sum.seconds.max(1e-9));
         let p99 = against(medians.p99, peace.0.p99);
         if let Some(flood) = flood {
-            let mut judge = |against: &str, ratio| {
+            let mut ask_for = |against: &str, ratio| {
                 let what = format!("delivery p99 of established users under {flood:?} against that {against}");
                 report.goals.push(Goal::at_most("flood", &what, GROWTH_MAX, ratio));
             };
@@ -227,12 +231,12 @@ fn compare(report: &mut Report, sums: &[Sum; KINDS.len()], mut windows: Vec<Dela
                 // What the machine takes is nobody's goal, but what the server adds to it is.
                 Flood::Elsewhere => elsewhere = Some(medians),
                 Flood::Handshakes => {
-                    judge("in peace", p99);
+                    ask_for("in peace", p99);
                     if let Some(elsewhere) = elsewhere {
-                        judge("under those with another server", against(medians.p99, elsewhere.p99));
+                        ask_for("under those with another server", against(medians.p99, elsewhere.p99));
                     }
                 }
-                Flood::Connects | Flood::Hellos | Flood::Garbage => judge("in peace", p99),
+                Flood::Connects | Flood::Hellos | Flood::Garbage => ask_for("in peace", p99),
             }
             if !sum.attempts.yielded {
                 report
@@ -283,6 +287,19 @@ impl Medians {
     }
 }
 
+/// What a server lets one address have: the last of the settings that says so, else the default of `imd`.
+fn admitted(settings: &[String]) -> anyhow::Result<f64> {
+    let mut values = settings.iter().filter_map(|setting| setting.strip_prefix(ADMITTED_KEY)?.strip_prefix('='));
+    match values.next_back().map(|value| value.trim().replace('_', "").parse::<u32>()) {
+        None => Ok(ADMITTED),
+        Some(Ok(0)) => Ok(f64::INFINITY),
+        Some(Ok(connects)) => Ok(connects.into()),
+        Some(Err(error)) => {
+            Err(usage(format!("{ADMITTED_KEY} is a number of connects a second, 0 for no limit: {error}")))
+        }
+    }
+}
+
 /// Where a flood goes.
 struct Entrances {
     tcp: String,
@@ -290,17 +307,19 @@ struct Entrances {
     quic: String,
     ca: Option<PathBuf>,
     rate: f64,
+    /// Connects a second that the server lets one address have.
+    admitted: f64,
 }
 
 impl Entrances {
-    async fn of(target: &mut Target, rate: f64) -> anyhow::Result<Self> {
+    async fn of(target: &mut Target, rate: f64, admitted: f64) -> anyhow::Result<Self> {
         let process = target.process.as_mut().context("there is no own server")?;
         let mut tls = process.endpoints(Transport::Tls).await?;
         let mut quic = process.endpoints(Transport::Quic).await?;
         let mut tcp = process.endpoints(Transport::Tcp).await?;
         let first = |addresses: &mut Vec<String>| addresses.swap_remove(0);
         let [tcp, quic] = [&mut tcp, &mut quic].map(|endpoints| first(&mut endpoints.addresses));
-        Ok(Self { tcp, tls: first(&mut tls.addresses), quic, ca: tls.ca, rate })
+        Ok(Self { tcp, tls: first(&mut tls.addresses), quic, ca: tls.ca, rate, admitted })
     }
 }
 
@@ -318,7 +337,7 @@ impl Attacker {
         let mut command = Command::new(own);
         let kind = serde_json::to_value(flood)?;
         command.args(["flood-client", "--kind", kind.as_str().unwrap_or_default(), "--address", address]);
-        command.args(["--rate", &entrances.rate.to_string()]);
+        command.args(["--rate", &entrances.rate.to_string(), "--admitted", &entrances.admitted.to_string()]);
         if flood == Flood::Garbage {
             command.args(["--udp", &entrances.quic]);
         }
@@ -345,7 +364,15 @@ impl Attacker {
 
 #[cfg(test)]
 mod tests {
-    use super::{Delays, KINDS, Medians, order};
+    use super::{ADMITTED, ADMITTED_KEY, Delays, KINDS, Medians, admitted, order};
+
+    #[test]
+    fn the_control_admits_what_the_server_does() {
+        let set = |value: &str| admitted(&["gateway.x=1".to_owned(), format!("{ADMITTED_KEY}={value}")]);
+        assert_eq!(admitted(&[]).unwrap(), ADMITTED);
+        assert_eq!((set("2_00").unwrap(), set("0").unwrap()), (200.0, f64::INFINITY));
+        set("many").unwrap_err();
+    }
 
     #[test]
     fn a_disk_that_stands_still_once_moves_one_window() {

@@ -12,14 +12,12 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::stream::ALPN;
 
-/// Handshakes in one second, and after a pause at once; beyond them connections are closed. As many as a server lets one address have by
-/// default (docs/limits.md, `address_connects_per_second_max`).
-const HANDSHAKES: f64 = 50.0;
-
 /// It listens.
 pub struct Decoy {
     listener: TcpListener,
     acceptor: TlsAcceptor,
+    /// Handshakes in one second, and after a pause at once; beyond them connections are closed.
+    admitted: f64,
     /// Where it listens.
     pub address: String,
     /// What clients have to trust.
@@ -27,7 +25,7 @@ pub struct Decoy {
 }
 
 impl Decoy {
-    pub async fn listen(address: IpAddr) -> anyhow::Result<Self> {
+    pub async fn listen(address: IpAddr, admitted: f64) -> anyhow::Result<Self> {
         let signed = rcgen::generate_simple_self_signed(vec![address.to_string()])?;
         let ca = tempfile::NamedTempFile::new()?;
         std::fs::write(ca.path(), signed.cert.pem())?;
@@ -41,18 +39,18 @@ impl Decoy {
         config.send_tls13_tickets = 1;
         let listener = TcpListener::bind((address, 0)).await?;
         let address = listener.local_addr()?.to_string();
-        Ok(Self { listener, acceptor: TlsAcceptor::from(Arc::new(config)), address, ca })
+        Ok(Self { listener, acceptor: TlsAcceptor::from(Arc::new(config)), admitted, address, ca })
     }
 
     /// Serves for as long as it is polled.
     pub async fn run(&self) -> std::convert::Infallible {
         let mut handshakes = FuturesUnordered::new();
-        let (mut left, mut since) = (HANDSHAKES, Instant::now());
+        let (mut left, mut since) = (self.admitted, Instant::now());
         loop {
             tokio::select! {
                 accepted = self.listener.accept() => {
                     let now = Instant::now();
-                    left = (left + (now - since).as_secs_f64() * HANDSHAKES).min(HANDSHAKES);
+                    left = (left + (now - since).as_secs_f64() * self.admitted).min(self.admitted);
                     since = now;
                     if let Ok((stream, _)) = accepted && left >= 1.0 {
                         left -= 1.0;

@@ -36,7 +36,14 @@ fn yield_to_everybody() -> bool {
 }
 
 /// Floods until standard input ends.
-pub fn attack(kind: Flood, address: &str, udp: Option<&str>, ca: Option<&Path>, rate: f64) -> anyhow::Result<()> {
+pub fn attack(
+    kind: Flood,
+    address: &str,
+    udp: Option<&str>,
+    ca: Option<&Path>,
+    rate: f64,
+    admitted: f64,
+) -> anyhow::Result<()> {
     let (ended, mut over) = tokio::sync::watch::channel(false);
     std::thread::spawn(move || {
         let _ = std::io::stdin().lock().read_to_end(&mut Vec::new());
@@ -46,7 +53,7 @@ pub fn attack(kind: Flood, address: &str, udp: Option<&str>, ca: Option<&Path>, 
     let counts = Counts::default();
     let yielded = runtime.block_on(async {
         let decoy = match kind {
-            Flood::Elsewhere => Some(Decoy::listen(FLOOD_FROM).await?),
+            Flood::Elsewhere => Some(Decoy::listen(FLOOD_FROM, admitted).await?),
             Flood::Connects | Flood::Hellos | Flood::Handshakes | Flood::Garbage => None,
         };
         let (address, ca) = match &decoy {
@@ -60,8 +67,8 @@ pub fn attack(kind: Flood, address: &str, udp: Option<&str>, ca: Option<&Path>, 
             }
         };
         let attack = Attack::new(kind, address, udp, ca, rate).await?;
-        // Before it yields: on a machine that has nothing to spare there may be no other attempt.
         let attacks = async {
+            // Before it yields: on a machine that has nothing to spare there may be no other attempt.
             attack.count(&counts, &mut 1).await;
             let yielded = yield_to_everybody();
             std::io::stdout().write_all(b"\n")?;

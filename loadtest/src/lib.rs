@@ -57,10 +57,12 @@ fn run(options: Options) -> anyhow::Result<u8> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
+        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
         tokio::select! {
             biased;
             // Dropping the scenario kills the server that it started.
             _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+            _ = terminate.recv() => anyhow::bail!("terminated"),
             code = run_scenario(options.scenario) => code,
         }
     })

@@ -237,6 +237,43 @@ fn a_server_that_cannot_start_again_is_a_broken_promise() {
     assert!(broken.iter().any(|what| what.contains("did not come back: restart after kill 1")), "{broken:?}");
 }
 
+#[test]
+fn a_run_that_is_ended_ends_its_server() {
+    let directory = tempfile::tempdir().unwrap();
+    let (script, pid) = (directory.path().join("imd"), directory.path().join("pid"));
+    let text = format!(
+        "#!/bin/sh\nif [ \"$1\" = up ]; then\n  echo $$ >'{0}.new'\n  mv '{0}.new' '{0}'\nfi\nexec '{1}' \"$@\"\n",
+        pid.display(),
+        imd().display()
+    );
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(LOADTEST);
+    command.args(["chat", "--pairs", "2", "--seconds", "600", "--ceiling", "0", "--imd", script.to_str().unwrap()]);
+    let mut run = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let server = loop {
+        match std::fs::read_to_string(&pid) {
+            Ok(text) => break text.trim().to_owned(),
+            Err(_) => assert!(run.try_wait().unwrap().is_none(), "the run ended"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    let own = rustix::process::Pid::from_child(&run);
+    rustix::process::kill_process(own, rustix::process::Signal::TERM).unwrap();
+    let output = run.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("terminated"), "{output:?}");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        let state = std::fs::read_to_string(format!("/proc/{server}/stat")).unwrap_or_default();
+        if state.is_empty() || state.contains(") Z ") {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "the server is still there: {state}");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
 /// What was acknowledged is on disk, as far as this machine can tell.
 fn assert_flushed(report: &Value) {
     let unknown =

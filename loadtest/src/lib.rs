@@ -51,8 +51,8 @@ fn run(options: Options) -> anyhow::Result<u8> {
         ceiling::serve(ceiling::RouterOptions { ack_bytes: ack, message_bytes: message, log })?;
         return Ok(0);
     }
-    if let Scenario::FloodClient { kind, address, udp, ca, rate, admitted } = options.scenario {
-        scenario::flood::attack(kind, &address, udp.as_deref(), ca.as_deref(), rate, admitted)?;
+    if let Scenario::FloodClient { kind, address, udp, rate, admitted } = options.scenario {
+        scenario::flood::attack(kind, &address, udp.as_deref(), rate, admitted)?;
         return Ok(0);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;

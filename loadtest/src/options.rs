@@ -144,8 +144,6 @@ pub enum Scenario {
         #[arg(long)]
         udp: Option<String>,
         #[arg(long)]
-        ca: Option<PathBuf>,
-        #[arg(long)]
         rate: f64,
         /// Handshakes a second that a server of its own lets through.
         #[arg(long)]

@@ -92,6 +92,12 @@ impl Connector {
         Ok(connector)
     }
 
+    /// For TLS as it says.
+    pub fn with_tls(mut config: rustls::ClientConfig) -> Self {
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        Self { tls: Some(tokio_rustls::TlsConnector::from(Arc::new(config))), quic: None, from: None }
+    }
+
     /// The first bytes of a TLS handshake with a server.
     pub fn client_hello(&self, address: &str) -> anyhow::Result<Vec<u8>> {
         let connector = self.tls.as_ref().context("only TLS has such bytes")?;

@@ -6,10 +6,11 @@
 //! process of its own that runs when nobody else wants to, so that what it costs the established users is the server's work and not the
 //! flooder's, as far as the machine keeps them apart. What it takes for whole handshakes is a control: the same with another server.
 
+mod careless;
 mod decoy;
 mod flooder;
 
-use std::{path::PathBuf, process::Stdio, sync::Arc, time::Duration};
+use std::{process::Stdio, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -305,7 +306,6 @@ struct Entrances {
     tcp: String,
     tls: String,
     quic: String,
-    ca: Option<PathBuf>,
     rate: f64,
     /// Connects a second that the server lets one address have.
     admitted: f64,
@@ -319,7 +319,7 @@ impl Entrances {
         let mut tcp = process.endpoints(Transport::Tcp).await?;
         let first = |addresses: &mut Vec<String>| addresses.swap_remove(0);
         let [tcp, quic] = [&mut tcp, &mut quic].map(|endpoints| first(&mut endpoints.addresses));
-        Ok(Self { tcp, tls: first(&mut tls.addresses), quic, ca: tls.ca, rate, admitted })
+        Ok(Self { tcp, tls: first(&mut tls.addresses), quic, rate, admitted })
     }
 }
 
@@ -340,9 +340,6 @@ impl Attacker {
         command.args(["--rate", &entrances.rate.to_string(), "--admitted", &entrances.admitted.to_string()]);
         if flood == Flood::Garbage {
             command.args(["--udp", &entrances.quic]);
-        }
-        if let Some(ca) = &entrances.ca {
-            command.arg("--ca").arg(ca);
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().context("start the flood")?;

@@ -20,15 +20,11 @@ pub struct Decoy {
     admitted: f64,
     /// Where it listens.
     pub address: String,
-    /// What clients have to trust.
-    pub ca: tempfile::NamedTempFile,
 }
 
 impl Decoy {
     pub async fn listen(address: IpAddr, admitted: f64) -> anyhow::Result<Self> {
         let signed = rcgen::generate_simple_self_signed(vec![address.to_string()])?;
-        let ca = tempfile::NamedTempFile::new()?;
-        std::fs::write(ca.path(), signed.cert.pem())?;
         let key = rustls::pki_types::PrivateKeyDer::try_from(signed.signing_key.serialize_der());
         let key = key.map_err(|error| anyhow::anyhow!("the key cannot be used: {error}"))?;
         let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -39,7 +35,7 @@ impl Decoy {
         config.send_tls13_tickets = 1;
         let listener = TcpListener::bind((address, 0)).await?;
         let address = listener.local_addr()?.to_string();
-        Ok(Self { listener, acceptor: TlsAcceptor::from(Arc::new(config)), admitted, address, ca })
+        Ok(Self { listener, acceptor: TlsAcceptor::from(Arc::new(config)), admitted, address })
     }
 
     /// Serves for as long as it is polled.

@@ -3,14 +3,13 @@
 use std::{
     io::{Read as _, Write as _},
     net::SocketAddr,
-    path::Path,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
 use tokio::{io::AsyncReadExt as _, time::Instant};
 
-use super::{Attempts, Flood, decoy::Decoy};
+use super::{Attempts, Flood, careless, decoy::Decoy};
 use crate::stream::{Connector, Transport};
 
 /// Attempts under way at once.
@@ -36,14 +35,7 @@ fn yield_to_everybody() -> bool {
 }
 
 /// Floods until standard input ends.
-pub fn attack(
-    kind: Flood,
-    address: &str,
-    udp: Option<&str>,
-    ca: Option<&Path>,
-    rate: f64,
-    admitted: f64,
-) -> anyhow::Result<()> {
+pub fn attack(kind: Flood, address: &str, udp: Option<&str>, rate: f64, admitted: f64) -> anyhow::Result<()> {
     let (ended, mut over) = tokio::sync::watch::channel(false);
     std::thread::spawn(move || {
         let _ = std::io::stdin().lock().read_to_end(&mut Vec::new());
@@ -56,17 +48,14 @@ pub fn attack(
             Flood::Elsewhere => Some(Decoy::listen(FLOOD_FROM, admitted).await?),
             Flood::Connects | Flood::Hellos | Flood::Handshakes | Flood::Garbage => None,
         };
-        let (address, ca) = match &decoy {
-            Some(decoy) => (decoy.address.as_str(), Some(decoy.ca.path())),
-            None => (address, ca),
-        };
+        let address = decoy.as_ref().map_or(address, |decoy| decoy.address.as_str());
         let serves = async {
             match &decoy {
                 Some(decoy) => decoy.run().await,
                 None => std::future::pending().await,
             }
         };
-        let attack = Attack::new(kind, address, udp, ca, rate).await?;
+        let attack = Attack::new(kind, address, udp, rate).await?;
         let attacks = async {
             // Before it yields: on a machine that has nothing to spare there may be no other attempt.
             attack.count(&counts, &mut 1).await;
@@ -107,20 +96,13 @@ struct Attack<'a> {
 }
 
 impl<'a> Attack<'a> {
-    async fn new(
-        kind: Flood,
-        address: &'a str,
-        udp: Option<&str>,
-        ca: Option<&Path>,
-        rate: f64,
-    ) -> anyhow::Result<Self> {
-        let transport = match kind {
-            Flood::Elsewhere | Flood::Handshakes => Transport::Tls,
-            Flood::Connects | Flood::Hellos | Flood::Garbage => Transport::Tcp,
+    async fn new(kind: Flood, address: &'a str, udp: Option<&str>, rate: f64) -> anyhow::Result<Self> {
+        let mut connector = match kind {
+            Flood::Elsewhere | Flood::Handshakes => Connector::with_tls(careless::config()?),
+            Flood::Connects | Flood::Hellos | Flood::Garbage => Connector::new(Transport::Tcp, None)?,
         };
-        let mut connector = Connector::with_resumption(transport, ca, false)?;
         let hello = match kind {
-            Flood::Hellos => Connector::with_resumption(Transport::Tls, ca, false)?.client_hello(address)?,
+            Flood::Hellos => Connector::with_tls(careless::config()?).client_hello(address)?,
             Flood::Connects | Flood::Elsewhere | Flood::Handshakes | Flood::Garbage => Vec::new(),
         };
         if address.starts_with("127.") {

@@ -1,9 +1,13 @@
 //! The api over gRPC, on a real server: what another service does.
 
 use bytes::Bytes;
-use im_proto::v1::{
-    self, conversation_service_client::ConversationServiceClient, group_service_client::GroupServiceClient,
-    message_service_client::MessageServiceClient, placement_service_client::PlacementServiceClient,
+use im_proto::{
+    StatusCode,
+    status::GRPC_METADATA,
+    v1::{
+        self, conversation_service_client::ConversationServiceClient, group_service_client::GroupServiceClient,
+        message_service_client::MessageServiceClient, placement_service_client::PlacementServiceClient,
+    },
 };
 use prost::Message as _;
 use tonic::{Code, Request, transport::Channel};
@@ -94,11 +98,21 @@ async fn without_a_good_token_nothing_is_answered() {
     let foreign = Server::start(&folder.path().join("other"), &ANY).token("alice");
     let mut messages = MessageServiceClient::new(channel(&server).await);
     let ask = v1::HistoryRequest { target: to(v1::target::Target::PeerUserId("bob".to_owned())), ..Default::default() };
-    assert_eq!(messages.history(ask.clone()).await.unwrap_err().code(), Code::Unauthenticated);
+    let number = |refused: &tonic::Status, why: &str| {
+        assert_eq!(refused.code(), Code::Unauthenticated, "{why}: {refused}");
+        refused.metadata().get(GRPC_METADATA).expect("a status of ours").to_str().unwrap().to_owned()
+    };
+    let unauthenticated = StatusCode::Unauthenticated.number().to_string();
+    assert_eq!(number(&messages.history(ask.clone()).await.unwrap_err(), "no token"), unauthenticated);
     for token in ["", "nonsense", "a.b.c", &foreign] {
         let refused = messages.history(as_user(token, ask.clone())).await.unwrap_err();
-        assert_eq!(refused.code(), Code::Unauthenticated, "{token:?}");
+        assert_eq!(number(&refused, token), unauthenticated);
     }
+    let mut small = as_user(&server.token("alice"), ask.clone());
+    let token = small.metadata().get("authorization").unwrap().to_str().unwrap().replace("Bearer", "bearer");
+    small.metadata_mut().insert("authorization", token.parse().unwrap());
+    let stranger = messages.history(small).await.unwrap_err();
+    assert_eq!(stranger.code(), Code::NotFound, "the name of the scheme has no case");
     let (head, signature) = foreign.rsplit_once('.').unwrap();
     let unsigned = format!("{head}.");
     let refused = messages.history(as_user(&unsigned, ask)).await.unwrap_err();

@@ -50,8 +50,9 @@ pub trait Registry: Send + Sync {
     /// Cuts the predecessor lists to the claimer alone, each only if its claim is unchanged; `false` for a claim that is lost.
     fn cut_predecessors(&self, claims: &[Claim]) -> impl Future<Output = Result<Vec<bool>, RegistryError>> + Send;
 
-    /// Gives shards up: deletes each claim and takes the claimer off the predecessor list, if the claim is unchanged. The caller has
-    /// nothing in flight for them.
+    /// Gives shards up: deletes each claim and takes the claimer off the predecessor list, if the claim is unchanged. The caller commits
+    /// nothing under them any more. If this fails the claims may stand: [`Self::claim`] answers them under their old epoch then, under
+    /// which the caller must not serve them again ([`Self::raise_epoch`]).
     fn release(&self, claims: &[Claim]) -> impl Future<Output = Result<(), RegistryError>> + Send;
 
     /// Puts a claim again under a greater epoch, if it is unchanged; `None` if it is lost or an earlier call whose answer was lost

@@ -123,13 +123,18 @@ impl Api {
             .metadata()
             .get("authorization")
             .and_then(|value| value.to_str().ok())
-            .and_then(|value| value.strip_prefix("Bearer "))
-            .ok_or_else(|| Status::unauthenticated("send the metadata `authorization: Bearer TOKEN`"))?;
+            .and_then(|value| value.split_once(' '))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+            .map(|(_, token)| token.trim())
+            .ok_or_else(|| {
+                let text = "send the metadata `authorization: Bearer TOKEN`".to_owned();
+                to_grpc(&v1::Status { text, ..StatusCode::Unauthenticated.to_status() })
+            })?;
         let verified = self
             .cluster
             .verifier
             .verify(token, self.cluster.environment.clock.now())
-            .map_err(|error| Status::unauthenticated(error.to_string()))?;
+            .map_err(|error| to_grpc(&v1::Status { text: error.to_string(), ..error.status().to_status() }))?;
         Ok(Caller {
             self_id: self.cluster.config.cluster_secret.self_id(&verified.user),
             user: verified.user,

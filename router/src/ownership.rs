@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures::future::try_join;
-use im_proto::{ConversationId, InstanceId, ShardId, shard::rendezvous_owner};
+use im_proto::{ConversationId, Epoch, InstanceId, ShardId, shard::rendezvous_owner};
 use im_registry::{
     AnyRegistry, CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Instance, Lease, Registry as _, RegistryError, Role, View,
 };
@@ -67,6 +67,13 @@ enum Raised {
     Stopping,
 }
 
+/// A claim whose shard was released.
+struct Finished {
+    claim: Claim,
+    /// Nothing is in flight any more.
+    settled: bool,
+}
+
 /// The part of a router that owns its claims.
 pub struct Ownership {
     cluster: Arc<Cluster>,
@@ -74,6 +81,13 @@ pub struct Ownership {
     registry: AnyRegistry,
     lease: Lease,
     held: BTreeMap<ShardId, Claim>,
+    /// Of shards that were released, the epoch that they were served under.
+    released_under: BTreeMap<ShardId, Epoch>,
+    /// Shards that finish what is in flight, and will be given up then.
+    releasing: BTreeSet<ShardId>,
+    /// Each of them comes here when it has finished, or has had the time for it.
+    finished: mpsc::Receiver<Finished>,
+    finishes: mpsc::Sender<Finished>,
     /// Instances whose fence rows this router has confirmed: one fence covers all their shards.
     fenced: BTreeSet<InstanceId>,
     raises: mpsc::UnboundedReceiver<RaiseRequest>,
@@ -92,7 +106,22 @@ impl Ownership {
         stop: watch::Receiver<bool>,
         released: watch::Sender<bool>,
     ) -> Self {
-        Self { cluster, store, registry, lease, held: BTreeMap::new(), fenced: BTreeSet::new(), raises, stop, released }
+        let (finishes, finished) = mpsc::channel(CLAIMS_PER_CALL_MAX);
+        Self {
+            cluster,
+            store,
+            registry,
+            lease,
+            held: BTreeMap::new(),
+            released_under: BTreeMap::new(),
+            releasing: BTreeSet::new(),
+            finished,
+            finishes,
+            fenced: BTreeSet::new(),
+            raises,
+            stop,
+            released,
+        }
     }
 
     /// Runs until the router stops or has ended.
@@ -113,6 +142,7 @@ impl Ownership {
                 // Nobody may be left who could stop it: that is no change.
                 Ok(()) = self.stop.changed() => {}
                 Some(request) = self.raises.recv() => self.raise(request).await,
+                Some(finished) = self.finished.recv() => self.give_up_finished(finished).await,
                 changed = view.changed() => {
                     if changed.is_err() {
                         return;
@@ -127,6 +157,10 @@ impl Ownership {
     async fn raise(&mut self, request: RaiseRequest) {
         let RaiseRequest { claim, conversation } = request;
         let shard = claim.shard;
+        if self.releasing.contains(&shard) {
+            // The conversation was closed with the release.
+            return;
+        }
         let current = self.held.get(&shard).cloned();
         let raised = match current {
             // Raised for another conversation meanwhile: that epoch is greater than the one of the batch.
@@ -202,9 +236,12 @@ impl Ownership {
         }
         let (mut wanted, mut unwanted, mut forgotten) = (Vec::new(), Vec::new(), Vec::new());
         for shard in self.cluster.config.shards.shards() {
+            if self.releasing.contains(&shard) {
+                continue;
+            }
             let mine = rendezvous_owner(shard, routers.iter().copied()) == Some(&me);
             match (self.held.contains_key(&shard), mine) {
-                // A claim of ours that we do not hold: the answer to the claim was lost.
+                // A claim of ours that we do not hold: the answer to the claim was lost, or it could not be given up.
                 (false, true) if view.owner(shard).is_none_or(|owner| *owner == me) => wanted.push(shard),
                 (true, false) => unwanted.push(shard),
                 // A claim that we have stopped to use, but could not give up, or did not know of.
@@ -218,9 +255,7 @@ impl Ownership {
         if self.held.keys().any(|shard| !view.claims.contains_key(shard)) {
             self.ask_own_fence("the registry does not show all claims of this router").await;
         }
-        for shards in unwanted.chunks(CLAIMS_PER_CALL_MAX) {
-            self.release(shards).await;
-        }
+        self.release(&mut unwanted);
         for claims in forgotten.chunks(CLAIMS_PER_CALL_MAX) {
             self.give_up(claims).await;
         }
@@ -257,13 +292,14 @@ impl Ownership {
             // The view will show what became of it.
             Err(error) => return tracing::warn!(%error, "shards could not be claimed; trying again"),
         };
-        let claims: Vec<Claim> = outcomes
-            .into_iter()
-            .filter_map(|outcome| match outcome {
-                ClaimOutcome::Claimed(claim) => Some(claim),
-                ClaimOutcome::Taken(_) => None,
-            })
-            .collect();
+        let mut claims: Vec<Claim> = Vec::with_capacity(outcomes.len());
+        for outcome in outcomes {
+            let ClaimOutcome::Claimed(claim) = outcome else { continue };
+            match self.never_served(claim).await {
+                Raised::Outcome(claim) => claims.extend(claim),
+                Raised::Stopping => return,
+            }
+        }
         for claim in &claims {
             let (shard, epoch) = (claim.shard, claim.epoch);
             self.tell(shard, move |worker| worker.shard_claimed(shard, epoch));
@@ -272,6 +308,17 @@ impl Ownership {
             return;
         }
         self.activate(claims).await;
+    }
+
+    /// A claim that could not be given up is still this router's, under its old epoch, when it is to have the shard again. But what
+    /// it dropped at the release may have left writes under way (of opens, raises, and batches whose patience had ended), and two
+    /// incarnations of a conversation must not write under one epoch: it needs a greater one, as a batch that was given up does.
+    async fn never_served(&mut self, claim: Claim) -> Raised {
+        if self.released_under.get(&claim.shard).is_none_or(|released| claim.epoch > *released) {
+            return Raised::Outcome(Some(claim));
+        }
+        tracing::info!(shard = claim.shard.0, "a shard that could not be given up is had again; its epoch is raised");
+        self.raise_claim(&claim).await
     }
 
     /// A router without traffic commits nothing, and so would never learn from its commits that it has to start again.
@@ -361,18 +408,39 @@ impl Ownership {
         });
     }
 
-    async fn release(&mut self, shards: &[ShardId]) {
-        let claims: Vec<Claim> = shards.iter().filter_map(|shard| self.held.remove(shard)).collect();
-        let mut settled = Vec::with_capacity(claims.len());
-        for claim in &claims {
-            let (done, receiver) = oneshot::channel();
-            let shard = claim.shard;
+    /// The last of these shards, as many as may be given up at once, take nothing new from now on and finish what is in flight; the
+    /// others are served meanwhile. One that the store does not let finish is as good as lost after the time that a batch may take,
+    /// and its next owner begins above its epoch.
+    fn release(&mut self, shards: &mut Vec<ShardId>) {
+        let room = CLAIMS_PER_CALL_MAX.saturating_sub(self.releasing.len());
+        for shard in shards.split_off(shards.len().saturating_sub(room)) {
+            let Some(claim) = self.held.remove(&shard) else { continue };
+            self.released_under.insert(shard, claim.epoch);
+            self.releasing.insert(shard);
+            let (done, settled) = oneshot::channel();
             self.tell(shard, move |worker| worker.shard_releasing(shard, done));
-            settled.push(receiver);
+            let (patience, finishes) = (self.cluster.config.append_patience, self.finishes.clone());
+            self.cluster.environment.spawn(async move {
+                // A channel without a sender: the worker has lost the shard, or has ended.
+                let settled = tokio::time::timeout(patience, settled).await.is_ok();
+                let _ = finishes.send(Finished { claim, settled }).await;
+            });
         }
-        for receiver in settled {
-            // An error means that the worker has ended: then nothing is in flight any more either.
-            let _ = receiver.await;
+    }
+
+    /// Gives up the claim of a shard that has finished, and of all others that have finished by now.
+    async fn give_up_finished(&mut self, first: Finished) {
+        let mut finished = vec![first];
+        finished.extend(std::iter::from_fn(|| self.finished.try_recv().ok()));
+        let mut claims = Vec::with_capacity(finished.len());
+        for Finished { claim, settled } in finished {
+            let shard = claim.shard;
+            if !settled {
+                tracing::warn!(shard = shard.0, "a shard is given up with writes that the store has not confirmed");
+                self.tell(shard, move |worker| worker.shard_lost(shard));
+            }
+            self.releasing.remove(&shard);
+            claims.push(claim);
         }
         self.give_up(&claims).await;
     }
@@ -398,9 +466,14 @@ impl Ownership {
 
     async fn release_all(&mut self) {
         self.mark_draining().await;
-        let shards: Vec<ShardId> = self.held.keys().copied().collect();
-        for shards in shards.chunks(CLAIMS_PER_CALL_MAX) {
-            self.release(shards).await;
+        let mut shards: Vec<ShardId> = self.held.keys().copied().collect();
+        loop {
+            self.release(&mut shards);
+            if self.releasing.is_empty() {
+                break;
+            }
+            let Some(finished) = self.finished.recv().await else { break };
+            self.give_up_finished(finished).await;
         }
         if let Err(error) = self.registry.revoke(&self.lease).await {
             tracing::debug!(%error, "the lease could not be revoked; it runs out");

@@ -227,6 +227,10 @@ async fn what_is_no_channel_or_no_subscription_is_refused() {
         let request = v1::ChannelCreateRequest { key, name: "n".to_owned(), writers };
         assert_eq!(code(gateway.call::<v1::ChannelCreateReply>(1, Method::ChannelCreate, &request).await), wanted);
     }
+    let named = writers.iter().skip(1).cloned().chain(["alice".to_owned()]).collect();
+    let request = v1::ChannelCreateRequest { key: Bytes::from_static(b"most"), name: "n".to_owned(), writers: named };
+    let made = gateway.call::<v1::ChannelCreateReply>(1, Method::ChannelCreate, &request).await;
+    made.expect("its maker counts once, named or not");
     let invite =
         v1::GroupInviteRequest { conversation_id: id.to_bytes(), members: writers, client_message_id: Bytes::new() };
     let answer = gateway.call::<v1::GroupInviteReply>(1, Method::GroupInvite, &invite).await;

@@ -3,12 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use im_proto::{
-    ConversationId, InstanceId, UserId,
+    ConversationId, InstanceId, ShardId, UserId,
     link::channel::{Connecting, Connector, LinkError, LinkItem, PeerEnd, pair},
+    shard::rendezvous_owner,
     v1::{self, peer_message::Message as Peer, router_message::Message as Down},
 };
 use im_registry::{AnyRegistry, Reach, Registry as _};
-use im_storage::{FaultPlan, Faulty, Memory, Store};
+use im_storage::{FaultPlan, Faulty, Memory, Store, Table};
 use tokio::sync::mpsc;
 
 use crate::support::{CLUSTER, SHARDS, World, message, user};
@@ -200,8 +201,83 @@ async fn a_shard_that_could_not_be_given_up_is_given_up_later() {
     assert!(view.instances.contains_key(&InstanceId::parse("r1").unwrap()), "its lease lives");
     let routers = [InstanceId::parse("r1").unwrap(), InstanceId::parse("r2").unwrap()];
     for shard in world.config("any").shards.shards() {
-        assert_eq!(view.owner(shard), im_proto::shard::rendezvous_owner(shard, routers.iter()), "{shard:?}");
+        assert_eq!(view.owner(shard), rendezvous_owner(shard, routers.iter()), "{shard:?}");
     }
+}
+
+/// A peer of alice whose conversation with her is the second router's as soon as there is one.
+fn moved_peer(world: &World) -> (UserId, ShardId) {
+    let routers = [InstanceId::parse("r1").unwrap(), InstanceId::parse("r2").unwrap()];
+    let shards = world.config("any").shards;
+    (0..1000)
+        .map(|n| user(&format!("user{n}")))
+        .map(|peer| (shards.shard_of(&CLUSTER.direct_id(&user("alice"), &peer)), peer))
+        .find(|(shard, _)| rendezvous_owner(*shard, routers.iter()) == Some(&routers[1]))
+        .map(|(shard, peer)| (peer, shard))
+        .expect("a peer whose conversation moves")
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shard_that_could_not_be_given_up_is_served_again_only_under_a_greater_epoch() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world, 0);
+    let handle = world.registry.handle("r1", world.environment.clone());
+    let first = world.router_on(world.config("r1"), handle.clone().into()).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let (peer, shard) = moved_peer(&world);
+    let id = CLUSTER.direct_id(&user("alice"), &peer);
+    let registry = AnyRegistry::from(world.registry.handle("observer", world.environment.clone()));
+    let epoch = |registry: &AnyRegistry| {
+        let claim = registry.view().borrow().claims.get(&shard).cloned().expect("claimed");
+        assert_eq!(claim.owner, InstanceId::parse("r1").unwrap());
+        claim.epoch
+    };
+    let before = epoch(&registry);
+    gateway.send(1, id, message(peer.as_str(), "m0", "m0", "", 0)).await;
+    gateway.ack("m0").await;
+    // The release waits for this, and the registry is gone by then.
+    let delay = Duration::from_secs(3)..=Duration::from_secs(3);
+    store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
+    gateway.send(1, id, message(peer.as_str(), "m1", "m1", "", 1)).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let second = world.router(world.config("r2")).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    handle.set_reach(Reach::Refused);
+    store.set_plan(FaultPlan::none());
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(epoch(&registry), before, "the claim stands");
+    assert!(second.stop(Duration::from_secs(1)).await);
+    handle.set_reach(Reach::Up);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(epoch(&registry) > before);
+    gateway.send(1, id, message(peer.as_str(), "m2", "m2", "", 2)).await;
+    gateway.ack("m2").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shard_whose_writes_are_never_confirmed_holds_back_no_other_and_is_given_up_in_time() {
+    let mut world = World::new(Store::from(Memory::new()));
+    let store = faulty(&mut world, 0);
+    let first = world.router(world.config("r1")).await;
+    let mut gateway = world.gateway("g1", &first).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let (peer, stuck) = moved_peer(&world);
+    store.set_plan(FaultPlan { refused_table: Some(Table::Busy), ..FaultPlan::none() });
+    gateway.send(1, CLUSTER.direct_id(&user("alice"), &peer), message(peer.as_str(), "m1", "m1", "", 0)).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let _second = world.router(world.config("r2")).await;
+    let registry = AnyRegistry::from(world.registry.handle("observer", world.environment.clone()));
+    let routers = [InstanceId::parse("r1").unwrap(), InstanceId::parse("r2").unwrap()];
+    let not_moved = || -> Vec<ShardId> {
+        let view = registry.view().borrow().clone();
+        let shards = world.config("any").shards.shards();
+        shards.filter(|shard| view.owner(*shard) != rendezvous_owner(*shard, routers.iter())).collect()
+    };
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(not_moved(), [stuck]);
+    tokio::time::sleep(Duration::from_secs(17)).await;
+    assert_eq!(not_moved(), []);
 }
 
 /// The same between routers, on either side.

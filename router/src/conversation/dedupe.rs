@@ -4,14 +4,29 @@
 //! stay in the processor's cache however many conversations are busy, and the table is four bytes an entry: with entries in the table
 //! itself each insertion missed the cache several times.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    hash::{BuildHasher as _, RandomState},
+    sync::LazyLock,
+};
 
 use hashbrown::HashTable;
 use im_proto::{Timestamp, UserId, limits, v1::EntryKind};
 use im_storage::Row;
-use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::state;
+
+/// What [`Dedupe::key`] is keyed with: nobody outside this process can know two senders and ids that have one hash. 128 bits of it are
+/// the operating system's.
+static SECRET: LazyLock<[u8; 32]> = LazyLock::new(|| {
+    let random = RandomState::new();
+    let mut secret = [0; 32];
+    for (word, bytes) in (0_u64..).zip(secret.chunks_exact_mut(8)) {
+        bytes.copy_from_slice(&random.hash_one(word).to_be_bytes());
+    }
+    secret
+});
 
 /// What was sent under a client message id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,17 +57,22 @@ impl Dedupe {
         Self { limit, floor, ..Self::default() }
     }
 
-    /// The 128-bit hash of a sender and a client message id: XXH3-128 over the sender, a zero byte and the id.
+    /// The 128-bit hash of a sender and a client message id: the first bytes of BLAKE3 over the sender, a zero byte and the id, keyed for
+    /// this process. Ids are whatever clients like, and equal keys mean "sent already": with a hash that others can compute, a member
+    /// could send a message whose key is that of what another is about to send.
     pub fn key(sender: &UserId, client_message_id: &[u8]) -> u128 {
         let mut input = [0; limits::ID_BYTES_MAX + 1 + limits::CLIENT_MESSAGE_ID_BYTES_MAX];
         let sender = sender.as_str().as_bytes();
         let length = sender.len() + 1 + client_message_id.len();
-        if length > input.len() {
-            return xxh3_128(&[sender, &[0], client_message_id].concat());
-        }
-        input[..sender.len()].copy_from_slice(sender);
-        input[sender.len() + 1..length].copy_from_slice(client_message_id);
-        xxh3_128(&input[..length])
+        let hash = if length > input.len() {
+            blake3::keyed_hash(&SECRET, &[sender, &[0], client_message_id].concat())
+        } else {
+            input[..sender.len()].copy_from_slice(sender);
+            input[sender.len() + 1..length].copy_from_slice(client_message_id);
+            blake3::keyed_hash(&SECRET, &input[..length])
+        };
+        let (first, _) = hash.as_bytes().split_first_chunk().unwrap_or((&[0; 16], &[]));
+        u128::from_be_bytes(*first)
     }
 
     /// XXH3-64 of a body.

@@ -96,6 +96,20 @@ fn sender_and_client_message_id_do_not_run_into_each_other() {
     assert_ne!(Dedupe::key(&a, b"1"), Dedupe::key(&a, b"2"));
 }
 
+/// What XXH3-128 without a key takes for the same, as anybody can work out.
+#[test]
+fn no_other_sender_can_make_an_id_that_counts_as_ones_own() {
+    let id: [u8; 56] = [
+        0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c, 0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0xa4, 0xce,
+        0x05, 0xcc, 0x42, 0x99, 0x84, 0x7a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xde, 0xd4, 0x6d, 0xe9,
+        0x83, 0x90, 0x97, 0xdb, 0xc7, 0x41, 0x8d, 0x77, 0x9c, 0x1e, 0xaa, 0x79,
+    ];
+    let unkeyed = |sender: &str, id: &[u8]| xxhash_rust::xxh3::xxh3_128(&[sender.as_bytes(), &[0], id].concat());
+    assert_eq!(unkeyed("mallory", &id), unkeyed("alicia7", b"0003"));
+    let [mallory, alicia] = ["mallory", "alicia7"].map(|name| UserId::parse(name).unwrap());
+    assert_ne!(Dedupe::key(&mallory, &id), Dedupe::key(&alicia, b"0003"));
+}
+
 #[test]
 fn effects_that_fail_do_not_hold_up_those_of_other_targets() {
     let mut outbox = Outbox::default();

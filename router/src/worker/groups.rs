@@ -77,11 +77,11 @@ impl Context {
             Ok(members) => members,
             Err(status) => return self.cluster.answer(reply_to, Err(status.to_status())),
         };
-        if name.len() > limits::GROUP_NAME_BYTES_MAX || members.len() >= members_max {
-            return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
-        }
         let caller = call.caller.clone();
         let others = members.iter().filter(|user| **user != caller.user).map(UserId::to_string);
+        if name.len() > limits::GROUP_NAME_BYTES_MAX || others.clone().count() >= members_max {
+            return self.cluster.answer(reply_to, Err(StatusCode::TooLarge.to_status()));
+        }
         let (creator, members) =
             (caller.user.to_string(), std::iter::once(caller.user.to_string()).chain(others).collect());
         let event = match kind {

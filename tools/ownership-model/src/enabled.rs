@@ -86,7 +86,9 @@ impl Ownership {
             Phase::Serving => self.appends(state, owner, actions),
             Phase::Fencing | Phase::Unclaimed | Phase::Released | Phase::Stopped => {}
         }
-        if holds_claim && state.left.releases > 0 && matches!(phase, Phase::Reading | Phase::Serving) {
+        let is_active =
+            !matches!(phase, Phase::Unclaimed | Phase::Released | Phase::Stopped | Phase::Fencing | Phase::Cutting);
+        if holds_claim && state.left.releases > 0 && is_active {
             actions.push(Action::Release { owner });
         }
     }

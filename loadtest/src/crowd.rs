@@ -69,7 +69,7 @@ pub struct Progress {
     pub live: AtomicU64,
     pub acknowledged: AtomicU64,
     pub delivered: AtomicU64,
-    /// Conversations whose oldest unacknowledged send waits for long.
+    /// Conversations whose oldest send that is due and not acknowledged waits for long.
     pub stalled: AtomicU64,
     pub heartbeats: AtomicU64,
     /// Messages sent, and everything not received yet: gaps, calls, unacknowledged sends.
@@ -397,8 +397,8 @@ impl Participant {
 
     /// Its conversations that wait for an ack for long.
     fn stalled(&self, now: Micros) -> u64 {
-        let oldest = self.lanes.iter().filter_map(|lane| lane.sending.as_ref()?.pending.front());
-        oldest.filter(|pending| pending.id.scheduled + STALLED_AFTER < now).count() as u64
+        let oldest = self.lanes.iter().filter_map(|lane| lane.sending.as_ref()?.waits_since());
+        oldest.filter(|since| since + STALLED_AFTER < now).count() as u64
     }
 
     /// What this participant still waits for.

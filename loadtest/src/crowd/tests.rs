@@ -323,6 +323,33 @@ fn while_nothing_is_acknowledged_all_lanes_together_keep_the_limit_of_a_session(
     assert!(pending.iter().all(|&count| count > 0) && pending.iter().sum::<usize>() == PENDING_MAX, "{pending:?}");
 }
 
+/// One client who is to send each `every` from the moment 1 on, not connected.
+fn lone_sender(every: Micros) -> Participants {
+    let sends = SendPlan { flow: 0, window: 4, body_bytes: 20, every: Some((every as f64, 0.0)) };
+    let lanes = vec![LanePlan { with: With::Conversation(GROUP), sends: Some(sends) }];
+    let plan = Plan { user: user(0), token: String::new(), lanes, stalls: false, reads_every: None };
+    let switches = Arc::<Switches>::default();
+    switches.sending.store(true, Ordering::Relaxed);
+    switches.measuring.store(true, Ordering::Relaxed);
+    let mut members = Participants::new(vec![plan], Arc::new(vec![Flow::new(0)]), switches, Arc::default());
+    members.tick(1, &mut Vec::new());
+    members
+}
+
+#[test]
+fn a_conversation_waits_for_what_its_client_cannot_send_without_a_session() {
+    let mut members = lone_sender(100_000);
+    let mut stalled = |now| {
+        members.tick(now, &mut Vec::new());
+        members.members[0].stalled(now)
+    };
+    assert_eq!((stalled(1 + STALLED_AFTER), stalled(2 + STALLED_AFTER)), (0, 1));
+    members.opened(0, 3 + STALLED_AFTER);
+    members.members[0].state = State::Live;
+    members.fill(0, &mut Vec::new(), 3 + STALLED_AFTER);
+    assert_eq!(members.members[0].stalled(3 + STALLED_AFTER), 1, "sent, and not acknowledged");
+}
+
 /// Else a crowd that waits for an owner keeps the machine so busy that there is none for long.
 #[test]
 fn refused_calls_are_repeated_less_and_less_often_and_not_before_the_server_says() {

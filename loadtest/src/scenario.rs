@@ -376,9 +376,9 @@ pub fn statistics(report: &mut Report, statistics: &Statistics, options: &Common
 /// Reads back and judges.
 pub async fn judge(target: &Target, options: &Common, outcome: Outcome, report: &mut Report) {
     let Outcome { mut history, readers, .. } = outcome;
-    if !options.no_read_back
-        && let Err(error) = target.read_back(&mut history, &readers).await
-    {
+    if options.no_read_back {
+        report.not_read_back();
+    } else if let Err(error) = target.read_back(&mut history, &readers).await {
         report.broke(format!("the histories cannot be read back: {error:#}"));
     }
     report.judged(history.judge());

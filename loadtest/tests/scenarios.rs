@@ -314,6 +314,16 @@ fn idle_connections_are_held_by_several_processes_beside_the_bare_server() {
 }
 
 #[test]
+fn a_report_says_when_nothing_was_read_back() {
+    let said = |more: &[&str]| {
+        let report = report(&[&["fanout", "--members", "2", "--rate", "50"], more].concat());
+        let reasons = report["reasons"].as_array().unwrap();
+        reasons.iter().any(|reason| reason.as_str().unwrap_or_default().contains("--no-read-back"))
+    };
+    assert!(!said(&[]) && said(&["--no-read-back"]));
+}
+
+#[test]
 fn members_who_are_away_cost_no_delivery() {
     let report = report(&["fanout", "--members", "40", "--online", "3", "--rate", "50"]);
     assert_eq!((&report["connections"], &report["details"]["members_away"]), (&Value::from(4), &Value::from(37)));

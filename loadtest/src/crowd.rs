@@ -12,7 +12,7 @@ mod send;
 mod statistics;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -69,7 +69,7 @@ pub struct Progress {
     pub live: AtomicU64,
     pub acknowledged: AtomicU64,
     pub delivered: AtomicU64,
-    /// Conversations whose oldest unacknowledged send waits for long.
+    /// Conversations whose oldest send that is due and not acknowledged waits for long.
     pub stalled: AtomicU64,
     pub heartbeats: AtomicU64,
     /// Messages sent, and everything not received yet: gaps, calls, unacknowledged sends.
@@ -357,9 +357,8 @@ impl Participants {
                 member.lanes.iter().filter_map(|lane| lane.view).for_each(|view| self.history.unfollows(view));
             }
         } else {
-            // What was scheduled and could not be sent in time is not sent any more.
-            let lanes = self.members.iter_mut().flat_map(|member| &mut member.lanes);
-            lanes.filter_map(|lane| lane.sending.as_mut()?.due.as_mut()).for_each(std::collections::VecDeque::clear);
+            self.statistics.held_up += self.members.iter_mut().map(|member| member.sending_ends(now)).sum::<u64>();
+            wake.extend(0..self.members.len());
         }
     }
 }
@@ -397,8 +396,8 @@ impl Participant {
 
     /// Its conversations that wait for an ack for long.
     fn stalled(&self, now: Micros) -> u64 {
-        let oldest = self.lanes.iter().filter_map(|lane| lane.sending.as_ref()?.pending.front());
-        oldest.filter(|pending| pending.id.scheduled + STALLED_AFTER < now).count() as u64
+        let oldest = self.lanes.iter().filter_map(|lane| lane.sending.as_ref()?.waits_since());
+        oldest.filter(|since| since + STALLED_AFTER < now).count() as u64
     }
 
     /// What this participant still waits for.
@@ -410,7 +409,8 @@ impl Participant {
         let lanes = self.lanes.iter().map(|lane| {
             let on_their_way = lane.sending.as_ref().map_or(0, |sending| {
                 let flow = flows.get(usize::try_from(sending.flow).unwrap_or(usize::MAX));
-                flow.map_or(0, Flow::in_flight).max(sending.pending.len() as u64)
+                let due = sending.due.as_ref().map_or(0, VecDeque::len);
+                flow.map_or(0, Flow::in_flight).max(sending.pending.len() as u64) + due as u64
             });
             on_their_way + lane.ahead.len() as u64 + u64::from(lane.catch_up_to > lane.have)
         });
@@ -440,6 +440,7 @@ impl driver::Crowd for Participants {
 
     fn tick(&mut self, now: Micros, wake: &mut Vec<usize>) {
         let sending = self.switches.sending.load(Ordering::Relaxed);
+        self.statistics.measured |= self.switches.measuring.load(Ordering::Relaxed);
         if sending != self.sending {
             self.sending_switched(sending, now, wake);
         }

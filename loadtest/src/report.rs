@@ -96,6 +96,8 @@ pub struct Report {
     pub spread: Option<Spread>,
     #[serde(skip)]
     pub generator_was_the_limit: bool,
+    #[serde(skip)]
+    pub read_back_left_out: bool,
 }
 
 /// One goal and what was measured.
@@ -232,6 +234,12 @@ impl Report {
         self.broken.push(what);
     }
 
+    /// Nobody looked at what is stored: the verdict goes no further than what clients were told.
+    pub fn not_read_back(&mut self) {
+        self.read_back_left_out = true;
+        self.reasons.push("--no-read-back: what is stored was not compared with what was acknowledged".to_owned());
+    }
+
     /// Takes in how often the disk flushed its cache while so much was acknowledged as durable.
     pub fn flushed(&mut self, flushes: &Flushes, acknowledged: u64) {
         self.disk_flushes = flushes.count;
@@ -271,18 +279,19 @@ impl Report {
 
     /// Sets the verdict. 0 or 3: the exit code.
     pub fn conclude(&mut self) -> u8 {
+        let held = held(!self.read_back_left_out);
         let (verdict, code) = if self.promise_broken() {
-            ("a promise did not hold", 3)
+            ("a promise did not hold".to_owned(), 3)
         } else if self.generator_was_the_limit {
-            ("the generator was the limit", 3)
+            ("the generator was the limit".to_owned(), 3)
         } else if self.errors > 0 {
-            ("every promise held; there were errors", 0)
+            (format!("{held}; there were errors"), 0)
         } else if !self.verdict.is_empty() {
             return 0;
         } else {
-            ("every promise held", 0)
+            (held.to_owned(), 0)
         };
-        self.verdict = verdict.to_owned();
+        self.verdict = verdict;
         code
     }
 
@@ -328,6 +337,11 @@ pub fn median(mut runs: Vec<Report>) -> Option<Report> {
     });
     report.runs = summaries;
     Some(report)
+}
+
+/// The verdict of a run that broke no promise.
+pub fn held(read_back: bool) -> &'static str {
+    if read_back { "every promise held" } else { "every promise held as far as clients saw: no history was read back" }
 }
 
 /// Three digits behind the point: more is noise.
@@ -401,6 +415,17 @@ mod tests {
     fn errors_that_were_tried_again_break_nothing() {
         let mut report = Report { errors: 4, ..run(1.0) };
         assert_eq!((report.conclude(), report.verdict.as_str()), (0, "every promise held; there were errors"));
+    }
+
+    #[test]
+    fn what_was_not_read_back_is_not_said_to_hold() {
+        for errors in [0, 4] {
+            let mut report = Report { errors, ..run(1.0) };
+            report.not_read_back();
+            assert_eq!(report.conclude(), 0);
+            assert!(report.verdict.starts_with("every promise held as far as clients saw"), "{}", report.verdict);
+            assert_eq!(report.verdict.ends_with("; there were errors"), errors > 0, "{}", report.verdict);
+        }
     }
 
     #[test]

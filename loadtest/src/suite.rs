@@ -9,6 +9,7 @@ use crate::{
     measure::Machine,
     options::{Common, Scenario},
     peer::Peer,
+    report::held,
     stream::Transport,
 };
 
@@ -101,7 +102,7 @@ pub fn report(common: &Common, reports: Vec<Value>, code: u8) -> Value {
     let goals: Vec<&Value> = reports.iter().filter_map(|report| report["goals"].as_array()).flatten().collect();
     let met = goals.iter().filter(|goal| goal["met"] == true).count();
     let verdict = match code {
-        0 => format!("every promise held; {met} of {} goals met", goals.len()),
+        0 => format!("{}; {met} of {} goals met", held(!common.no_read_back), goals.len()),
         3 => "a promise did not hold, or the generator was the limit: see the reports".to_owned(),
         _ => "not all of it could run: see the reports".to_owned(),
     };
@@ -145,5 +146,16 @@ mod tests {
         ] {
             assert!(names.iter().any(|name| name.starts_with(wanted)), "{wanted}: {names:?}");
         }
+    }
+
+    #[test]
+    fn the_suite_says_that_nothing_was_read_back() {
+        let verdict = |more: &[&str]| {
+            let options = crate::Options::parse_from([&["loadtest", "chat"], more].concat());
+            let Scenario::Chat(common) = options.scenario else { panic!("chat is chat") };
+            report(&common, Vec::new(), 0)["verdict"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(verdict(&[]), "every promise held; 0 of 0 goals met");
+        assert!(verdict(&["--no-read-back"]).contains("no history was read back"));
     }
 }

@@ -1,7 +1,8 @@
 //! What the clients saw over time, with marks for what was done to the servers.
 //!
 //! Sampled from the load's progress counters: acknowledgements, clients with a session, and *stalled* conversations, whose oldest
-//! unacknowledged send is older than [`STALLED_AFTER`]. After a mark, service is back when nothing is stalled any more.
+//! unacknowledged send is older than [`STALLED_AFTER`]. In an open loop that may be one that is due and not written, for its client has
+//! no session. After a mark, service is back when nothing is stalled any more.
 
 use std::{
     fmt::Write as _,

@@ -130,8 +130,17 @@ fn connects_are_counted_with_and_without_resumption() {
 
 #[test]
 fn a_reader_that_stalls_leaves_the_others_whole() {
-    let report = report(&["stall", "--members", "20", "--stalled", "4", "--rate", "50"]);
+    let directory = tempfile::tempdir().unwrap();
+    let (script, starts) = (directory.path().join("imd"), directory.path().join("starts"));
+    let text =
+        format!("#!/bin/sh\n[ \"$1\" != up ] || echo up >>'{}'\nexec '{}' \"$@\"\n", starts.display(), imd().display());
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let imd = script.to_str().unwrap();
+    let report = report(&["stall", "--members", "20", "--stalled", "4", "--rate", "50", "--imd", imd]);
     assert_eq!(report["details"]["stalled"], 4);
+    // What a cold server takes for itself would otherwise be set off against what it keeps for the stalled ones.
+    assert_eq!(std::fs::read_to_string(starts).unwrap(), "up\nup\n", "each run has a fresh server");
     assert_eq!(report["details"]["memory_bound_bytes"], 8.0 * 1024.0 * 1024.0);
     assert_eq!(goals(&report), ["PF11", "PF11"]);
 }
@@ -302,6 +311,16 @@ fn idle_connections_are_held_by_several_processes_beside_the_bare_server() {
     // A moment of some heartbeats may be too short to say what one costs.
     assert!(goals(&report).starts_with(&["PF4"]), "{report:#}");
     assert!(std::fs::read_to_string(html).unwrap().contains("Memory a connection"));
+}
+
+#[test]
+fn a_report_says_when_nothing_was_read_back() {
+    let said = |more: &[&str]| {
+        let report = report(&[&["fanout", "--members", "2", "--rate", "50"], more].concat());
+        let reasons = report["reasons"].as_array().unwrap();
+        reasons.iter().any(|reason| reason.as_str().unwrap_or_default().contains("--no-read-back"))
+    };
+    assert!(!said(&[]) && said(&["--no-read-back"]));
 }
 
 #[test]

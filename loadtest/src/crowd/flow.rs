@@ -3,17 +3,26 @@
 //! A message is complete when its sender has the ack and every receiver has the message. The closed loop's window counts messages
 //! that are not complete, so the rate of a run is one of messages acknowledged *and* delivered, as in `docs/performance.md`.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use futures::task::AtomicWaker;
 
-/// More than any sender may have un-acknowledged.
-const RING: usize = 1024;
+/// More than any sender may have un-acknowledged in a session.
+const RING: usize = 512;
 
 /// The messages of one sender to one conversation.
 pub struct Flow {
-    /// Arrivals that each message in flight still needs, by its number.
-    missing: Vec<AtomicU32>,
+    /// Messages in flight, each at the place that its number gives: the number, and below it how many arrivals it still needs.
+    missing: Vec<AtomicU64>,
+    /// The same of messages whose place was taken. In an open loop only what is un-acknowledged is bounded: as long as a receiver is away
+    /// this grows by what is sent to it, which the history keeps as well.
+    beyond: Mutex<BTreeMap<u32, u32>>,
     arrivals: u32,
     begun: AtomicU64,
     complete: AtomicU64,
@@ -25,7 +34,8 @@ impl Flow {
     /// A flow whose messages reach this many receivers besides the sender.
     pub fn new(receivers: usize) -> Self {
         Self {
-            missing: (0..RING).map(|_| AtomicU32::new(0)).collect(),
+            missing: (0..RING).map(|_| AtomicU64::new(0)).collect(),
+            beyond: Mutex::default(),
             arrivals: u32::try_from(receivers).unwrap_or(u32::MAX - 1) + 1,
             begun: AtomicU64::new(0),
             complete: AtomicU64::new(0),
@@ -33,27 +43,57 @@ impl Flow {
         }
     }
 
-    fn slot(&self, number: u32) -> &AtomicU32 {
+    fn slot(&self, number: u32) -> &AtomicU64 {
         &self.missing[usize::try_from(number).unwrap_or(0) % RING]
     }
 
-    /// A message is sent for the first time.
+    /// A message is sent for the first time. Only its sender calls this, so that nobody else takes a place that is free.
     pub fn begin(&self, number: u32) {
-        self.slot(number).store(self.arrivals, Ordering::Release);
+        let slot = self.slot(number);
+        if missing(slot.load(Ordering::Acquire)) == 0 {
+            slot.store(u64::from(number) << 32 | u64::from(self.arrivals), Ordering::Release);
+        } else {
+            let mut beyond = self.beyond.lock().unwrap_or_else(PoisonError::into_inner);
+            beyond.insert(number, self.arrivals);
+        }
         self.begun.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The sender has the ack, or one receiver has the message.
     pub fn arrived(&self, number: u32) {
-        if self.slot(number).fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.completed();
-        }
+        self.lessen(number, 1);
     }
 
     /// The message was refused for good: nobody waits for it.
     pub fn abandoned(&self, number: u32) {
-        self.slot(number).store(0, Ordering::Release);
-        self.completed();
+        self.lessen(number, u32::MAX);
+    }
+
+    /// Takes this many off what a message needs. One that needs nothing any more stays as it is.
+    fn lessen(&self, number: u32, by: u32) {
+        let taken = self.slot(number).fetch_update(Ordering::AcqRel, Ordering::Acquire, |state| {
+            let needed = missing(state);
+            let left = u64::from(needed.saturating_sub(by));
+            (state >> 32 == u64::from(number) && needed > 0).then_some(state >> 32 << 32 | left)
+        });
+        let left = match taken {
+            Ok(before) => Some(missing(before).saturating_sub(by)),
+            Err(_) => self.lessen_beyond(number, by),
+        };
+        if left == Some(0) {
+            self.completed();
+        }
+    }
+
+    fn lessen_beyond(&self, number: u32, by: u32) -> Option<u32> {
+        let mut beyond = self.beyond.lock().unwrap_or_else(PoisonError::into_inner);
+        let needed = beyond.get_mut(&number)?;
+        *needed = needed.saturating_sub(by);
+        let left = *needed;
+        if left == 0 {
+            beyond.remove(&number);
+        }
+        Some(left)
     }
 
     fn completed(&self) {
@@ -66,6 +106,11 @@ impl Flow {
         let complete = self.complete.load(Ordering::Acquire);
         self.begun.load(Ordering::Relaxed).saturating_sub(complete)
     }
+}
+
+/// The arrivals that a place of the ring still needs.
+fn missing(state: u64) -> u32 {
+    u32::try_from(state & u64::from(u32::MAX)).unwrap_or(u32::MAX)
 }
 
 /// What a client message id of the harness says: which flow, which message, when it was to be sent. So any receiver in any thread
@@ -146,6 +191,40 @@ mod tests {
         assert_eq!(flow.in_flight(), 1);
         flow.abandoned(0);
         assert_eq!(flow.in_flight(), 0);
+    }
+
+    #[test]
+    fn however_many_are_acknowledged_and_not_delivered_all_are_complete_in_the_end() {
+        let flow = Flow::new(2);
+        let all = 0..2000;
+        for number in all.clone() {
+            flow.begin(number);
+            flow.arrived(number);
+        }
+        assert_eq!(flow.in_flight(), 2000);
+        // Of the two receivers one comes back later.
+        all.clone().for_each(|number| flow.arrived(number));
+        assert_eq!(flow.in_flight(), 2000);
+        all.for_each(|number| flow.arrived(number));
+        assert_eq!(flow.in_flight(), 0);
+    }
+
+    #[test]
+    fn what_arrives_once_more_or_after_a_refusal_counts_for_no_other_message() {
+        let flow = Flow::new(0);
+        for number in [1, 1 + u32::try_from(RING).unwrap(), 2] {
+            flow.begin(number);
+        }
+        flow.abandoned(1);
+        flow.arrived(1);
+        flow.abandoned(1);
+        assert_eq!(flow.in_flight(), 2);
+        flow.arrived(1 + u32::try_from(RING).unwrap());
+        flow.arrived(2);
+        flow.arrived(2);
+        assert_eq!(flow.in_flight(), 0);
+        flow.begin(3);
+        assert_eq!(flow.in_flight(), 1);
     }
 
     #[test]

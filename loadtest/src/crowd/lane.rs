@@ -107,6 +107,13 @@ impl Sending {
         self.paused_until = self.paused_until.max(not_before);
     }
 
+    /// The moment of the oldest send that is not acknowledged. Without a session it is one that could not even be written: to whoever
+    /// sends that is the same wait.
+    pub(super) fn waits_since(&self) -> Option<Micros> {
+        let due = self.due.as_ref().and_then(|due| due.front().copied());
+        self.pending.front().map(|pending| pending.id.scheduled).or(due)
+    }
+
     /// Whether a send waits for the log to be read.
     pub(super) fn waits_for_sync(&self) -> bool {
         self.pending.iter().any(|pending| pending.sync_first)

@@ -304,7 +304,7 @@ impl Participants {
             let lane = &mut self.members[member].lanes[index];
             lane.exists(row.head);
             lane.catch_up_to = lane.catch_up_to.max(row.head);
-            self.caught_up(member, index);
+            self.caught_up(member, index, now);
         }
         let participant = &mut self.members[member];
         participant.sync_failures = 0;
@@ -334,11 +334,11 @@ impl Participants {
             lane.read_again_at = now + LOOK_AGAIN;
             self.wake_at(now + LOOK_AGAIN, member);
         }
-        self.caught_up(member, index);
+        self.caught_up(member, index, now);
     }
 
     /// With everything read, sends that were to wait for that go on: found in the log, or again with what is known now.
-    fn caught_up(&mut self, member: usize, index: usize) {
+    fn caught_up(&mut self, member: usize, index: usize, now: Micros) {
         let lane = &mut self.members[member].lanes[index];
         if lane.catch_up_to > lane.have {
             return;
@@ -360,6 +360,7 @@ impl Participants {
                 self.history.acknowledged(view, &id.to_bytes(), seq);
             }
             self.flows[usize::try_from(id.flow).unwrap_or(0)].arrived(id.number);
+            self.statistics.acknowledged(&self.switches, id.scheduled, now);
         }
     }
 }

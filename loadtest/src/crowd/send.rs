@@ -52,9 +52,9 @@ impl Participants {
         while out.len() < WRITE_BYTES {
             if sending.unsent == sending.pending.len() {
                 let due = match &mut sending.due {
-                    _ if !self.sending || sending.pending.len() + elsewhere >= PENDING_MAX => None,
+                    _ if sending.pending.len() + elsewhere >= PENDING_MAX => None,
                     Some(due) => due.pop_front(),
-                    None => (flow.in_flight() < sending.window).then_some(now),
+                    None => (self.sending && flow.in_flight() < sending.window).then_some(now),
                 };
                 let Some(scheduled) = due else { break };
                 let id = MessageId { flow: sending.flow, number: sending.next_number, scheduled };
@@ -109,6 +109,25 @@ impl Participants {
 }
 
 impl Participant {
+    /// Sending ends. Of what is due and was not written only the oldest of each conversation is still sent: when it is acknowledged it
+    /// shows the longest that any of them waited, and a backlog of minutes need not be worked off for that. The others are dropped.
+    /// Gives how many of all these nothing but the service kept from being written.
+    pub(super) fn sending_ends(&mut self, now: Micros) -> u64 {
+        let mut held_up = 0;
+        for lane in 0..self.lanes.len() {
+            let elsewhere = self.pending_besides(lane);
+            let Some(sending) = &mut self.lanes[lane].sending else { continue };
+            let writes = self.state == State::Live
+                && sending.paused_until <= now
+                && !sending.waits_for_sync()
+                && sending.pending.len() + elsewhere < PENDING_MAX;
+            let Some(due) = &mut sending.due else { continue };
+            held_up += if writes { 0 } else { due.len() as u64 };
+            due.truncate(1);
+        }
+        held_up
+    }
+
     /// Sends that were not acknowledged in all lanes but this one.
     fn pending_besides(&self, lane: usize) -> usize {
         let others = self.lanes.iter().enumerate().filter(|(index, _)| *index != lane);

@@ -18,6 +18,13 @@ pub struct Statistics {
     pub acknowledged: u64,
     pub delivered: u64,
     pub begun: u64,
+    /// Sends that were due and not begun at the end of sending, for nothing could be written then: no session, or too much un-acknowledged.
+    pub held_up: u64,
+    /// The longest time from when a message was to be sent until its ack, of all whose ack came after the measured time had begun, be
+    /// it after its end.
+    pub longest_wait: Micros,
+    /// The measured time has begun.
+    pub(super) measured: bool,
     pub delays: Delays,
     /// The same apart for each phase of a scenario that has some.
     pub phases: Vec<Delays>,
@@ -58,9 +65,12 @@ impl Delays {
 impl Statistics {
     /// A send of that moment was acknowledged now.
     pub(super) fn acknowledged(&mut self, switches: &Switches, scheduled: Micros, now: Micros) {
+        let delay = now.saturating_sub(scheduled);
+        if self.measured {
+            self.longest_wait = self.longest_wait.max(delay);
+        }
         if switches.measuring.load(Ordering::Relaxed) {
             self.acknowledged += 1;
-            let delay = now.saturating_sub(scheduled);
             self.each(switches, scheduled, |delays| delays.ack.record(delay));
         }
     }
@@ -91,6 +101,8 @@ impl Statistics {
         self.acknowledged += other.acknowledged;
         self.delivered += other.delivered;
         self.begun += other.begun;
+        self.held_up += other.held_up;
+        self.longest_wait = self.longest_wait.max(other.longest_wait);
         self.delays.add(&other.delays);
         if self.phases.len() < other.phases.len() {
             self.phases.resize_with(other.phases.len(), Delays::default);

@@ -168,10 +168,16 @@ enum Event {
 
 impl World {
     fn new() -> Self {
+        Self::sending(None)
+    }
+
+    /// One whose members send that often, or as the window allows.
+    fn sending(every: Option<Micros>) -> Self {
+        let every = every.map(|every| (every as f64, 0.0));
         let flows = Arc::new((0..MEMBERS).map(|_| Flow::new(MEMBERS - 1)).collect::<Vec<_>>());
         let plan = |member: usize| {
             let flow = u32::try_from(member).unwrap();
-            let sends = SendPlan { flow, window: 4, body_bytes: 20, every: None };
+            let sends = SendPlan { flow, window: 4, body_bytes: 20, every };
             let lanes = vec![LanePlan { with: With::Conversation(GROUP), sends: Some(sends) }];
             Plan { user: user(member), token: String::new(), lanes, stalls: false, reads_every: Some(3 * STEP) }
         };
@@ -248,13 +254,16 @@ impl World {
             "not settled"
         );
         assert!(self.members.statistics.errors.is_empty(), "{:?}", self.members.statistics.errors);
+        let acknowledged = self.members.statistics.acknowledged;
         let mut history = self.members.history;
         let conversation = history.conversation(GROUP);
         for message in &self.server.log {
             history.stored(conversation, Entry::from(message));
         }
         history.stored_through(conversation, self.server.log.len() as u64);
-        (history.judge(), self.server)
+        let verdict = history.judge();
+        assert_eq!(acknowledged, verdict.acknowledged, "each counts once, however the client learned of it");
+        (verdict, self.server)
     }
 }
 
@@ -278,8 +287,9 @@ proptest! {
     #[test]
     fn whatever_a_correct_server_does_every_promise_is_found_to_hold(
         events in proptest::collection::vec(event(), 1..80),
+        every in prop_oneof![Just(None), (STEP / 4..4 * STEP).prop_map(Some)],
     ) {
-        let mut world = World::new();
+        let mut world = World::sending(every);
         (0..3).for_each(|_| world.apply(Event::Step));
         events.into_iter().for_each(|event| world.apply(event));
         world.server.drop_pushes = false;
@@ -321,6 +331,103 @@ fn while_nothing_is_acknowledged_all_lanes_together_keep_the_limit_of_a_session(
     let pending = |lane: &Lane| lane.sending.as_ref().unwrap().pending.len();
     let pending: Vec<usize> = members.members[0].lanes.iter().map(pending).collect();
     assert!(pending.iter().all(|&count| count > 0) && pending.iter().sum::<usize>() == PENDING_MAX, "{pending:?}");
+}
+
+/// One client who is to send each `every` from the moment 1 on, not connected.
+fn lone_sender(every: Micros) -> Participants {
+    let sends = SendPlan { flow: 0, window: 4, body_bytes: 20, every: Some((every as f64, 0.0)) };
+    let lanes = vec![LanePlan { with: With::Conversation(GROUP), sends: Some(sends) }];
+    let plan = Plan { user: user(0), token: String::new(), lanes, stalls: false, reads_every: None };
+    let switches = Arc::<Switches>::default();
+    switches.sending.store(true, Ordering::Relaxed);
+    switches.measuring.store(true, Ordering::Relaxed);
+    let mut members = Participants::new(vec![plan], Arc::new(vec![Flow::new(0)]), switches, Arc::default());
+    members.tick(1, &mut Vec::new());
+    members
+}
+
+#[test]
+fn a_conversation_waits_for_what_its_client_cannot_send_without_a_session() {
+    let mut members = lone_sender(100_000);
+    let mut stalled = |now| {
+        members.tick(now, &mut Vec::new());
+        members.members[0].stalled(now)
+    };
+    assert_eq!((stalled(1 + STALLED_AFTER), stalled(2 + STALLED_AFTER)), (0, 1));
+    members.opened(0, 3 + STALLED_AFTER);
+    members.members[0].state = State::Live;
+    members.fill(0, &mut Vec::new(), 3 + STALLED_AFTER);
+    assert_eq!(members.members[0].stalled(3 + STALLED_AFTER), 1, "sent, and not acknowledged");
+}
+
+#[test]
+fn a_send_that_is_found_in_the_history_counts_as_acknowledged_then() {
+    let mut world = World::new();
+    (0..4).for_each(|_| world.apply(Event::Step));
+    // Taken before the connection broke, refused when it is repeated.
+    world.apply(Event::BreakAfterSend(0));
+    let pending = world.members.members[0].lanes[0].sending.as_ref().unwrap().pending[0];
+    assert!(world.server.position(&Bytes::copy_from_slice(&pending.id.to_bytes())).is_some());
+    world.apply(Event::Refuse(StatusCode::SyncFirst));
+    (0..4).for_each(|_| world.apply(Event::StepOne(0)));
+    assert!(world.server.refuse.is_empty());
+    let (verdict, _) = world.finish();
+    assert!(verdict.is_clean() && verdict.acknowledged > 0, "{verdict}");
+}
+
+#[test]
+fn how_long_a_send_waited_counts_whenever_its_ack_comes_after_the_measured_time_began() {
+    let mut members = lone_sender(1_000_000);
+    members.opened(0, 1);
+    members.members[0].state = State::Live;
+    members.fill(0, &mut Vec::new(), 2);
+    let id = members.members[0].lanes[0].sending.as_ref().unwrap().pending[0].id;
+    members.switches.sending.store(false, Ordering::Relaxed);
+    members.switches.measuring.store(false, Ordering::Relaxed);
+    members.tick(3, &mut Vec::new());
+    // More than the percentiles know.
+    let later = 100_000_000;
+    let ack = v1::SendAck {
+        client_message_id: Bytes::copy_from_slice(&id.to_bytes()),
+        conversation_id: GROUP.to_bytes(),
+        seq: 1,
+        sent_at_ms: 1,
+        status: None,
+    };
+    members.frame(0, &v1::ServerFrame::from(server_frame::Frame::SendAck(ack)).encode_to_vec(), id.scheduled + later);
+    let statistics = &members.statistics;
+    assert_eq!((statistics.longest_wait, statistics.acknowledged, statistics.delays.ack.count()), (later, 0, 0));
+}
+
+#[test]
+fn what_is_due_at_the_end_of_sending_waits_on_with_its_oldest_send() {
+    let mut members = lone_sender(100_000);
+    members.tick(450_000, &mut Vec::new());
+    members.switches.sending.store(false, Ordering::Relaxed);
+    let mut wake = Vec::new();
+    members.tick(500_000, &mut wake);
+    assert_eq!((members.statistics.held_up, wake), (5, vec![0]));
+    let open = |members: &Participants| members.members[0].unsettled(&members.flows);
+    assert_eq!(members.members[0].stalled(2 + STALLED_AFTER), 1);
+    assert_eq!(open(&members), 2, "the send and the session");
+    members.opened(0, 700_000);
+    members.members[0].state = State::Live;
+    let mut out = Vec::new();
+    members.fill(0, &mut out, 700_000);
+    let pending = &members.members[0].lanes[0].sending.as_ref().unwrap().pending;
+    assert_eq!(pending.iter().map(|pending| pending.id.scheduled).collect::<Vec<_>>(), [1]);
+    assert_eq!(open(&members), 1);
+}
+
+#[test]
+fn what_a_client_could_have_sent_is_not_held_up() {
+    let mut members = lone_sender(100_000);
+    members.opened(0, 1);
+    members.members[0].state = State::Live;
+    members.tick(450_000, &mut Vec::new());
+    members.switches.sending.store(false, Ordering::Relaxed);
+    members.tick(500_000, &mut Vec::new());
+    assert_eq!(members.statistics.held_up, 0, "the generator was late");
 }
 
 /// Else a crowd that waits for an owner keeps the machine so busy that there is none for long.

@@ -1,7 +1,8 @@
 //! A group some of whose readers stop reading, with their connections open. PF11.
 //!
-//! The same load twice on one server: first all read, then some do not. What the others see must not change, and what waits for the
-//! stalled ones must stay under the server's own limits.
+//! The same load twice: first all read, then some do not. What the others see must not change, and what waits for the stalled ones must
+//! stay under the server's own limits. Each run has a fresh server: what a cold one takes for itself (caches, memtables, heap) it takes
+//! in both, so that the difference is what it keeps for the stalled ones. The memory of one that runs already (`--server`) is not judged.
 
 use super::{Target, fanout, judge, run_load_while};
 use crate::{
@@ -32,9 +33,17 @@ pub async fn run(options: &Common, stalled: usize) -> anyhow::Result<Report> {
         )));
     }
     let options = Common { rate: Some(options.rate.unwrap_or(RATE)), ..options.clone() };
+    let mut closed = Report::default();
+    if options.fill > 0 && options.data.is_some() {
+        // Else the first of the two would be the warm one, with what it has just filled.
+        Target::open(&options).await?.close(&mut closed).await?;
+    }
     let mut target = Target::open(&options).await?;
     let (without, without_growth) = once(&mut target, &options, 0).await?;
+    target.close(&mut closed).await?;
+    let mut target = Target::open(&options).await?;
     let (mut report, growth) = once(&mut target, &options, stalled).await?;
+    report.reasons.append(&mut closed.reasons);
     let ratio = report.delivery_us.p99 as f64 / without.delivery_us.p99.max(1) as f64;
     report.detail("stalled", stalled);
     report.detail(
@@ -52,7 +61,7 @@ pub async fn run(options: &Common, stalled: usize) -> anyhow::Result<Report> {
         let bound = each * stalled as f64;
         report.detail("memory_bound_bytes", bound);
         report.detail("memory_bound", format!("{stalled} stalled × {arithmetic}"));
-        let beyond = growth.saturating_sub(without_growth) as f64;
+        let beyond = growth as f64 - without_growth as f64;
         report.goals.push(Goal::at_most(
             "PF11",
             "growth of the server's memory beyond the run without, bytes",

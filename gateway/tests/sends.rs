@@ -340,3 +340,18 @@ async fn one_send_in_64_is_timed_until_its_acknowledgement_is_written() {
     assert_eq!(bench.counts.of("im_gateway_ack_seconds"), 2);
     assert_eq!(bench.counts.of("im_gateway_ack_seconds in ms"), 500);
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_a_client_says_that_a_signal_is_from_goes_nowhere() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    let conversation = bench.conversation_in(1, 0);
+    let signal = v1::Signal {
+        target: Some(v1::signal::Target::ConversationId(conversation.to_bytes())),
+        sender: "s".repeat(1_000_000),
+        signal: Some(v1::signal::Signal::Typing(v1::Typing { active: true })),
+    };
+    client.send(ClientFrame::Signal(signal.clone())).await;
+    let FromGateway::Signal(forwarded) = router.next().await else { panic!("a signal") };
+    assert!(forwarded.signal == Some(v1::Signal { sender: String::new(), ..signal }), "the sender goes on");
+}

@@ -29,6 +29,11 @@ impl LinkToken {
         self.index == other.index
     }
 
+    /// The same link before something was lost: what is known under it has to be said again.
+    pub fn outdated(self) -> LinkToken {
+        LinkToken { incarnation: self.incarnation.wrapping_sub(1), ..self }
+    }
+
     /// The number of the link among all that this gateway has made.
     pub fn index(self) -> u32 {
         self.index
@@ -138,10 +143,13 @@ impl Link {
         queue.messages.drain(..count).collect()
     }
 
-    /// Forgets what waits and what was sent: sessions will send it again under the new token.
+    /// Forgets what waits and what was sent: sessions will send it again under the new token. Those that are over will not, so what
+    /// says that they are over stays: the router may have lost nothing of what it was told, and would take them for alive. Ids are
+    /// never used again, so it does no harm where the session is not known.
     fn reset(&self) {
         let mut queue = self.queue.lock();
-        *queue = Queue::default();
+        queue.messages.retain(|message| matches!(message.message, Some(Message::Close(_))));
+        queue.bytes = queue.messages.iter().map(weight).sum();
         self.audiences.lock().forget();
         self.incarnation.fetch_add(1, Ordering::AcqRel);
     }
@@ -202,7 +210,8 @@ mod tests {
 
     #[test]
     fn no_batch_is_more_than_a_router_takes_whatever_it_is_made_of() {
-        let of: [(&str, fn() -> Message, usize); 4] = [
+        type Make = fn() -> Message;
+        let of: [(&str, Make, usize); 4] = [
             ("the largest signals", || signal("", limits::SIGNAL_BYTES_MAX), 3_000),
             ("signals of a sender of 1 MiB", || signal(&"s".repeat(1024 * 1024), 1), 10),
             ("the largest tokens", renew, 5_000),

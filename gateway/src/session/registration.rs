@@ -57,8 +57,8 @@ impl Session {
         if is_sent || !link.is_up() {
             return;
         }
-        // A former owner may have recorded it.
-        if let Some((sent_to, former)) = opening.sent_to.take().filter(|(sent_to, former)| former.token() == *sent_to) {
+        // A former owner may have recorded it, whatever was lost on the way from there.
+        if let Some((sent_to, former)) = opening.sent_to.take().filter(|(sent_to, _)| !sent_to.same_link(token)) {
             tracing::debug!(session = self.id.0, from = %former.router, ?sent_to, "the owner moved during the handshake");
             gather.add(&former, Message::Close(v1::SessionClose { session_id: self.id.0 }));
         }
@@ -174,7 +174,7 @@ impl Session {
         if state.presented.iter().any(|(known, _)| *known == token) {
             return;
         }
-        state.presented.retain(|(known, link)| !known.same_link(token) && link.token() == *known);
+        state.presented.retain(|(known, link)| !known.same_link(token) && !link.stop.is_cancelled());
         state.presented.push((token, link.clone()));
         let capability = v1::Capability::decode(&state.capability[..]).ok();
         let session_id = self.id.0;
@@ -225,7 +225,9 @@ impl Session {
             state.expires_at = said.unwrap_or(renewing.expires_at);
             state.capability = encoded(renewed.capability.as_ref());
             // Other routers hold a capability that ends with the old token.
-            state.presented.retain(|(token, _)| *token == from);
+            for (token, _) in state.presented.iter_mut().filter(|(token, _)| *token != from) {
+                *token = token.outdated();
+            }
         }
         let token_expires_at_ms = state.expires_at.as_millis();
         self.push(shared, Frame::Renewed(v1::Renewed { status, token_expires_at_ms }), wakers);

@@ -115,6 +115,7 @@ pub(crate) enum Work {
     Renew {
         token: String,
         expires_at: Timestamp,
+        now: Instant,
     },
 }
 
@@ -206,8 +207,8 @@ impl Session {
                     });
                     self.ephemeral(&mut state, shared, routes.owner(shard), message, &mut gather);
                 }
-                Work::Renew { token, expires_at } => {
-                    self.renew(&mut state, home, token, expires_at, &mut gather);
+                Work::Renew { token, expires_at, now } => {
+                    self.renew(&mut state, shared, home, Renewing::new(token, expires_at, now), &mut gather);
                 }
             }
         }

@@ -17,7 +17,7 @@ use v1::{client_frame::Frame as ClientFrame, server_frame::Frame};
 use super::{Connection, Stage};
 use crate::{
     gateway::Shared,
-    rate::Bucket,
+    rate::{Bucket, Rate},
     session::{Opening, Work, common_version, failed_reply, refusal},
 };
 
@@ -52,6 +52,7 @@ pub(super) struct Rates {
     sends: Bucket,
     frames: Bucket,
     bytes: Bucket,
+    renewals: Bucket,
     /// Once refused, sends are refused until then: a client that goes on sending would have every second one taken, out of order.
     sends_again_at: Option<Instant>,
     /// It is not read until then.
@@ -60,6 +61,8 @@ pub(super) struct Rates {
 
 /// The least that a client is told to wait whose send is over a rate.
 const SENDS_PAUSE_MIN: Duration = Duration::from_millis(100);
+/// Renewals of a session: each costs its user's owner a signature. A client renews once in the lifetime of its token, which is minutes.
+const RENEWALS: Rate = Rate::per_ten_seconds(5);
 /// How long somebody who asks where to go has to wait over the rate.
 const LOCATE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -83,6 +86,11 @@ impl Rates {
             self.sends_again_at = Some(now + wait);
             wait
         })
+    }
+
+    /// Takes one renewal; the time to wait if there is none left.
+    fn take_renewal(&mut self, shared: &Shared, now: Instant) -> Result<(), Duration> {
+        RENEWALS.take(&mut self.renewals, shared.limits.time(now))
     }
 
     /// Counts what was read; a connection that read too much rests.
@@ -156,7 +164,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Err(_) => self.refuse_frame(5, StatusCode::Malformed),
             },
             (_, ClientFrame::Signal(signal)) => self.signal(signal, work),
-            (_, ClientFrame::Renew(renew)) => self.renew(renew.token, work),
+            (_, ClientFrame::Renew(renew)) => self.renew(renew.token, now, work),
             (_, ClientFrame::Close(_)) => self.session.outbox.finish(),
         }
         Ok(())
@@ -231,10 +239,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         })
     }
 
-    fn renew(&self, token: String, work: &mut Vec<Work>) {
-        let refused = match self.inspect(&token) {
+    fn renew(&mut self, token: String, now: Instant, work: &mut Vec<Work>) {
+        let admitted = self.rates.take_renewal(&self.shared, now).map_err(|wait| {
+            self.shared.metrics.limited_renewals.increment(1);
+            StatusCode::RateLimited.retry_after(wait)
+        });
+        let refused = match admitted.and_then(|()| self.inspect(&token)) {
             Ok(verified) if Some(&verified.user) == self.session.user() => {
-                return work.push(Work::Renew { token, expires_at: verified.expires_at });
+                return work.push(Work::Renew { token, expires_at: verified.expires_at, now });
             }
             Ok(_) => StatusCode::Forbidden.to_status(),
             Err(status) => status,

@@ -1,10 +1,11 @@
 //! From `Hello` to a registered session, and how routers go on knowing it: open at the user's owner, announce to the next one,
 //! present to others, renew.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use im_proto::{Epoch, PROTOCOL_VERSIONS, ShardId, StatusCode, Timestamp, UserId, v1};
 use prost::Message as _;
+use tokio::time::Instant;
 use v1::{gateway_message::Message, server_frame::Frame};
 
 use super::{Session, State, gather::Gather};
@@ -26,11 +27,23 @@ pub(crate) struct Opening {
     pub sent_under: Option<Epoch>,
 }
 
-/// A token that the user's owner has not judged yet.
+/// A token that the user's owner has not judged yet. There is one at a time: answers name no token.
 pub(super) struct Renewing {
     token: String,
     expires_at: Timestamp,
+    asked_at: Instant,
     sent_to: Option<LinkToken>,
+}
+
+/// How long a renewal stands in the way of another one. An owner that is just taking its shard over drops what it cannot judge yet.
+const RENEWAL_PATIENCE: Duration = Duration::from_secs(10);
+/// What a client is told that asks for another one before.
+const RENEWAL_RETRY: Duration = Duration::from_secs(1);
+
+impl Renewing {
+    pub fn new(token: String, expires_at: Timestamp, asked_at: Instant) -> Self {
+        Self { token, expires_at, asked_at, sent_to: None }
+    }
 }
 
 impl Session {
@@ -164,6 +177,10 @@ impl Session {
             // the shard before: it has forgotten its sessions.
             state.presented.retain(|(known, _)| *known != token);
             self.present(state, link, gather);
+            // So has its router dropped a token that it was asked to judge meanwhile.
+            if let Some(renewing) = &mut state.renewing {
+                renewing.sent_to = None;
+            }
         }
         self.renew_again(state, link, gather);
     }
@@ -191,12 +208,20 @@ impl Session {
     pub(super) fn renew(
         &self,
         state: &mut State,
+        shared: &Shared,
         home: Option<&Arc<Link>>,
-        token: String,
-        expires_at: Timestamp,
+        renewing: Renewing,
         gather: &mut Gather,
     ) {
-        state.renewing = Some(Box::new(Renewing { token, expires_at, sent_to: None }));
+        let is_under_way = |known: &Renewing| renewing.asked_at.duration_since(known.asked_at) < RENEWAL_PATIENCE;
+        if state.renewing.as_deref().is_some_and(is_under_way) {
+            shared.metrics.limited_renewals.increment(1);
+            let status = Some(StatusCode::RateLimited.retry_after(RENEWAL_RETRY));
+            let token_expires_at_ms = state.expires_at.as_millis();
+            let refused = Frame::Renewed(v1::Renewed { status, token_expires_at_ms });
+            return self.push(shared, refused, &mut Wakers::default());
+        }
+        state.renewing = Some(Box::new(renewing));
         if let Some(link) = home.filter(|link| link.is_up()) {
             self.renew_again(state, link, gather);
         }
@@ -211,18 +236,27 @@ impl Session {
         }
     }
 
-    /// The user's owner has judged a new token.
+    /// The user's owner has judged a new token. That it accepts is true whichever token is under way, and known by its expiry; a
+    /// refusal is that of the last.
     pub fn renewed(&self, shared: &Shared, from: LinkToken, renewed: &v1::SessionRenewed, wakers: &mut Wakers) {
         let mut state = self.lock();
         let state = &mut *state;
-        if state.renewing.as_ref().is_none_or(|renewing| renewing.sent_to != Some(from)) {
+        let asked = state.renewing.as_ref().filter(|renewing| renewing.sent_to == Some(from));
+        let expected = asked.map(|renewing| renewing.expires_at);
+        let status = renewed.status.clone().filter(|status| status.code != 0);
+        let said = renewed.identity.as_ref().map(|identity| Timestamp::from_millis(identity.expires_at_ms));
+        let accepted = said.or(expected).filter(|_| status.is_none());
+        let is_expected = expected.is_some() && (status.is_some() || accepted == expected);
+        let is_of_earlier =
+            state.registered == Some(from) && accepted.is_some_and(|accepted| accepted > state.expires_at);
+        if !is_expected && !is_of_earlier {
             return;
         }
-        let Some(renewing) = state.renewing.take() else { return };
-        let status = renewed.status.clone().filter(|status| status.code != 0);
-        if status.is_none() {
-            let said = renewed.identity.as_ref().map(|identity| Timestamp::from_millis(identity.expires_at_ms));
-            state.expires_at = said.unwrap_or(renewing.expires_at);
+        if is_expected {
+            state.renewing = None;
+        }
+        if let Some(accepted) = accepted {
+            state.expires_at = accepted;
             state.capability = encoded(renewed.capability.as_ref());
             // Other routers hold a capability that ends with the old token.
             for (token, _) in state.presented.iter_mut().filter(|(token, _)| *token != from) {

@@ -14,7 +14,7 @@ use tokio::{
 };
 use v1::{client_frame::Frame as ClientFrame, server_frame::Frame};
 
-use super::{Connection, Stage};
+use super::{Connection, Stage, input::compact};
 use crate::{
     gateway::Shared,
     rate::{Bucket, Rate},
@@ -129,7 +129,14 @@ const EARLY_FRAMES_MAX: u8 = 32;
 type Verdict = Result<(), v1::Status>;
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    pub(super) fn frame(&mut self, frame: Decoded<ClientFrame>, now: Instant, work: &mut Vec<Work>) -> Verdict {
+    /// `buffer_bytes` are those of the buffer that it came in.
+    pub(super) fn frame(
+        &mut self,
+        frame: Decoded<ClientFrame>,
+        buffer_bytes: usize,
+        now: Instant,
+        work: &mut Vec<Work>,
+    ) -> Verdict {
         let malformed = || Err(StatusCode::Malformed.to_status());
         if self.stage == Stage::Hello {
             let Some(early) = &mut self.early else { return malformed() };
@@ -157,13 +164,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             (Stage::Hello | Stage::Opening, _) | (_, ClientFrame::Hello(_)) => return malformed(),
             (_, ClientFrame::Pong(_)) => {}
-            (_, ClientFrame::Send(send)) => self.send(send, now, work),
-            (_, ClientFrame::Call(call)) => work.push(Work::Call(call)),
+            (_, ClientFrame::Send(send)) => self.send(send, buffer_bytes, now, work),
+            (_, ClientFrame::Call(call)) => work.push(Work::Call(compact(call, buffer_bytes))),
             (_, ClientFrame::Received(received)) => match ConversationId::from_slice(&received.conversation_id) {
-                Ok(id) => work.push(Work::Received { shard: self.shared.shards.shard_of(&id), received }),
+                Ok(id) => {
+                    let (shard, received) = (self.shared.shards.shard_of(&id), compact(received, buffer_bytes));
+                    work.push(Work::Received { shard, received });
+                }
                 Err(_) => self.refuse_frame(5, StatusCode::Malformed),
             },
-            (_, ClientFrame::Signal(signal)) => self.signal(signal, work),
+            (_, ClientFrame::Signal(signal)) => self.signal(signal, buffer_bytes, work),
             (_, ClientFrame::Renew(renew)) => self.renew(renew.token, now, work),
             (_, ClientFrame::Close(_)) => self.session.outbox.finish(),
         }
@@ -255,7 +265,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.push(Frame::Renewed(v1::Renewed { status: Some(refused), token_expires_at_ms }));
     }
 
-    fn send(&mut self, send: v1::Send, now: Instant, work: &mut Vec<Work>) {
+    fn send(&mut self, send: v1::Send, buffer_bytes: usize, now: Instant, work: &mut Vec<Work>) {
         let (conversation, checked) = match self.check_send(&send) {
             Ok(conversation) => (Some(conversation), Ok(())),
             Err(StatusCode::Internal) => (None, Err(self.shared.mistake("a session without a user sends"))),
@@ -268,6 +278,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match (conversation, admitted) {
             (Some(conversation), Ok(())) => {
                 let shard = self.shared.shards.shard_of(&conversation);
+                let send = compact(send, buffer_bytes);
                 work.push(Work::Send { conversation, shard, send, timed: time_this_send().then_some(now) });
             }
             (conversation, admitted) => {
@@ -297,7 +308,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    fn signal(&self, signal: v1::Signal, work: &mut Vec<Work>) {
+    fn signal(&self, signal: v1::Signal, buffer_bytes: usize, work: &mut Vec<Work>) {
         use v1::signal::Signal;
         // The owner says who sent it; of a client's own word nothing goes on, however long it is.
         let signal = v1::Signal { sender: String::new(), ..signal };
@@ -317,7 +328,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match conversation {
             Ok(conversation) => {
                 let shard = self.shared.shards.shard_of(&conversation);
-                work.push(Work::Signal { conversation, shard, signal });
+                work.push(Work::Signal { conversation, shard, signal: compact(signal, buffer_bytes) });
             }
             Err(code) => self.refuse_frame(6, code),
         }

@@ -56,8 +56,9 @@ impl Session {
         state.shard = Some(shard);
         state.expires_at = expires_at;
         state.opening = Some(Box::new(opening));
-        let routes = shared.routing.routes();
+        // The version first: a change between the two leads to a visit.
         state.version = shared.routing.version();
+        let routes = shared.routing.routes();
         self.open_again(&mut state, &routes, &mut gather);
         gather.flush();
     }

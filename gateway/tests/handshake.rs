@@ -27,6 +27,22 @@ async fn welcome_comes_only_after_the_owner_has_recorded_the_session() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_session_is_not_opened_in_the_future() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let now = bench.environment.clock.now().as_millis();
+    // A clock that is a little fast is believed: the order of the logins of its device is what counts.
+    for (said, taken) in [(i64::MAX, now + 60_000), (now + 50_000, now + 50_000), (1, 1), (0, now), (i64::MIN, now)] {
+        let ClientFrame::Hello(hello) = bench.hello("ann") else { unreachable!() };
+        let mut client = bench.connect();
+        client.send(ClientFrame::Hello(v1::Hello { opened_at_ms: said, ..hello })).await;
+        let FromGateway::Open(open) = router.next().await else { panic!("an open") };
+        assert_eq!(open.opened_at_ms, taken, "of {said}");
+        drop(client);
+        assert!(matches!(router.next().await, FromGateway::Close(_)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_refusal_closes_with_its_status() {
     let (bench, mut router) = Bench::with_router(config()).await;
     let mut client = bench.connect();

@@ -125,6 +125,10 @@ impl Rates {
 /// Pings, questions where to go and the `Hello` itself: what a stranger may say before it has said who it is.
 const EARLY_FRAMES_MAX: u8 = 32;
 
+/// How far ahead of this clock a client may say that it began to connect. Of two logins of a device the later one stays: one that
+/// said a day in the future would keep all others out for that day.
+const OPENED_AHEAD_MAX_MS: i64 = 60_000;
+
 /// A frame that does not end the connection, or the status that ends it.
 type Verdict = Result<(), v1::Status>;
 
@@ -221,7 +225,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let verified = self.inspect(&hello.token)?;
         let own_clock = self.shared.environment.clock.now().as_millis();
-        let opened_at_ms = if hello.opened_at_ms > 0 { hello.opened_at_ms } else { own_clock };
+        let latest = own_clock.saturating_add(OPENED_AHEAD_MAX_MS);
+        let opened_at_ms = if hello.opened_at_ms > 0 { hello.opened_at_ms.min(latest) } else { own_clock };
         let open = v1::SessionOpen {
             session_id: self.session.id().0,
             token: hello.token,

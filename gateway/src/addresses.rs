@@ -116,10 +116,15 @@ impl Addresses {
         if address.is_loopback() && !self.inner.limits_loopback {
             return None;
         }
-        Some(match address {
-            IpAddr::V4(address) => IPV4 | u64::from(address.to_bits()),
-            IpAddr::V6(address) => u64::try_from(address.to_bits() >> 64).unwrap_or_default(),
-        })
+        Some(network(address))
+    }
+}
+
+/// What counts as one address.
+pub(crate) fn network(address: IpAddr) -> u64 {
+    match address.to_canonical() {
+        IpAddr::V4(address) => IPV4 | u64::from(address.to_bits()),
+        IpAddr::V6(address) => u64::try_from(address.to_bits() >> 64).unwrap_or_default(),
     }
 }
 

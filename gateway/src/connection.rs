@@ -251,8 +251,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let mut count = 0;
         for payload in frames {
             count += 1;
-            let outcome = payload.and_then(decode_client_frame).map_err(|error| refused_stream(&error));
-            if let Err(status) = outcome.and_then(|frame| self.frame(frame, now, &mut work)) {
+            let decoded = payload.and_then(|payload| Ok((decode_client_frame(payload.bytes)?, payload.buffer_bytes)));
+            let outcome = decoded.map_err(|error| refused_stream(&error));
+            if let Err(status) = outcome.and_then(|(frame, buffer)| self.frame(frame, buffer, now, &mut work)) {
                 self.close(status);
                 break;
             }

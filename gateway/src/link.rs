@@ -10,7 +10,7 @@ mod inbox;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use audiences::Audiences;
-use im_proto::{InstanceId, v1};
+use im_proto::{InstanceId, link::weight, v1};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +29,11 @@ impl LinkToken {
         self.index == other.index
     }
 
+    /// The same link before something was lost: what is known under it has to be said again.
+    pub fn outdated(self) -> LinkToken {
+        LinkToken { incarnation: self.incarnation.wrapping_sub(1), ..self }
+    }
+
     /// The number of the link among all that this gateway has made.
     pub fn index(self) -> u32 {
         self.index
@@ -43,16 +48,27 @@ pub(crate) struct Link {
     index: u32,
     incarnation: AtomicU32,
     up: AtomicBool,
-    queue: Mutex<Vec<GatewayMessage>>,
+    queue: Mutex<Queue>,
     filled: Notify,
     queue_max: usize,
     /// Used by the link's own task only.
     audiences: Mutex<Audiences>,
 }
 
+/// What waits for a link.
+#[derive(Default)]
+struct Queue {
+    messages: Vec<GatewayMessage>,
+    /// The weight of all of them.
+    bytes: usize,
+}
+
 /// The most that one batch holds: what a gRPC message and a router's inbox take at once.
 const BATCH_MESSAGES_MAX: usize = 4096;
 const BATCH_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes that wait for a link beyond which ephemeral messages are dropped: as much as it keeps for a replay by default, and a tenth
+/// of a second of 1 Gbit/s. What is never dropped is bounded by what sessions may have in flight.
+const QUEUE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 impl Link {
     pub fn new(index: u32, router: InstanceId, address: String, queue_max: usize, stop: CancellationToken) -> Self {
@@ -85,12 +101,15 @@ impl Link {
 
     /// Queues messages, in order.
     pub fn push(&self, messages: &mut Vec<GatewayMessage>) {
+        let mut bytes: usize = messages.iter().map(weight).sum();
         let mut queue = self.queue.lock();
-        if queue.len() + messages.len() > self.queue_max {
+        if queue.messages.len() + messages.len() > self.queue_max || queue.bytes + bytes > QUEUE_BYTES_MAX {
             messages.retain(|message| !is_ephemeral(message));
+            bytes = messages.iter().map(weight).sum();
         }
-        let was_empty = queue.is_empty() && !messages.is_empty();
-        queue.append(messages);
+        let was_empty = queue.messages.is_empty() && !messages.is_empty();
+        queue.messages.append(messages);
+        queue.bytes += bytes;
         drop(queue);
         if was_empty {
             self.filled.notify_one();
@@ -103,49 +122,125 @@ impl Link {
     }
 
     fn is_empty(&self) -> bool {
-        self.queue.lock().is_empty()
+        self.queue.lock().messages.is_empty()
     }
 
-    /// What fits into one batch.
+    /// What fits into one batch. Its last message may go beyond the bound: that is at most one frame of a client.
     fn take(&self) -> Vec<GatewayMessage> {
         let mut queue = self.queue.lock();
-        let mut bytes = 0;
-        let count = queue
-            .iter()
-            .take(BATCH_MESSAGES_MAX)
-            .take_while(|message| {
-                let fits = bytes < BATCH_BYTES_MAX;
-                bytes += size_bytes(message);
-                fits
-            })
-            .count();
-        if count == queue.len() {
-            return std::mem::take(&mut *queue);
+        let (mut bytes, mut count) = (0, 0);
+        for message in queue.messages.iter().take(BATCH_MESSAGES_MAX) {
+            if bytes >= BATCH_BYTES_MAX {
+                break;
+            }
+            bytes += weight(message);
+            count += 1;
         }
-        queue.drain(..count).collect()
+        queue.bytes -= bytes;
+        if count == queue.messages.len() {
+            return std::mem::take(&mut queue.messages);
+        }
+        queue.messages.drain(..count).collect()
     }
 
-    /// Forgets what waits and what was sent: sessions will send it again under the new token.
+    /// Forgets what waits and what was sent: sessions will send it again under the new token. Those that are over will not, so what
+    /// says that they are over stays: the router may have lost nothing of what it was told, and would take them for alive. Ids are
+    /// never used again, so it does no harm where the session is not known.
     fn reset(&self) {
         let mut queue = self.queue.lock();
-        queue.clear();
+        queue.messages.retain(|message| matches!(message.message, Some(Message::Close(_))));
+        queue.bytes = queue.messages.iter().map(weight).sum();
         self.audiences.lock().forget();
         self.incarnation.fetch_add(1, Ordering::AcqRel);
     }
 }
 
-/// Lost without harm when the queue is full: read receipts are cumulative, signals are worth nothing later.
+/// Lost without harm when the queue is full, by number or by bytes: read receipts are cumulative, signals are worth nothing later.
 fn is_ephemeral(message: &GatewayMessage) -> bool {
     matches!(&message.message, Some(Message::Received(_) | Message::Signal(_) | Message::Load(_)))
 }
 
-/// Roughly; only what can be large is counted.
-fn size_bytes(message: &GatewayMessage) -> usize {
-    let large = match &message.message {
-        Some(Message::Send(send)) => send.send.as_ref().map_or(0, |send| send.body.len()),
-        Some(Message::Call(call)) => call.call.as_ref().map_or(0, |call| call.request.len()),
-        Some(Message::Open(open)) => open.token.len(),
-        _ => 0,
-    };
-    128 + large
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use im_proto::limits;
+    use prost::Message as _;
+
+    use super::*;
+
+    /// The least that a router takes as one item.
+    const ITEM_BYTES: usize = 16 * 1024 * 1024;
+
+    fn link() -> Link {
+        let router = InstanceId::parse("r1").expect("an instance id");
+        Link::new(1, router, String::new(), 65_536, CancellationToken::new())
+    }
+
+    fn signal(sender: &str, data_bytes: usize) -> Message {
+        let custom = v1::CustomSignal { r#type: String::new(), data: vec![7; data_bytes].into() };
+        let signal = v1::Signal {
+            sender: sender.to_owned(),
+            signal: Some(v1::signal::Signal::Custom(custom)),
+            ..v1::Signal::default()
+        };
+        Message::Signal(v1::SessionSignal { session_id: 1, conversation_id: Bytes::new(), signal: Some(signal) })
+    }
+
+    fn renew() -> Message {
+        Message::Renew(v1::SessionRenew { session_id: 1, token: "t".repeat(limits::TOKEN_BYTES_MAX) })
+    }
+
+    fn call(bytes: usize) -> Message {
+        let call = v1::Call { request: vec![7; bytes].into(), ..v1::Call::default() };
+        Message::Call(v1::SessionCall { session_id: 1, call: Some(call) })
+    }
+
+    /// All batches that there are, encoded: the length of each, and their messages.
+    fn drain(link: &Link) -> (Vec<usize>, usize) {
+        let (mut lengths, mut count) = (Vec::new(), 0);
+        loop {
+            let messages = link.take();
+            if messages.is_empty() {
+                return (lengths, count);
+            }
+            count += messages.len();
+            lengths.push(v1::GatewayBatch { messages, ..v1::GatewayBatch::default() }.encoded_len());
+        }
+    }
+
+    #[test]
+    fn no_batch_is_more_than_a_router_takes_whatever_it_is_made_of() {
+        type Make = fn() -> Message;
+        let of: [(&str, Make, usize); 4] = [
+            ("the largest signals", || signal("", limits::SIGNAL_BYTES_MAX), 3_000),
+            ("signals of a sender of 1 MiB", || signal(&"s".repeat(1024 * 1024), 1), 10),
+            ("the largest tokens", renew, 5_000),
+            ("the largest calls", || call(8 * 1024 * 1024), 3),
+        ];
+        for (what, message, count) in of {
+            let link = link();
+            (0..count).for_each(|_| link.push_one(message()));
+            let (lengths, taken) = drain(&link);
+            assert_eq!(taken, count, "{what} were lost");
+            let longest = lengths.into_iter().max();
+            assert!(longest.is_some_and(|longest| longest < ITEM_BYTES), "{what} make an item of {longest:?} bytes");
+        }
+    }
+
+    #[test]
+    fn signals_that_wait_are_bounded_in_bytes_and_nothing_else_is_dropped_for_them() {
+        let link = link();
+        for _ in 0..5_000 {
+            link.push_one(signal("", limits::SIGNAL_BYTES_MAX));
+        }
+        for _ in 0..10 {
+            link.push_one(renew());
+        }
+        let (lengths, taken) = drain(&link);
+        assert!(lengths.iter().all(|length| *length < ITEM_BYTES));
+        assert!(lengths.iter().sum::<usize>() <= QUEUE_BYTES_MAX + 10 * 2 * limits::TOKEN_BYTES_MAX);
+        assert!(taken > 3_000, "{taken} of what there is room for");
+        link.push_one(signal("", limits::SIGNAL_BYTES_MAX));
+        assert_eq!(drain(&link).1, 1, "there is room again");
+    }
 }

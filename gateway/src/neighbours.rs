@@ -16,7 +16,7 @@ use im_proto::{InstanceId, environment::Environment, v1};
 use im_registry::{Instance, Role, View};
 use parking_lot::RwLock;
 
-use crate::connection::Transport;
+use crate::{addresses::network, connection::Transport};
 
 /// Gateways named in one answer.
 const GATEWAYS_OFFERED: usize = 3;
@@ -87,7 +87,7 @@ fn client_endpoints(instance: &Instance) -> Vec<v1::Endpoint> {
         .collect()
 }
 
-/// How often each address asked in the present second, in a table of fixed size.
+/// How often each address (IPv4, or IPv6 network of 64 bits) asked in the present second, in a table of fixed size.
 pub(crate) struct AddressRate {
     /// Second and count, 32 bits each.
     places: Box<[AtomicU64]>,
@@ -110,7 +110,7 @@ impl AddressRate {
         if self.per_second_max == 0 || address.to_canonical().is_loopback() {
             return true;
         }
-        let hash = self.hasher.hash_one(address.to_canonical());
+        let hash = self.hasher.hash_one(network(address));
         let place = usize::try_from(hash % PLACES as u64).unwrap_or_default();
         let second = environment.clock.since_boot().as_secs() << 32;
         let count = |seen: u64| if seen & !u64::from(u32::MAX) == second { seen } else { second };
@@ -121,5 +121,23 @@ impl AddressRate {
                 (seen & u64::from(u32::MAX) < u64::from(self.per_second_max)).then_some(seen + 1)
             })
             .is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::tests::environment;
+
+    #[test]
+    fn an_ipv6_network_of_64_bits_asks_as_one_address() {
+        let environment = environment();
+        let rate = AddressRate::new(&environment, 3);
+        let take = |address: &str| rate.take(&environment, address.parse().expect("an address"));
+        let taken = (1..=20).filter(|host| take(&format!("2001:db8::{host}"))).count();
+        assert_eq!(taken, 3);
+        assert!(take("2001:db8:0:1::1"), "another network is not concerned");
+        assert!(take("192.0.2.1"));
+        assert_eq!((0..20).filter(|_| take("::1")).count(), 20, "the machine itself");
     }
 }

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 const NANOS: u64 = 1_000_000_000;
 
-/// So much a second, of which a whole second may come at once after a pause.
+/// So much in a time, usually a second, of which all may come at once after a pause.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rate {
-    per_second: u64,
+    units: u64,
+    nanos: u64,
 }
 
 /// What was used of a rate: when all of it is there again, in nanoseconds since the start of the gateway.
@@ -31,11 +32,16 @@ impl Bucket {
 impl Rate {
     /// 0 is no limit.
     pub fn per_second(per_second: impl Into<u64>) -> Self {
-        Self { per_second: per_second.into() }
+        Self { units: per_second.into(), nanos: NANOS }
+    }
+
+    /// So many in ten seconds.
+    pub const fn per_ten_seconds(units: u64) -> Self {
+        Self { units, nanos: 10 * NANOS }
     }
 
     pub fn is_unlimited(self) -> bool {
-        self.per_second == 0
+        self.units == 0
     }
 
     /// Takes one, or says how long until there is one.
@@ -73,11 +79,11 @@ impl Rate {
 
     fn wait(self, bucket: Bucket, units: u64, now: Duration) -> Duration {
         let full_at = bucket.0.max(nanos(now)).saturating_add(self.cost(units));
-        Duration::from_nanos(full_at.saturating_sub(nanos(now).saturating_add(NANOS)))
+        Duration::from_nanos(full_at.saturating_sub(nanos(now).saturating_add(self.nanos)))
     }
 
     fn cost(self, units: u64) -> u64 {
-        (u128::from(units) * u128::from(NANOS) / u128::from(self.per_second.max(1))).try_into().unwrap_or(u64::MAX)
+        (u128::from(units) * u128::from(self.nanos) / u128::from(self.units.max(1))).try_into().unwrap_or(u64::MAX)
     }
 }
 

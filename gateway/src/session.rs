@@ -64,7 +64,8 @@ struct State {
     registered: Option<LinkToken>,
     /// The claim under which it does.
     registered_under: Option<Epoch>,
-    /// Routers that know the session, the user's owner among them.
+    /// Routers that know the session, the user's owner among them. Under an older token than the link's own one still has to be
+    /// told of it before it can be asked anything, and of its end.
     presented: Vec<(LinkToken, Arc<Link>)>,
     /// An encoded `Capability`.
     capability: Box<[u8]>,
@@ -114,6 +115,7 @@ pub(crate) enum Work {
     Renew {
         token: String,
         expires_at: Timestamp,
+        now: Instant,
     },
 }
 
@@ -205,8 +207,8 @@ impl Session {
                     });
                     self.ephemeral(&mut state, shared, routes.owner(shard), message, &mut gather);
                 }
-                Work::Renew { token, expires_at } => {
-                    self.renew(&mut state, home, token, expires_at, &mut gather);
+                Work::Renew { token, expires_at, now } => {
+                    self.renew(&mut state, shared, home, Renewing::new(token, expires_at, now), &mut gather);
                 }
             }
         }
@@ -324,10 +326,9 @@ impl Session {
         if let Some(sent_to) = state.opening.take().and_then(|opening| opening.sent_to) {
             known.push(sent_to);
         }
-        for (token, link) in known {
-            if link.token() == token {
-                link.push_one(Message::Close(v1::SessionClose { session_id: self.id.0 }));
-            }
+        // Also under an older token: what was lost on the way to here the router has all the same.
+        for (_, link) in known {
+            link.push_one(Message::Close(v1::SessionClose { session_id: self.id.0 }));
         }
         state.in_flight = None;
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use im_proto::{StatusCode, v1};
-use tokio::time::Instant;
+use tokio::{io::DuplexStream, time::Instant};
 
 use crate::support::*;
 
@@ -24,6 +24,22 @@ async fn welcome_comes_only_after_the_owner_has_recorded_the_session() {
     assert_eq!(welcome.version, 1);
     assert_eq!(welcome.self_conversation_id, bench.secret.self_id(&user("ann")).to_bytes());
     assert_eq!(welcome.limits.expect("limits").pending_sends, 256);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_is_not_opened_in_the_future() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let now = bench.environment.clock.now().as_millis();
+    // A clock that is a little fast is believed: the order of the logins of its device is what counts.
+    for (said, taken) in [(i64::MAX, now + 60_000), (now + 50_000, now + 50_000), (1, 1), (0, now), (i64::MIN, now)] {
+        let ClientFrame::Hello(hello) = bench.hello("ann") else { unreachable!() };
+        let mut client = bench.connect();
+        client.send(ClientFrame::Hello(v1::Hello { opened_at_ms: said, ..hello })).await;
+        let FromGateway::Open(open) = router.next().await else { panic!("an open") };
+        assert_eq!(open.opened_at_ms, taken, "of {said}");
+        drop(client);
+        assert!(matches!(router.next().await, FromGateway::Close(_)));
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -193,6 +209,130 @@ async fn a_renewal_for_somebody_else_is_refused_and_changes_nothing() {
     }
     router.is_silent(Duration::from_secs(5)).await;
     client.is_alive().await;
+}
+
+/// A token of ann that lives for so many seconds, and when it ends.
+fn lasting(bench: &Bench, seconds: i64) -> (ClientFrame, i64) {
+    let mut claims = bench.claims("ann");
+    claims.exp = claims.iat + seconds;
+    (ClientFrame::Renew(v1::Renew { token: bench.sign(&claims) }), claims.exp * 1000)
+}
+
+/// What the owner answers to a renewal.
+fn judged(session_id: u64, judgement: Result<i64, StatusCode>) -> FromRouter {
+    let identity = judgement.ok().map(|expires_at_ms| v1::Identity { expires_at_ms, ..Default::default() });
+    let status = judgement.err().map(StatusCode::to_status);
+    FromRouter::Renewed(v1::SessionRenewed { session_id, status, identity, capability: Some(capability("ann")) })
+}
+
+async fn renewed(client: &mut Client<DuplexStream>) -> Result<i64, StatusCode> {
+    let ServerFrame::Renewed(renewed) = client.next().await else { panic!("an answer to a renewal") };
+    status_of(renewed.status.as_ref()).map_or(Ok(renewed.token_expires_at_ms), Err)
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_thousand_renewals_one_is_under_way_and_the_others_are_told_to_wait() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    let (renew, end) = lasting(&bench, 200_000);
+    for _ in 0..1_000 {
+        client.send(renew.clone()).await;
+    }
+    for _ in 0..999 {
+        assert_eq!(renewed(&mut client).await, Err(StatusCode::RateLimited));
+    }
+    assert!(matches!(router.next().await, FromGateway::Renew(_)));
+    router.is_silent(Duration::from_secs(1)).await;
+    router.say(judged(session_id, Ok(end))).await;
+    assert_eq!(renewed(&mut client).await, Ok(end));
+    assert_eq!(bench.counts.of("im_gateway_limited_total{limit=renewals}"), 999);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_renews_its_token_a_few_times_in_ten_seconds_however_soon_each_is_answered() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    let mut taken = 0;
+    for number in 0..50 {
+        let (renew, end) = lasting(&bench, 100_000 + number);
+        client.send(renew).await;
+        client.send(ClientFrame::Ping(v1::Ping::default())).await;
+        match client.next().await {
+            ServerFrame::Renewed(refused) => {
+                let status = refused.status.expect("a refusal");
+                assert_eq!(status_of(Some(&status)), Some(StatusCode::RateLimited));
+                assert!((1..=10_000).contains(&status.retry_after_ms), "told when: {}", status.retry_after_ms);
+                assert!(matches!(client.next().await, ServerFrame::Pong(_)));
+            }
+            _pong => {
+                taken += 1;
+                assert!(matches!(router.next().await, FromGateway::Renew(_)));
+                router.say(judged(session_id, Ok(end))).await;
+                assert_eq!(renewed(&mut client).await, Ok(end));
+            }
+        }
+    }
+    assert_eq!(taken, 5);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let (renew, _) = lasting(&bench, 200_000);
+    client.send(renew).await;
+    assert!(matches!(router.next().await, FromGateway::Renew(_)), "it may again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_answer_to_one_renewal_is_not_taken_for_that_to_another() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    let (bad, _) = lasting(&bench, 100_000);
+    let (good, end) = lasting(&bench, 200_000);
+    client.send(bad).await;
+    assert!(matches!(router.next().await, FromGateway::Renew(_)));
+    client.send(good.clone()).await;
+    assert_eq!(renewed(&mut client).await, Err(StatusCode::RateLimited), "one at a time");
+    router.say(judged(session_id, Err(StatusCode::Forbidden))).await;
+    assert_eq!(renewed(&mut client).await, Err(StatusCode::Forbidden));
+    client.send(good).await;
+    assert!(matches!(router.next().await, FromGateway::Renew(_)));
+    router.say(judged(session_id, Ok(end))).await;
+    assert_eq!(renewed(&mut client).await, Ok(end));
+    client.is_alive().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_nobody_answers_does_not_stand_in_the_way_for_ever() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    let (first, first_end) = lasting(&bench, 100_000);
+    let (second, second_end) = lasting(&bench, 200_000);
+    client.send(first).await;
+    assert!(matches!(router.next().await, FromGateway::Renew(_)));
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    client.send(second).await;
+    assert!(matches!(router.next().await, FromGateway::Renew(_)));
+    // It answers at last. That it accepts is true of either token, and each answer is the one to its own.
+    router.say(judged(session_id, Ok(first_end))).await;
+    assert_eq!(renewed(&mut client).await, Ok(first_end));
+    router.say(judged(session_id, Ok(second_end))).await;
+    assert_eq!(renewed(&mut client).await, Ok(second_end));
+    router.say(judged(session_id, Ok(first_end))).await;
+    client.is_alive().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_goes_to_an_owner_that_has_its_shard_again() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session_id) = bench.login(&mut router, "ann").await;
+    let (renew, end) = lasting(&bench, 200_000);
+    client.send(renew).await;
+    assert!(matches!(router.next().await, FromGateway::Renew(_)));
+    // It drops what it is told of a shard that it does not have.
+    bench.owner("r2");
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    bench.owner("r1");
+    assert!(matches!(router.next().await, FromGateway::Announce(_)));
+    assert!(matches!(router.next().await, FromGateway::Renew(_)));
+    router.say(judged(session_id, Ok(end))).await;
+    assert_eq!(renewed(&mut client).await, Ok(end));
 }
 
 #[tokio::test(start_paused = true)]

@@ -83,6 +83,72 @@ async fn what_the_router_could_not_replay_ends_in_a_resync() {
     assert_eq!(found, [false, true]);
 }
 
+/// What the router is told until it is told of both.
+async fn announced_and_closed(router: &mut Router, announced: u64, closed: u64) {
+    let mut awaited = vec![
+        FromGateway::Announce(v1::SessionAnnounce { session_id: announced, capability: Some(capability("ann")) }),
+        FromGateway::Close(v1::SessionClose { session_id: closed }),
+    ];
+    while !awaited.is_empty() {
+        let message = router.next().await;
+        let position = awaited.iter().position(|known| *known == message);
+        awaited.swap_remove(position.unwrap_or_else(|| panic!("expected {awaited:?}, found {message:?}")));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_ended_while_the_link_was_down_is_closed_whatever_the_router_lost() {
+    let (mut bench, mut router) = Bench::with_router(config()).await;
+    let (_ann, ann_session) = bench.login(&mut router, "ann").await;
+    let (bob, bob_session) = bench.login(&mut router, "bob").await;
+    let received_through = router.received_through;
+    drop(router);
+    drop(bob);
+    let mut router = bench.router_of_boot(21, received_through).await;
+    // Numbers 3 and 4 are gone. The router has everything that was said to it, and forgets nothing by itself.
+    router.say_numbered(5, vec![deliver(&[ann_session], 1, 1)]).await;
+    announced_and_closed(&mut router, ann_session, bob_session).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_ends_just_after_a_loss_is_closed_too() {
+    let (mut bench, mut router) = Bench::with_router(config()).await;
+    let (_ann, ann_session) = bench.login(&mut router, "ann").await;
+    let (bob, bob_session) = bench.login(&mut router, "bob").await;
+    let received_through = router.received_through;
+    drop(router);
+    let mut router = bench.router_of_boot(21, received_through).await;
+    router.say_numbered(5, vec![deliver(&[ann_session], 1, 1)]).await;
+    // The link sees the loss before the connection sees its end, and that before the sessions are visited.
+    drop(bob);
+    announced_and_closed(&mut router, ann_session, bob_session).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_router_that_lost_something_hears_of_the_end_of_sessions_that_were_only_presented() {
+    let mut bench = Bench::new(config());
+    let home_shard = bench.user_shard("ann");
+    bench.owners(|shard| Some(if shard == home_shard { "r1" } else { "r2" }.to_owned()));
+    let mut routers = [bench.router().await, bench.router().await];
+    routers.sort_by(|one, other| one.name.cmp(&other.name));
+    let [mut home, mut other] = routers;
+    let (mut client, session_id) = bench.login(&mut home, "ann").await;
+    let conversation = bench.conversation_in(bench.shards.get(), u32::from(home_shard == 0));
+    client.send(ClientFrame::Send(send(conversation, "m"))).await;
+    assert!(matches!(other.next().await, FromGateway::Present(_)));
+    let taken = other.next_send().await;
+    other.acknowledge(&taken, 1).await;
+    client.ack().await;
+    let received_through = other.received_through;
+    drop(other);
+    let mut other = bench.router_of_boot(21, received_through).await;
+    other.say_numbered(5, vec![deliver(&[session_id], 1, 1)]).await;
+    assert!(matches!(client.next().await, ServerFrame::Message(_)));
+    drop(client);
+    assert_eq!(home.next().await, FromGateway::Close(v1::SessionClose { session_id }));
+    assert_eq!(other.next().await, FromGateway::Close(v1::SessionClose { session_id }));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_router_that_started_again_gets_everything_anew() {
     let (mut bench, mut router) = Bench::with_router(config()).await;

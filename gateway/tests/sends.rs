@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use im_proto::{StatusCode, v1};
+use prost::Message as _;
 
 use crate::support::*;
 
@@ -339,4 +340,53 @@ async fn one_send_in_64_is_timed_until_its_acknowledgement_is_written() {
     }
     assert_eq!(bench.counts.of("im_gateway_ack_seconds"), 2);
     assert_eq!(bench.counts.of("im_gateway_ack_seconds in ms"), 500);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_a_client_says_that_a_signal_is_from_goes_nowhere() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    let conversation = bench.conversation_in(1, 0);
+    let signal = v1::Signal {
+        target: Some(v1::signal::Target::ConversationId(conversation.to_bytes())),
+        sender: "s".repeat(1_000_000),
+        signal: Some(v1::signal::Signal::Typing(v1::Typing { active: true })),
+    };
+    client.send(ClientFrame::Signal(signal.clone())).await;
+    let FromGateway::Signal(forwarded) = router.next().await else { panic!("a signal") };
+    assert!(forwarded.signal == Some(v1::Signal { sender: String::new(), ..signal }), "the sender goes on");
+}
+
+/// A send frame of a megabyte, nearly all of it a field that nobody knows.
+fn padded(send: &v1::Send) -> Vec<u8> {
+    let padding = 1_000_000;
+    let mut inner = send.encode_to_vec();
+    prost::encoding::bytes::encode(1000, &vec![7; padding], &mut inner);
+    let mut payload = Vec::new();
+    prost::encoding::bytes::encode(4, &inner, &mut payload);
+    let mut frame = u32::try_from(payload.len()).expect("short").to_be_bytes().to_vec();
+    frame.extend(payload);
+    frame
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kept_send_is_sent_without_what_its_frame_was_padded_with() {
+    let (mut bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, _) = bench.login(&mut router, "ann").await;
+    let received_through = router.received_through;
+    drop(router);
+    client.is_alive().await;
+    let sent = send(bench.conversation_in(1, 0), "padded");
+    client.send_bytes(&padded(&sent)).await;
+    let mut router = bench.router_of_boot(21, received_through).await;
+    router.continue_at(2);
+    let forwarded = router.next_send().await;
+    assert_eq!(forwarded.send, Some(sent.clone()));
+    router.acknowledge(&forwarded, 1).await;
+    assert_eq!(client.ack().await.client_message_id, "padded");
+    // The body alone is left of all that the gateway had: whatever room there is behind it was held with it.
+    let body = forwarded.send.map(|send| send.body).expect("a send");
+    drop(forwarded.conversation_id);
+    let held = body.try_into_mut().expect("nobody else holds it").capacity();
+    assert!(held < 1_000, "{held} bytes for a body of {}", sent.body.len());
 }

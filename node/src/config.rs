@@ -272,6 +272,13 @@ mod tests {
     }
 
     #[test]
+    fn no_frame_may_be_so_long_that_a_link_cannot_carry_it() {
+        let found = problems("[gateway]\nframe_bytes_max = \"16MiB\"");
+        let expected = "gateway.frame_bytes_max = \"16MiB\": expected a size from 128KiB to 8MiB";
+        assert!(found.len() == 1 && found[0].contains(expected), "{found:#?}");
+    }
+
+    #[test]
     fn all_problems_are_reported_at_once_with_key_value_and_range() {
         let found = problems(
             "tcp = \"nowhere\"\ndrain_timeout = 5\ncolour = \"red\"\n[router]\nworkers = 100000\n[tables]\n[log]\nformat = \"xml\"",

@@ -23,8 +23,8 @@ pub use serve::{LINK_SERVICE, Serving, serve_api, serve_links};
 /// Batches that wait in each direction on each side. A batch holds what gathered while the other side was busy, so a few keep both
 /// sides at work; a batch holds about 1 MiB at most, so 16 MiB wait on a stalled link.
 const BATCHES_WAITING_MAX: usize = 16;
-/// Bytes of one item. A batch takes no further message beyond 1 MiB, and the largest message is a history reply of 4 MiB and one
-/// entry.
+/// Bytes of one item. A batch takes no further message beyond 1 MiB, and the largest messages are a history reply of 4 MiB and one
+/// entry, and a client's frame of `gateway.frame_bytes_max`, 8 MiB at most.
 const ITEM_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes under way that the receiver has not taken: 4 MiB fill 10 Gbit/s at 3 ms there and back.
 const WINDOW_BYTES: u32 = 4 * 1024 * 1024;

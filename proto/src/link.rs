@@ -15,7 +15,9 @@ pub mod wire;
 
 use std::collections::VecDeque;
 
-use crate::{id::BootId, v1};
+use prost::Message as _;
+
+use crate::{id::BootId, limits, v1};
 
 /// A batch that can be kept and replayed.
 pub trait Batch {
@@ -202,36 +204,47 @@ macro_rules! batches {
                 }
 
                 fn bytes(&self) -> usize {
-                    self.messages.iter().map(|$message| MESSAGE_OVERHEAD_BYTES + $bytes).sum()
+                    self.messages.iter().map(|$message| $bytes).sum()
                 }
             }
         )*
     };
 }
 
-// Only what can be large is counted: exact lengths would cost an encoding pass a batch.
-batches! {
-    GatewayBatch, |message| match &message.message {
-        Some(v1::gateway_message::Message::Send(send)) => send.send.as_ref().map_or(0, |send| send.body.len()),
-        Some(v1::gateway_message::Message::Call(call)) => call.call.as_ref().map_or(0, |call| call.request.len()),
-        _ => 0,
+/// What a message to a router weighs in a queue, in a batch and in a replay buffer: no less than its bytes on the wire, whatever a
+/// client put into it, for a batch that is longer than the other side takes breaks its link for ever.
+pub fn weight(message: &v1::GatewayMessage) -> usize {
+    use v1::gateway_message::Message;
+    let bytes = match &message.message {
+        // The usual ones without a pass over all fields; the rest of them are numbers and short ids.
+        Some(Message::Send(v1::SessionSend { send: Some(send), .. })) => {
+            2 * limits::ID_BYTES_MAX + send.body.len() + send.client_message_id.len() + send.after.len()
+        }
+        Some(Message::Call(v1::SessionCall { call: Some(call), .. })) => call.request.len(),
+        _ => message.encoded_len(),
     };
-    RouterBatch, |message| match &message.message {
+    MESSAGE_OVERHEAD_BYTES + bytes
+}
+
+// Exact lengths would cost a pass over all ids of a push; of all else they are short.
+batches! {
+    GatewayBatch, |message| weight(message);
+    RouterBatch, |message| MESSAGE_OVERHEAD_BYTES + match &message.message {
         Some(v1::router_message::Message::Deliver(deliver)) => deliver.frame.len() + 8 * deliver.session_ids.len(),
         Some(v1::router_message::Message::AudienceSet(audience)) => 8 * (audience.joined.len() + audience.left.len()),
         Some(v1::router_message::Message::AudienceDeliver(deliver)) => deliver.frame.len(),
         Some(v1::router_message::Message::Move(r#move)) => 8 * r#move.session_ids.len(),
         Some(v1::router_message::Message::CallReply(reply)) => reply.reply.len(),
-        _ => 0,
+        _ => message.encoded_len(),
     };
-    PeerBatch, |message| match &message.message {
+    PeerBatch, |message| MESSAGE_OVERHEAD_BYTES + match &message.message {
         Some(v1::peer_message::Message::Deliver(deliver)) => deliver.frame.len() + 32 * deliver.user_ids.len(),
         Some(v1::peer_message::Message::AudienceDeliver(deliver)) => deliver.frame.len(),
         Some(v1::peer_message::Message::Follow(follow)) => 32 * follow.user_ids.len(),
         Some(v1::peer_message::Message::Unfollow(unfollow)) => 32 * unfollow.user_ids.len(),
         Some(v1::peer_message::Message::Call(call)) => call.request.len(),
         Some(v1::peer_message::Message::Effect(effect)) => effect.body.len(),
-        _ => 0,
+        _ => message.encoded_len(),
     };
 }
 

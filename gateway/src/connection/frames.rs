@@ -14,10 +14,10 @@ use tokio::{
 };
 use v1::{client_frame::Frame as ClientFrame, server_frame::Frame};
 
-use super::{Connection, Stage};
+use super::{Connection, Stage, input::compact};
 use crate::{
     gateway::Shared,
-    rate::Bucket,
+    rate::{Bucket, Rate},
     session::{Opening, Work, common_version, failed_reply, refusal},
 };
 
@@ -52,6 +52,7 @@ pub(super) struct Rates {
     sends: Bucket,
     frames: Bucket,
     bytes: Bucket,
+    renewals: Bucket,
     /// Once refused, sends are refused until then: a client that goes on sending would have every second one taken, out of order.
     sends_again_at: Option<Instant>,
     /// It is not read until then.
@@ -60,6 +61,8 @@ pub(super) struct Rates {
 
 /// The least that a client is told to wait whose send is over a rate.
 const SENDS_PAUSE_MIN: Duration = Duration::from_millis(100);
+/// Renewals of a session: each costs its user's owner a signature. A client renews once in the lifetime of its token, which is minutes.
+const RENEWALS: Rate = Rate::per_ten_seconds(5);
 /// How long somebody who asks where to go has to wait over the rate.
 const LOCATE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -83,6 +86,11 @@ impl Rates {
             self.sends_again_at = Some(now + wait);
             wait
         })
+    }
+
+    /// Takes one renewal; the time to wait if there is none left.
+    fn take_renewal(&mut self, shared: &Shared, now: Instant) -> Result<(), Duration> {
+        RENEWALS.take(&mut self.renewals, shared.limits.time(now))
     }
 
     /// Counts what was read; a connection that read too much rests.
@@ -117,11 +125,22 @@ impl Rates {
 /// Pings, questions where to go and the `Hello` itself: what a stranger may say before it has said who it is.
 const EARLY_FRAMES_MAX: u8 = 32;
 
+/// How far ahead of this clock a client may say that it began to connect. Of two logins of a device the later one stays: one that
+/// said a day in the future would keep all others out for that day.
+const OPENED_AHEAD_MAX_MS: i64 = 60_000;
+
 /// A frame that does not end the connection, or the status that ends it.
 type Verdict = Result<(), v1::Status>;
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    pub(super) fn frame(&mut self, frame: Decoded<ClientFrame>, now: Instant, work: &mut Vec<Work>) -> Verdict {
+    /// `buffer_bytes` are those of the buffer that it came in.
+    pub(super) fn frame(
+        &mut self,
+        frame: Decoded<ClientFrame>,
+        buffer_bytes: usize,
+        now: Instant,
+        work: &mut Vec<Work>,
+    ) -> Verdict {
         let malformed = || Err(StatusCode::Malformed.to_status());
         if self.stage == Stage::Hello {
             let Some(early) = &mut self.early else { return malformed() };
@@ -149,14 +168,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             (Stage::Hello | Stage::Opening, _) | (_, ClientFrame::Hello(_)) => return malformed(),
             (_, ClientFrame::Pong(_)) => {}
-            (_, ClientFrame::Send(send)) => self.send(send, now, work),
-            (_, ClientFrame::Call(call)) => work.push(Work::Call(call)),
+            (_, ClientFrame::Send(send)) => self.send(send, buffer_bytes, now, work),
+            (_, ClientFrame::Call(call)) => work.push(Work::Call(compact(call, buffer_bytes))),
             (_, ClientFrame::Received(received)) => match ConversationId::from_slice(&received.conversation_id) {
-                Ok(id) => work.push(Work::Received { shard: self.shared.shards.shard_of(&id), received }),
+                Ok(id) => {
+                    let (shard, received) = (self.shared.shards.shard_of(&id), compact(received, buffer_bytes));
+                    work.push(Work::Received { shard, received });
+                }
                 Err(_) => self.refuse_frame(5, StatusCode::Malformed),
             },
-            (_, ClientFrame::Signal(signal)) => self.signal(signal, work),
-            (_, ClientFrame::Renew(renew)) => self.renew(renew.token, work),
+            (_, ClientFrame::Signal(signal)) => self.signal(signal, buffer_bytes, work),
+            (_, ClientFrame::Renew(renew)) => self.renew(renew.token, now, work),
             (_, ClientFrame::Close(_)) => self.session.outbox.finish(),
         }
         Ok(())
@@ -203,7 +225,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let verified = self.inspect(&hello.token)?;
         let own_clock = self.shared.environment.clock.now().as_millis();
-        let opened_at_ms = if hello.opened_at_ms > 0 { hello.opened_at_ms } else { own_clock };
+        let latest = own_clock.saturating_add(OPENED_AHEAD_MAX_MS);
+        let opened_at_ms = if hello.opened_at_ms > 0 { hello.opened_at_ms.min(latest) } else { own_clock };
         let open = v1::SessionOpen {
             session_id: self.session.id().0,
             token: hello.token,
@@ -231,10 +254,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         })
     }
 
-    fn renew(&self, token: String, work: &mut Vec<Work>) {
-        let refused = match self.inspect(&token) {
+    fn renew(&mut self, token: String, now: Instant, work: &mut Vec<Work>) {
+        let admitted = self.rates.take_renewal(&self.shared, now).map_err(|wait| {
+            self.shared.metrics.limited_renewals.increment(1);
+            StatusCode::RateLimited.retry_after(wait)
+        });
+        let refused = match admitted.and_then(|()| self.inspect(&token)) {
             Ok(verified) if Some(&verified.user) == self.session.user() => {
-                return work.push(Work::Renew { token, expires_at: verified.expires_at });
+                return work.push(Work::Renew { token, expires_at: verified.expires_at, now });
             }
             Ok(_) => StatusCode::Forbidden.to_status(),
             Err(status) => status,
@@ -243,7 +270,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.push(Frame::Renewed(v1::Renewed { status: Some(refused), token_expires_at_ms }));
     }
 
-    fn send(&mut self, send: v1::Send, now: Instant, work: &mut Vec<Work>) {
+    fn send(&mut self, send: v1::Send, buffer_bytes: usize, now: Instant, work: &mut Vec<Work>) {
         let (conversation, checked) = match self.check_send(&send) {
             Ok(conversation) => (Some(conversation), Ok(())),
             Err(StatusCode::Internal) => (None, Err(self.shared.mistake("a session without a user sends"))),
@@ -256,6 +283,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match (conversation, admitted) {
             (Some(conversation), Ok(())) => {
                 let shard = self.shared.shards.shard_of(&conversation);
+                let send = compact(send, buffer_bytes);
                 work.push(Work::Send { conversation, shard, send, timed: time_this_send().then_some(now) });
             }
             (conversation, admitted) => {
@@ -285,8 +313,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    fn signal(&self, signal: v1::Signal, work: &mut Vec<Work>) {
+    fn signal(&self, signal: v1::Signal, buffer_bytes: usize, work: &mut Vec<Work>) {
         use v1::signal::Signal;
+        // The owner says who sent it; of a client's own word nothing goes on, however long it is.
+        let signal = v1::Signal { sender: String::new(), ..signal };
         match &signal.signal {
             // The server's own.
             Some(Signal::Receipt(_) | Signal::Presence(_)) => return self.refuse_frame(6, StatusCode::Forbidden),
@@ -303,7 +333,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match conversation {
             Ok(conversation) => {
                 let shard = self.shared.shards.shard_of(&conversation);
-                work.push(Work::Signal { conversation, shard, signal });
+                work.push(Work::Signal { conversation, shard, signal: compact(signal, buffer_bytes) });
             }
             Err(code) => self.refuse_frame(6, code),
         }

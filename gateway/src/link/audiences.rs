@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use im_proto::{ConversationId, v1};
 
-/// Sessions in all sets of one link: 32 MiB of ids. Beyond it all sets are forgotten, and come again as they are used.
+/// Sessions in all sets of one link: 32 MiB of ids. Beyond it those of all sets are forgotten, and come again as they are used.
 const SESSIONS_MAX: usize = 4 * 1024 * 1024;
 
 /// The sets of one link.
@@ -51,7 +51,7 @@ impl Audiences {
     /// Takes over a whole set or a delta.
     pub fn change(&mut self, id: ConversationId, change: &v1::AudienceSet) -> Changed {
         if self.sessions.saturating_add(change.joined.len()) > SESSIONS_MAX {
-            self.forget();
+            self.forget_sessions();
         }
         let set = self.sets.entry(id).or_default();
         let (before, whole) = (set.sessions.len(), change.from_version == 0);
@@ -88,6 +88,15 @@ impl Audiences {
         self.sets.get(id).map_or(&[], |set| &set.sessions)
     }
 
+    /// Forgets the sessions of all sets. Of a set that was asked for it stays known that its sessions may have missed pushes.
+    fn forget_sessions(&mut self) {
+        self.sets.retain(|_, set| {
+            set.sessions = Vec::new();
+            set.wanted
+        });
+        self.sessions = 0;
+    }
+
     /// Forgets everything.
     pub fn forget(&mut self) {
         self.sets.clear();
@@ -119,6 +128,20 @@ mod tests {
         assert_eq!(audiences.change(ID, &change(0, 1, &[3, 1, 2], &[])), Changed::Taken);
         assert_eq!(audiences.change(ID, &change(1, 2, &[9], &[2])), Changed::Taken);
         assert_eq!(audiences.find(ID, 2), Found::Sessions(&[1, 3, 9]));
+    }
+
+    #[test]
+    fn a_set_that_was_asked_for_is_repaired_although_the_bound_was_reached_meanwhile() {
+        let mut audiences = Audiences::default();
+        audiences.change(ID, &change(0, 1, &[1], &[]));
+        assert_eq!(audiences.find(ID, 2), Found::Ask, "its sessions missed a push");
+        audiences.sessions = SESSIONS_MAX;
+        let other = ConversationId::from_bytes([2; 16]);
+        assert_eq!(audiences.change(other, &change(0, 1, &[7, 8], &[])), Changed::Taken);
+        assert_eq!(audiences.sessions, 2, "all others were forgotten");
+        assert_eq!(audiences.change(ID, &change(0, 2, &[1, 2], &[])), Changed::Repaired);
+        assert_eq!(audiences.find(ID, 2), Found::Sessions(&[1, 2]));
+        assert_eq!(audiences.sessions, 4);
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! From `Hello` to a registered session, and how routers go on knowing it: open at the user's owner, announce to the next one,
 //! present to others, renew.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use im_proto::{Epoch, PROTOCOL_VERSIONS, ShardId, StatusCode, Timestamp, UserId, v1};
 use prost::Message as _;
+use tokio::time::Instant;
 use v1::{gateway_message::Message, server_frame::Frame};
 
 use super::{Session, State, gather::Gather};
@@ -26,11 +27,23 @@ pub(crate) struct Opening {
     pub sent_under: Option<Epoch>,
 }
 
-/// A token that the user's owner has not judged yet.
+/// A token that the user's owner has not judged yet. There is one at a time: answers name no token.
 pub(super) struct Renewing {
     token: String,
     expires_at: Timestamp,
+    asked_at: Instant,
     sent_to: Option<LinkToken>,
+}
+
+/// How long a renewal stands in the way of another one. An owner that is just taking its shard over drops what it cannot judge yet.
+const RENEWAL_PATIENCE: Duration = Duration::from_secs(10);
+/// What a client is told that asks for another one before.
+const RENEWAL_RETRY: Duration = Duration::from_secs(1);
+
+impl Renewing {
+    pub fn new(token: String, expires_at: Timestamp, asked_at: Instant) -> Self {
+        Self { token, expires_at, asked_at, sent_to: None }
+    }
 }
 
 impl Session {
@@ -43,8 +56,9 @@ impl Session {
         state.shard = Some(shard);
         state.expires_at = expires_at;
         state.opening = Some(Box::new(opening));
-        let routes = shared.routing.routes();
+        // The version first: a change between the two leads to a visit.
         state.version = shared.routing.version();
+        let routes = shared.routing.routes();
         self.open_again(&mut state, &routes, &mut gather);
         gather.flush();
     }
@@ -57,8 +71,8 @@ impl Session {
         if is_sent || !link.is_up() {
             return;
         }
-        // A former owner may have recorded it.
-        if let Some((sent_to, former)) = opening.sent_to.take().filter(|(sent_to, former)| former.token() == *sent_to) {
+        // A former owner may have recorded it, whatever was lost on the way from there.
+        if let Some((sent_to, former)) = opening.sent_to.take().filter(|(sent_to, _)| !sent_to.same_link(token)) {
             tracing::debug!(session = self.id.0, from = %former.router, ?sent_to, "the owner moved during the handshake");
             gather.add(&former, Message::Close(v1::SessionClose { session_id: self.id.0 }));
         }
@@ -164,6 +178,10 @@ impl Session {
             // the shard before: it has forgotten its sessions.
             state.presented.retain(|(known, _)| *known != token);
             self.present(state, link, gather);
+            // So has its router dropped a token that it was asked to judge meanwhile.
+            if let Some(renewing) = &mut state.renewing {
+                renewing.sent_to = None;
+            }
         }
         self.renew_again(state, link, gather);
     }
@@ -174,7 +192,7 @@ impl Session {
         if state.presented.iter().any(|(known, _)| *known == token) {
             return;
         }
-        state.presented.retain(|(known, link)| !known.same_link(token) && link.token() == *known);
+        state.presented.retain(|(known, link)| !known.same_link(token) && !link.stop.is_cancelled());
         state.presented.push((token, link.clone()));
         let capability = v1::Capability::decode(&state.capability[..]).ok();
         let session_id = self.id.0;
@@ -191,12 +209,20 @@ impl Session {
     pub(super) fn renew(
         &self,
         state: &mut State,
+        shared: &Shared,
         home: Option<&Arc<Link>>,
-        token: String,
-        expires_at: Timestamp,
+        renewing: Renewing,
         gather: &mut Gather,
     ) {
-        state.renewing = Some(Box::new(Renewing { token, expires_at, sent_to: None }));
+        let is_under_way = |known: &Renewing| renewing.asked_at.duration_since(known.asked_at) < RENEWAL_PATIENCE;
+        if state.renewing.as_deref().is_some_and(is_under_way) {
+            shared.metrics.limited_renewals.increment(1);
+            let status = Some(StatusCode::RateLimited.retry_after(RENEWAL_RETRY));
+            let token_expires_at_ms = state.expires_at.as_millis();
+            let refused = Frame::Renewed(v1::Renewed { status, token_expires_at_ms });
+            return self.push(shared, refused, &mut Wakers::default());
+        }
+        state.renewing = Some(Box::new(renewing));
         if let Some(link) = home.filter(|link| link.is_up()) {
             self.renew_again(state, link, gather);
         }
@@ -211,21 +237,32 @@ impl Session {
         }
     }
 
-    /// The user's owner has judged a new token.
+    /// The user's owner has judged a new token. That it accepts is true whichever token is under way, and known by its expiry; a
+    /// refusal is that of the last.
     pub fn renewed(&self, shared: &Shared, from: LinkToken, renewed: &v1::SessionRenewed, wakers: &mut Wakers) {
         let mut state = self.lock();
         let state = &mut *state;
-        if state.renewing.as_ref().is_none_or(|renewing| renewing.sent_to != Some(from)) {
+        let asked = state.renewing.as_ref().filter(|renewing| renewing.sent_to == Some(from));
+        let expected = asked.map(|renewing| renewing.expires_at);
+        let status = renewed.status.clone().filter(|status| status.code != 0);
+        let said = renewed.identity.as_ref().map(|identity| Timestamp::from_millis(identity.expires_at_ms));
+        let accepted = said.or(expected).filter(|_| status.is_none());
+        let is_expected = expected.is_some() && (status.is_some() || accepted == expected);
+        let is_of_earlier =
+            state.registered == Some(from) && accepted.is_some_and(|accepted| accepted > state.expires_at);
+        if !is_expected && !is_of_earlier {
             return;
         }
-        let Some(renewing) = state.renewing.take() else { return };
-        let status = renewed.status.clone().filter(|status| status.code != 0);
-        if status.is_none() {
-            let said = renewed.identity.as_ref().map(|identity| Timestamp::from_millis(identity.expires_at_ms));
-            state.expires_at = said.unwrap_or(renewing.expires_at);
+        if is_expected {
+            state.renewing = None;
+        }
+        if let Some(accepted) = accepted {
+            state.expires_at = accepted;
             state.capability = encoded(renewed.capability.as_ref());
             // Other routers hold a capability that ends with the old token.
-            state.presented.retain(|(token, _)| *token == from);
+            for (token, _) in state.presented.iter_mut().filter(|(token, _)| *token != from) {
+                *token = token.outdated();
+            }
         }
         let token_expires_at_ms = state.expires_at.as_millis();
         self.push(shared, Frame::Renewed(v1::Renewed { status, token_expires_at_ms }), wakers);

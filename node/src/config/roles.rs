@@ -111,8 +111,9 @@ pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 29] {
         ),
         setting(
             "gateway.frame_bytes_max",
-            "A frame of an authenticated client. 1 MiB: a call with 1,000 members of 64 bytes, or a body of 64 KiB, many times over.",
-            Slot::Bytes(&mut config.frame_bytes_max, 128 * KIB..=16 * MIB),
+            "A frame of an authenticated client. 1 MiB: a call with 1,000 members of 64 bytes, or a body of 64 KiB, many times over.\n\
+             At most 8 MiB: with what shares its batch it must fit into an item of a link (16 MiB), or the link breaks for ever.",
+            Slot::Bytes(&mut config.frame_bytes_max, 128 * KIB..=8 * MIB),
         ),
         setting(
             "gateway.pending_sends_max",

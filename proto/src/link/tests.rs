@@ -243,3 +243,41 @@ fn what_a_hello_says_of_another_boot_counts_for_nothing() {
     assert_eq!(received_of_boot(&hello, BootId(7)), 9);
     assert_eq!(received_of_boot(&hello, BootId(8)), 0);
 }
+
+#[test]
+fn what_is_kept_weighs_no_less_than_it_is_on_the_wire() {
+    use prost::Message as _;
+    use v1::{gateway_message::Message as FromGateway, peer_message::Message as FromPeer, router_message};
+
+    let long = "x".repeat(5_000);
+    let custom = v1::CustomSignal { r#type: String::new(), data: vec![7; 5_000].into() };
+    let signal =
+        v1::Signal { signal: Some(v1::signal::Signal::Custom(custom)), sender: long.clone(), ..v1::Signal::default() };
+    let received = v1::Received { conversation_id: vec![7; 5_000].into(), ..v1::Received::default() };
+    let call = v1::Call { request: vec![7; 5_000].into(), ..v1::Call::default() };
+    let capability = v1::Capability { identity: vec![7; 5_000].into(), mac: vec![7; 32].into() };
+    let from_gateway = [
+        FromGateway::Open(v1::SessionOpen { token: long.clone(), client_name: long.clone(), ..Default::default() }),
+        FromGateway::Announce(v1::SessionAnnounce { session_id: 1, capability: Some(capability.clone()) }),
+        FromGateway::Present(v1::SessionPresent { session_id: 1, capability: Some(capability) }),
+        FromGateway::Renew(v1::SessionRenew { session_id: 1, token: long.clone() }),
+        FromGateway::Call(v1::SessionCall { session_id: 1, call: Some(call) }),
+        FromGateway::Received(v1::SessionReceived { session_id: 1, received: Some(received) }),
+        FromGateway::Signal(v1::SessionSignal { signal: Some(signal), ..Default::default() }),
+    ];
+    for (number, message) in from_gateway.into_iter().enumerate() {
+        let messages = vec![v1::GatewayMessage { message: Some(message) }];
+        let batch = Arc::new(v1::GatewayBatch { messages, ..Default::default() });
+        assert!(batch.bytes() >= batch.encoded_len(), "message {number}");
+    }
+    let status = Some(v1::Status { code: 1, text: long, ..Default::default() });
+    let refused = router_message::Message::Refused(v1::SessionRefused { session_id: 1, status });
+    let messages = vec![v1::RouterMessage { message: Some(refused) }];
+    let batch = Arc::new(v1::RouterBatch { messages, ..Default::default() });
+    assert!(batch.bytes() >= batch.encoded_len());
+    let answer = Some(v1::peer_answer::Answer::Reply(vec![7; 5_000].into()));
+    let answer = FromPeer::Answer(v1::PeerAnswer { answer, ..Default::default() });
+    let messages = vec![v1::PeerMessage { message: Some(answer), ..Default::default() }];
+    let batch = Arc::new(v1::PeerBatch { messages, ..Default::default() });
+    assert!(batch.bytes() >= batch.encoded_len());
+}

@@ -25,6 +25,7 @@ use crate::{
     pending::{Answer, Sends},
     presence::{WatchAnswer, Watching},
     receipts::Receipts,
+    reconnect::Elsewhere,
     sync::SyncState,
 };
 
@@ -53,8 +54,8 @@ pub(crate) enum Command {
 pub(crate) enum SessionEnd {
     /// The server said so.
     Status(Status),
-    /// The server asked the client to go elsewhere.
-    Moved { endpoints: Vec<Endpoint> },
+    /// The time has come at which the server asked the client to go elsewhere.
+    Moved,
     /// The connection is of no use any more.
     Broken(String),
 }
@@ -71,7 +72,7 @@ struct Session {
     last_received: Instant,
     last_ping: Instant,
     /// When to leave, and where to go.
-    go_away: Option<(Instant, Vec<Endpoint>)>,
+    go_away: Option<Elsewhere>,
     renew_at: Option<Instant>,
 }
 
@@ -250,7 +251,7 @@ impl Core {
                 let spread = Duration::from_millis(resync.spread_ms.into());
                 self.sync.want(now + self.environment.jitter(spread));
             }
-            server_frame::Frame::GoAway(go_away) => self.on_go_away(go_away, now),
+            server_frame::Frame::GoAway(go_away) => self.on_go_away(&go_away, now),
             server_frame::Frame::Close(close) => {
                 let status = Status::from_wire(close.status).unwrap_or_else(|| Status::from_code(StatusCode::Draining));
                 return Err(SessionEnd::Status(status));
@@ -281,11 +282,16 @@ impl Core {
         }
     }
 
-    fn on_go_away(&mut self, go_away: v1::GoAway, now: Instant) {
-        let Some(session) = &mut self.session else { return };
-        let after = Duration::from_millis(go_away.reconnect_after_ms.into());
-        let endpoints = go_away.endpoints.iter().filter_map(|text| text.parse().ok()).collect();
-        session.go_away = Some((now + after, endpoints));
+    fn on_go_away(&mut self, go_away: &v1::GoAway, now: Instant) {
+        if let Some(session) = &mut self.session {
+            session.go_away = Some(Elsewhere::from_wire(go_away, now));
+        }
+    }
+
+    /// Where the server asked the client to go, if it did. It holds whatever ends the session: a quiet one is closed right after
+    /// its `GoAway`, before the client would leave by itself.
+    pub(crate) fn take_go_away(&mut self) -> Option<Elsewhere> {
+        self.session.as_mut().and_then(|session| session.go_away.take())
     }
 
     fn on_renewed(&mut self, renewed: v1::Renewed, now: Instant) {
@@ -347,10 +353,10 @@ impl Core {
         let stalled = self.stalled_since();
         let in_flight = self.sends.in_flight();
         let Some(session) = &mut self.session else { return Ok(()) };
-        if let Some((at, endpoints)) = &mut session.go_away
+        if let Some(Elsewhere { at, .. }) = &session.go_away
             && (now >= *at + LINGER || (now >= *at && in_flight == 0))
         {
-            return Err(SessionEnd::Moved { endpoints: std::mem::take(endpoints) });
+            return Err(SessionEnd::Moved);
         }
         if now >= session.dead_at() {
             return Err(SessionEnd::Broken("no heartbeat of the server".to_owned()));
@@ -377,7 +383,7 @@ impl Core {
         self.note_taken(now);
         let Some(session) = &self.session else { return };
         let (ready, window, calls) = (session.ready, session.window, session.calls);
-        let leaving = session.go_away.as_ref().is_some_and(|(at, _)| now >= *at);
+        let leaving = session.go_away.as_ref().is_some_and(|elsewhere| now >= elsewhere.at);
         let before = self.out.len();
         self.start_sync(now);
         if ready {
@@ -435,8 +441,8 @@ impl Core {
     }
 
     fn leave_at(&self, session: &Session) -> Option<Instant> {
-        let (at, _) = session.go_away.as_ref()?;
-        Some(if self.sends.in_flight() == 0 { *at } else { *at + LINGER })
+        let at = session.go_away.as_ref()?.at;
+        Some(if self.sends.in_flight() == 0 { at } else { at + LINGER })
     }
 }
 

@@ -2,18 +2,48 @@
 //!
 //! Endpoints named by a `GoAway` come first, then the configured ones in turn. After a lost session the first attempt comes at
 //! once (within the base of the back-off, so that not all clients come together); each round of attempts without success waits
-//! longer.
+//! longer. A `GoAway` says when to come elsewhere: until then no endpoint is tried.
 
 use std::{collections::VecDeque, time::Duration};
 
-use im_proto::environment::Environment;
+use im_proto::{environment::Environment, v1};
+use tokio::time::Instant;
 
 use crate::config::{Backoff, Endpoint, EndpointSource};
+
+/// No server makes a client wait longer than this, whatever it says: one that means it says so again then.
+const WAIT_MAX: Duration = Duration::from_secs(300);
+
+/// What a `GoAway` says.
+#[derive(Debug)]
+pub(crate) struct Elsewhere {
+    /// Not before.
+    pub(crate) at: Instant,
+    /// At one of these, if there are any.
+    pub(crate) endpoints: Vec<Endpoint>,
+}
+
+impl Elsewhere {
+    pub(crate) fn from_wire(go_away: &v1::GoAway, now: Instant) -> Self {
+        let endpoints = go_away.endpoints.iter().filter_map(|text| text.parse().ok()).collect();
+        Self { at: now + Duration::from_millis(go_away.reconnect_after_ms.into()), endpoints }
+    }
+}
+
+/// What to do next.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    Dial(Endpoint),
+    /// Ask again then.
+    Wait(Instant),
+}
 
 pub(crate) struct Reconnect {
     backoff: Backoff,
     /// Offered by the server.
     offered: VecDeque<Endpoint>,
+    /// No endpoint is tried before this time.
+    not_before: Option<Instant>,
     /// Which of the configured endpoints is next.
     next: usize,
     /// Of the configured endpoints, as of the last look.
@@ -25,18 +55,21 @@ pub(crate) struct Reconnect {
 
 impl Reconnect {
     pub(crate) fn new(backoff: Backoff) -> Self {
-        Self { backoff, offered: VecDeque::new(), next: 0, count: 1, attempts: 0, had_session: false }
+        Self { backoff, offered: VecDeque::new(), not_before: None, next: 0, count: 1, attempts: 0, had_session: false }
     }
 
     /// The next endpoint to try.
-    pub(crate) fn next_endpoint(&mut self, source: &dyn EndpointSource) -> Result<Endpoint, String> {
+    pub(crate) fn next_endpoint(&mut self, source: &dyn EndpointSource, now: Instant) -> Result<Next, String> {
+        if let Some(until) = self.not_before.filter(|until| *until > now) {
+            return Ok(Next::Wait(until));
+        }
         if let Some(endpoint) = self.offered.pop_front() {
-            return Ok(endpoint);
+            return Ok(Next::Dial(endpoint));
         }
         let endpoints = source.endpoints()?;
         self.count = endpoints.len().max(1);
         let place = self.next % self.count;
-        endpoints.into_iter().nth(place).ok_or_else(|| "no server address is known".to_owned())
+        endpoints.into_iter().nth(place).map(Next::Dial).ok_or_else(|| "no server address is known".to_owned())
     }
 
     /// How long to wait before that.
@@ -55,21 +88,17 @@ impl Reconnect {
         self.next = self.next.wrapping_add(1);
     }
 
-    /// The session came as far as its first sync.
-    pub(crate) fn succeeded(&mut self) {
+    /// The session came as far as its first sync. Whether its server is no longer there for a next one.
+    pub(crate) fn succeeded(&mut self, is_leaving: bool) {
         self.attempts = 0;
         self.had_session = true;
+        self.next = self.next.wrapping_add(is_leaving.into());
     }
 
     /// The server asked the client to go elsewhere.
-    pub(crate) fn moved(&mut self, offered: Vec<Endpoint>) {
-        self.next = self.next.wrapping_add(1);
-        self.offered(offered);
-    }
-
-    /// The server named endpoints to try first.
-    pub(crate) fn offered(&mut self, offered: Vec<Endpoint>) {
-        self.offered = offered.into();
+    pub(crate) fn moved(&mut self, elsewhere: Elsewhere, now: Instant) {
+        self.not_before = Some(elsewhere.at.min(now + WAIT_MAX));
+        self.offered = elsewhere.endpoints.into();
     }
 }
 
@@ -82,16 +111,25 @@ mod tests {
         (1..=count).map(|port| Endpoint::new(Transport::Tcp, format!("localhost:{port}")).unwrap()).collect()
     }
 
-    #[test]
-    fn a_failing_endpoint_hands_over_to_the_next_at_once_and_rounds_wait_longer_up_to_the_limit() {
+    /// The endpoint to be dialled now.
+    fn dial(reconnect: &mut Reconnect, source: &Vec<Endpoint>, now: Instant) -> Endpoint {
+        match reconnect.next_endpoint(source, now) {
+            Ok(Next::Dial(endpoint)) => endpoint,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failing_endpoint_hands_over_to_the_next_at_once_and_rounds_wait_longer_up_to_the_limit() {
         let environment = environment::system();
         let backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(1) };
         let mut reconnect = Reconnect::new(backoff);
         let source = endpoints(3);
+        let now = Instant::now();
         assert_eq!(reconnect.delay(&environment), Duration::ZERO);
         for round in 0..8_u32 {
             for endpoint in &source {
-                assert_eq!(&reconnect.next_endpoint(&source).unwrap(), endpoint);
+                assert_eq!(&dial(&mut reconnect, &source, now), endpoint);
                 let delay = reconnect.delay(&environment);
                 if round > 0 && endpoint == &source[0] {
                     let whole = Duration::from_millis(100 << (round - 1)).min(backoff.max);
@@ -102,17 +140,35 @@ mod tests {
                 reconnect.failed();
             }
         }
-        reconnect.succeeded();
+        reconnect.succeeded(false);
         assert!(reconnect.delay(&environment) <= backoff.base);
     }
 
-    #[test]
-    fn offered_endpoints_come_first_once_each() {
+    fn elsewhere(reconnect_after_ms: u32, endpoints: &[&str], now: Instant) -> Elsewhere {
+        let endpoints = endpoints.iter().map(|endpoint| (*endpoint).to_owned()).collect();
+        Elsewhere::from_wire(&v1::GoAway { reason: None, reconnect_after_ms, endpoints }, now)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn offered_endpoints_come_first_once_each_and_not_before_their_time() {
         let mut reconnect = Reconnect::new(Backoff::default());
         let source = endpoints(2);
-        let offered = vec!["quic://elsewhere:7".parse::<Endpoint>().unwrap()];
-        reconnect.moved(offered.clone());
-        assert_eq!(reconnect.next_endpoint(&source).unwrap(), offered[0]);
-        assert_eq!(reconnect.next_endpoint(&source).unwrap(), source[1]);
+        let now = Instant::now();
+        reconnect.succeeded(true);
+        reconnect.moved(elsewhere(4_000, &["quic://elsewhere:7", "no address"], now), now);
+        let then = now + Duration::from_secs(4);
+        assert_eq!(reconnect.next_endpoint(&source, now), Ok(Next::Wait(then)));
+        assert_eq!(dial(&mut reconnect, &source, then), "quic://elsewhere:7".parse().unwrap());
+        assert_eq!(dial(&mut reconnect, &source, then), source[1]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_server_makes_a_client_wait_for_ever() {
+        let mut reconnect = Reconnect::new(Backoff::default());
+        let source = endpoints(1);
+        let now = Instant::now();
+        reconnect.moved(elsewhere(u32::MAX, &[], now), now);
+        assert_eq!(reconnect.next_endpoint(&source, now), Ok(Next::Wait(now + WAIT_MAX)));
+        assert_eq!(dial(&mut reconnect, &source, now + WAIT_MAX), source[0]);
     }
 }

@@ -41,6 +41,7 @@ pub struct ClientConfig {
     /// The client asks a silent server at least this often, and gives the connection up after two and a half times this. A transport
     /// need not notice a server that died: QUIC has nobody to reset it. Half a minute suits devices on a battery.
     pub heartbeat_longest: Duration,
+    /// Between attempts to connect. Who refuses for a while is not asked before; if it is the only one, that can take up to 5 minutes.
     pub reconnect: Backoff,
 }
 

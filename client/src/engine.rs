@@ -56,7 +56,8 @@ pub(crate) struct Engine {
 enum Failure {
     Text(String),
     NoToken(String),
-    Status(Status),
+    /// By whom it was refused.
+    Status(Status, Endpoint),
     /// Elsewhere, and why.
     Moved(Elsewhere, String),
 }
@@ -118,7 +119,7 @@ impl Engine {
                     match self.with_commands(attempt).await? {
                         Ok((connection, welcome)) => match self.begin(&welcome, &endpoint) {
                             Ok(()) => return Ok((connection, endpoint)),
-                            Err(status) => Failure::Status(status),
+                            Err(status) => Failure::Status(status, endpoint),
                         },
                         Err(failure) => failure,
                     }
@@ -155,7 +156,10 @@ impl Engine {
         let text = match failure {
             Failure::Text(text) => text,
             Failure::NoToken(text) => return Err(ClosedReason::NoToken(text.into())),
-            Failure::Status(status) => self.judge(status)?,
+            Failure::Status(status, endpoint) => {
+                self.reconnect.refused(&endpoint, status.retry_after, Instant::now());
+                self.judge(status)?
+            }
             Failure::Moved(elsewhere, text) => {
                 self.reconnect.moved(elsewhere, Instant::now());
                 text
@@ -197,6 +201,7 @@ impl Engine {
             Err(SessionEnd::Moved) => ("the server asked to connect elsewhere".to_owned(), Ok(())),
             Err(SessionEnd::Status(status)) => {
                 let text = status.to_string();
+                self.reconnect.refused(endpoint, status.retry_after, Instant::now());
                 (text, self.judge(status).map(drop))
             }
         };
@@ -347,7 +352,8 @@ async fn attempt(config: Arc<ClientConfig>, endpoint: Endpoint) -> Result<(Conne
                     server_frame::Frame::Welcome(welcome) => return Ok((connection, welcome)),
                     server_frame::Frame::Close(close) => {
                         let status = Status::from_wire(close.status);
-                        return Err(Failure::Status(status.unwrap_or_else(|| Status::from_code(StatusCode::Draining))));
+                        let status = status.unwrap_or_else(|| Status::from_code(StatusCode::Draining));
+                        return Err(Failure::Status(status, endpoint.clone()));
                     }
                     server_frame::Frame::GoAway(go_away) => {
                         let elsewhere = Elsewhere::from_wire(&go_away, Instant::now());

@@ -32,6 +32,16 @@ async fn expect_dial(server: &Server, address: &str, since: Instant, after: Dura
     connection
 }
 
+fn close(code: StatusCode, retry_after: Duration) -> server_frame::Frame {
+    server_frame::Frame::Close(v1::Close { status: Some(code.retry_after(retry_after)) })
+}
+
+/// The next dial, refused before its `Welcome`.
+async fn refuse_at_the_door(mut connection: Connection, retry_after: Duration) {
+    connection.expect().await;
+    connection.send(close(StatusCode::Overloaded, retry_after)).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_close_behind_a_go_away_leads_where_and_when_that_said() {
     let server = Server::new();
@@ -78,4 +88,46 @@ async fn a_draining_server_that_names_nobody_is_left_for_the_next_that_is_known(
     connection.close(StatusCode::Draining).await;
     drop(connection);
     expect_dial(&server, "second:2", since, Duration::ZERO).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_refuses_for_a_while_is_not_asked_before() {
+    let server = Server::new();
+    let _client = Client::start(server.config());
+    let mut since = Instant::now();
+    let mut after = Duration::ZERO;
+    for seconds in [3, 1, 20] {
+        let connection = expect_dial(&server, "first:1", since, after).await;
+        (since, after) = (Instant::now(), Duration::from_secs(seconds));
+        refuse_at_the_door(connection, after).await;
+    }
+    expect_dial(&server, "first:1", since, after).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_ends_a_session_for_a_while_is_not_asked_before() {
+    let server = Server::new();
+    let _client = Client::start(server.config());
+    let mut connection = server.accept_ready().await;
+    let since = Instant::now();
+    let after = Duration::from_secs(3);
+    connection.send(close(StatusCode::Unavailable, after)).await;
+    drop(connection);
+    expect_dial(&server, "first:1", since, after).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_refusal_of_one_server_does_not_keep_the_client_from_another() {
+    let server = Server::new();
+    let endpoints: Vec<Endpoint> = vec!["tcp://first:1".parse().unwrap(), "tcp://second:2".parse().unwrap()];
+    let _client = Client::start(server.config_for(endpoints, 1));
+    let since = Instant::now();
+    let first = expect_dial(&server, "first:1", since, Duration::ZERO).await;
+    refuse_at_the_door(first, Duration::from_secs(3)).await;
+    let second = expect_dial(&server, "second:2", since, Duration::ZERO).await;
+    refuse_at_the_door(second, Duration::from_secs(10)).await;
+    // Both have refused: the one that may be asked first is asked.
+    let first = expect_dial(&server, "first:1", since, Duration::from_secs(3)).await;
+    refuse_at_the_door(first, Duration::from_secs(60)).await;
+    expect_dial(&server, "second:2", since, Duration::from_secs(10)).await;
 }

@@ -65,6 +65,8 @@ struct Session {
     user: UserId,
     window: usize,
     calls: usize,
+    /// Of a frame that the server takes.
+    frame_bytes: usize,
     heartbeat: Duration,
     /// The sync is done.
     ready: bool,
@@ -129,6 +131,12 @@ impl Core {
         self.session.as_ref().map(|session| &session.user)
     }
 
+    /// Bytes of a request that fits into a frame of this session.
+    pub(crate) fn request_bytes_max(&self) -> usize {
+        let frame_bytes = self.session.as_ref().map_or(0, |session| session.frame_bytes);
+        frame_bytes.saturating_sub(calls::ENVELOPE_BYTES_MAX)
+    }
+
     /// Whether the session's first sync is done.
     pub(crate) fn is_ready(&self) -> bool {
         self.session.as_ref().is_some_and(|session| session.ready)
@@ -146,6 +154,7 @@ impl Core {
             user: user.clone(),
             window: told.filter(|told| *told > 0).map_or(self.window, |told| told.min(self.window)),
             calls: calls::in_flight_max(welcome.limits.as_ref()),
+            frame_bytes: calls::frame_bytes_max(welcome.limits.as_ref()),
             heartbeat: heartbeat.min(self.heartbeat_longest).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX),
             ready: false,
             last_sent: now,
@@ -382,7 +391,7 @@ impl Core {
         self.watching.tell(&mut self.events);
         self.note_taken(now);
         let Some(session) = &self.session else { return };
-        let (ready, window, calls) = (session.ready, session.window, session.calls);
+        let (ready, window, calls, frame_bytes) = (session.ready, session.window, session.calls, session.frame_bytes);
         let leaving = session.go_away.as_ref().is_some_and(|elsewhere| now >= elsewhere.at);
         let before = self.out.len();
         self.start_sync(now);
@@ -396,7 +405,7 @@ impl Core {
                 }
             }
         }
-        while let Some(call) = self.calls.next_call(calls, now) {
+        while let Some(call) = self.calls.next_call(calls, frame_bytes, now) {
             self.write(client_frame::Frame::Call(call));
         }
         if ready && !leaving {

@@ -168,7 +168,8 @@ pub struct Endpoint {
     pub transport: Transport,
     /// `host:port`.
     pub address: String,
-    /// The name that the certificate must have; the host of the address if absent.
+    /// The name that the certificate must have; the host of the address if absent. Endpoints that the server there offers have this name,
+    /// too, unless they are configured with another one.
     pub server_name: Option<String>,
 }
 

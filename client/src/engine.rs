@@ -58,8 +58,8 @@ enum Failure {
     NoToken(String),
     /// By whom it was refused.
     Status(Status, Endpoint),
-    /// Elsewhere, and why.
-    Moved(Elsewhere, String),
+    /// Elsewhere, from where, and why.
+    Moved(Elsewhere, Endpoint, String),
 }
 
 type TokenFuture = Pin<Box<dyn Future<Output = Result<String, String>> + Send>>;
@@ -160,8 +160,8 @@ impl Engine {
                 self.reconnect.refused(&endpoint, status.retry_after, Instant::now());
                 self.judge(status)?
             }
-            Failure::Moved(elsewhere, text) => {
-                self.reconnect.moved(elsewhere, Instant::now());
+            Failure::Moved(elsewhere, endpoint, text) => {
+                self.reconnect.moved(elsewhere, &endpoint, Instant::now());
                 text
             }
         };
@@ -211,7 +211,7 @@ impl Engine {
             self.reconnect.failed();
         }
         if let Some(elsewhere) = elsewhere {
-            self.reconnect.moved(elsewhere, Instant::now());
+            self.reconnect.moved(elsewhere, endpoint, Instant::now());
         }
         tracing::debug!(%endpoint, reason = text, "disconnected");
         self.shared.send_modify(|shared| {
@@ -359,7 +359,7 @@ async fn attempt(config: Arc<ClientConfig>, endpoint: Endpoint) -> Result<(Conne
                         let elsewhere = Elsewhere::from_wire(&go_away, Instant::now());
                         let why = Status::from_wire(go_away.reason).map(|status| format!(": {status}"));
                         let why = format!("{endpoint}: sent elsewhere{}", why.unwrap_or_default());
-                        return Err(Failure::Moved(elsewhere, why));
+                        return Err(Failure::Moved(elsewhere, endpoint.clone(), why));
                     }
                     _ => {}
                 }

@@ -82,10 +82,18 @@ impl Reconnect {
             return Ok(Next::Wait(until));
         }
         self.refusals.retain(|(_, until)| *until > now);
+        let configured = source.endpoints();
+        for offered in &mut self.offered {
+            let is_same =
+                |endpoint: &&Endpoint| (endpoint.transport, &endpoint.address) == (offered.transport, &offered.address);
+            if let Some(endpoint) = configured.iter().flatten().find(is_same) {
+                *offered = endpoint.clone();
+            }
+        }
         if let Some(place) = self.offered.iter().position(|endpoint| self.refused_until(endpoint).is_none()) {
             return self.offered.remove(place).map(Next::Dial).ok_or_else(nothing_known);
         }
-        let endpoints = source.endpoints()?;
+        let endpoints = configured?;
         let open = |endpoint: &&Endpoint| self.refused_until(endpoint).is_none();
         let count = endpoints.iter().filter(open).count().max(1);
         let mut in_turn = (self.next % endpoints.len().max(1)..endpoints.len()).chain(0..endpoints.len());
@@ -138,10 +146,12 @@ impl Reconnect {
         self.refusals.push((endpoint.clone(), now + retry_after.min(WAIT_MAX)));
     }
 
-    /// The server asked the client to go elsewhere.
-    pub(crate) fn moved(&mut self, elsewhere: Elsewhere, now: Instant) {
+    /// The server there asked the client to go elsewhere. A URL has no server name: where the certificate of this server does not have
+    /// the host of its address, that of its neighbour has this name, too, unless another one is configured for it.
+    pub(crate) fn moved(&mut self, elsewhere: Elsewhere, from: &Endpoint, now: Instant) {
         self.not_before = Some(elsewhere.at.min(now + WAIT_MAX));
-        self.offered = elsewhere.endpoints.into();
+        let named = |endpoint| Endpoint { server_name: from.server_name.clone(), ..endpoint };
+        self.offered = elsewhere.endpoints.into_iter().map(named).collect();
     }
 }
 
@@ -202,7 +212,7 @@ mod tests {
         let source = endpoints(2);
         let now = Instant::now();
         reconnect.succeeded(true);
-        reconnect.moved(elsewhere(4_000, &["quic://elsewhere:7", "no address"], now), now);
+        reconnect.moved(elsewhere(4_000, &["quic://elsewhere:7", "no address"], now), &source[0], now);
         let then = now + Duration::from_secs(4);
         assert_eq!(reconnect.next_endpoint(&source, now), Ok(Next::Wait(then)));
         assert_eq!(dial(&mut reconnect, &source, then), "quic://elsewhere:7".parse().unwrap());
@@ -246,7 +256,7 @@ mod tests {
         let now = Instant::now();
         let offered: Endpoint = "quic://elsewhere:7".parse().unwrap();
         reconnect.refused(&offered, Duration::from_secs(3), now);
-        reconnect.moved(elsewhere(0, &["quic://elsewhere:7"], now), now);
+        reconnect.moved(elsewhere(0, &["quic://elsewhere:7"], now), &source[0], now);
         assert_eq!(dial(&mut reconnect, &source, now), source[0]);
         assert_eq!(dial(&mut reconnect, &source, now + Duration::from_secs(3)), offered);
     }
@@ -263,11 +273,26 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn an_offered_endpoint_has_the_server_name_that_is_configured_for_it_or_of_who_offered_it() {
+        let named = |endpoint: &str, name: &str| Endpoint {
+            server_name: Some(name.to_owned()),
+            ..endpoint.parse::<Endpoint>().unwrap()
+        };
+        let source = vec![named("tls://10.0.0.1:1", "one"), named("tls://10.0.0.2:1", "two")];
+        let mut reconnect = Reconnect::new(Backoff::default());
+        let now = Instant::now();
+        assert_eq!(dial(&mut reconnect, &source, now), source[0]);
+        reconnect.moved(elsewhere(0, &["tls://10.0.0.2:1", "tls://10.0.0.3:1"], now), &source[0], now);
+        assert_eq!(dial(&mut reconnect, &source, now), source[1]);
+        assert_eq!(dial(&mut reconnect, &source, now), named("tls://10.0.0.3:1", "one"));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn no_server_makes_a_client_wait_for_ever() {
         let mut reconnect = Reconnect::new(Backoff::default());
         let source = endpoints(1);
         let now = Instant::now();
-        reconnect.moved(elsewhere(u32::MAX, &[], now), now);
+        reconnect.moved(elsewhere(u32::MAX, &[], now), &source[0], now);
         assert_eq!(reconnect.next_endpoint(&source, now), Ok(Next::Wait(now + WAIT_MAX)));
         assert_eq!(dial(&mut reconnect, &source, now + WAIT_MAX), source[0]);
         reconnect.refused(&source[0], Duration::MAX, now + WAIT_MAX);

@@ -14,6 +14,8 @@ use crate::{
     pending::LaneId,
 };
 
+/// Bytes of a call in a frame, its request not counted, at most: two tags and lengths, two numbers with their tags.
+pub(crate) const ENVELOPE_BYTES_MAX: usize = 32;
 /// A reply larger than this breaks the protocol: a full history page of the largest bodies is 64 MiB.
 const REPLY_BYTES_MAX: usize = 80 * 1024 * 1024;
 
@@ -57,8 +59,9 @@ impl Calls {
         }
     }
 
-    /// The next call to send, the client's own first.
-    pub(crate) fn next_call(&mut self, in_flight_max: usize, now: Instant) -> Option<v1::Call> {
+    /// The next call to send, the client's own first; those are made to fit. One of the application that no frame takes is refused:
+    /// the server would end the connection, and it would be repeated in the next one.
+    pub(crate) fn next_call(&mut self, in_flight_max: usize, frame_bytes_max: usize, now: Instant) -> Option<v1::Call> {
         if self.in_flight.len() >= in_flight_max {
             return None;
         }
@@ -66,7 +69,17 @@ impl Calls {
             Purpose::Application(reply) => !reply.is_closed(),
             _ => true,
         });
-        let request = self.own.pop_front().or_else(|| self.application.pop_front())?;
+        let request = loop {
+            let request = self.own.pop_front().or_else(|| self.application.pop_front())?;
+            let found = request.request.len() + ENVELOPE_BYTES_MAX;
+            match request.purpose {
+                Purpose::Application(reply) if found > frame_bytes_max => {
+                    // The caller may have lost interest.
+                    let _ = reply.send(Err(CallError::RequestSize { found, limit: frame_bytes_max }));
+                }
+                _ => break request,
+            }
+        };
         if self.in_flight.is_empty() {
             self.progress = Some(now);
         }
@@ -132,4 +145,26 @@ impl Calls {
 pub(crate) fn in_flight_max(limits: Option<&v1::Limits>) -> usize {
     let told = limits.and_then(|limits| usize::try_from(limits.calls_in_flight).ok()).filter(|told| *told > 0);
     told.unwrap_or(limits::CALLS_IN_FLIGHT_MAX)
+}
+
+/// Bytes of a frame that the server takes in this session.
+pub(crate) fn frame_bytes_max(limits: Option<&v1::Limits>) -> usize {
+    let told = limits.and_then(|limits| usize::try_from(limits.frame_bytes).ok()).filter(|told| *told > 0);
+    told.unwrap_or(limits::FRAME_BYTES_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use im_proto::v1::client_frame;
+    use prost::Message as _;
+
+    use super::*;
+
+    #[test]
+    fn no_call_has_more_around_its_request_than_is_counted() {
+        let request = Bytes::from(vec![0; 16 * 1024 * 1024]);
+        let call = v1::Call { request_id: u32::MAX, method: u32::MAX, request: request.clone() };
+        let frame = v1::ClientFrame::from(client_frame::Frame::Call(call));
+        assert!(frame.encoded_len() - request.len() <= ENVELOPE_BYTES_MAX);
+    }
 }

@@ -332,12 +332,15 @@ impl Client {
     }
 
     /// The conversations that differ from what the application has: `version` is [`ConversationList::version`] of its list (0 if it has
-    /// none), `have` the head and the read cursor of each row of it. A version that the server does not know brings all.
+    /// none), `have` the head and the read cursor of each row of it. A version that the server does not know brings all. Of more than
+    /// 10,000 rows in `have` the rest are left out, and told again as if they were new.
     pub async fn conversations_since(
         &self,
         version: u64,
         have: &[v1::SyncHave],
     ) -> Result<ConversationList, CallError> {
+        // More would be refused.
+        let have = &have[..have.len().min(limits::SYNC_HAVE_MAX)];
         let mut list = ConversationList { version: 0, rows: Vec::new() };
         let mut page = Bytes::new();
         loop {

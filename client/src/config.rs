@@ -41,6 +41,7 @@ pub struct ClientConfig {
     /// The client asks a silent server at least this often, and gives the connection up after two and a half times this. A transport
     /// need not notice a server that died: QUIC has nobody to reset it. Half a minute suits devices on a battery.
     pub heartbeat_longest: Duration,
+    /// Between attempts to connect. Who refuses for a while is not asked before; if it is the only one, that can take up to 5 minutes.
     pub reconnect: Backoff,
 }
 
@@ -167,7 +168,8 @@ pub struct Endpoint {
     pub transport: Transport,
     /// `host:port`.
     pub address: String,
-    /// The name that the certificate must have; the host of the address if absent.
+    /// The name that the certificate must have; the host of the address if absent. Endpoints that the server there offers have this name,
+    /// too, unless they are configured with another one.
     pub server_name: Option<String>,
 }
 

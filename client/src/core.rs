@@ -25,6 +25,7 @@ use crate::{
     pending::{Answer, Sends},
     presence::{WatchAnswer, Watching},
     receipts::Receipts,
+    reconnect::Elsewhere,
     sync::SyncState,
 };
 
@@ -53,8 +54,8 @@ pub(crate) enum Command {
 pub(crate) enum SessionEnd {
     /// The server said so.
     Status(Status),
-    /// The server asked the client to go elsewhere.
-    Moved { endpoints: Vec<Endpoint> },
+    /// The time has come at which the server asked the client to go elsewhere.
+    Moved,
     /// The connection is of no use any more.
     Broken(String),
 }
@@ -64,6 +65,8 @@ struct Session {
     user: UserId,
     window: usize,
     calls: usize,
+    /// Of a frame that the server takes.
+    frame_bytes: usize,
     heartbeat: Duration,
     /// The sync is done.
     ready: bool,
@@ -71,7 +74,7 @@ struct Session {
     last_received: Instant,
     last_ping: Instant,
     /// When to leave, and where to go.
-    go_away: Option<(Instant, Vec<Endpoint>)>,
+    go_away: Option<Elsewhere>,
     renew_at: Option<Instant>,
 }
 
@@ -128,6 +131,12 @@ impl Core {
         self.session.as_ref().map(|session| &session.user)
     }
 
+    /// Bytes of a request that fits into a frame of this session.
+    pub(crate) fn request_bytes_max(&self) -> usize {
+        let frame_bytes = self.session.as_ref().map_or(0, |session| session.frame_bytes);
+        frame_bytes.saturating_sub(calls::ENVELOPE_BYTES_MAX)
+    }
+
     /// Whether the session's first sync is done.
     pub(crate) fn is_ready(&self) -> bool {
         self.session.as_ref().is_some_and(|session| session.ready)
@@ -145,6 +154,7 @@ impl Core {
             user: user.clone(),
             window: told.filter(|told| *told > 0).map_or(self.window, |told| told.min(self.window)),
             calls: calls::in_flight_max(welcome.limits.as_ref()),
+            frame_bytes: calls::frame_bytes_max(welcome.limits.as_ref()),
             heartbeat: heartbeat.min(self.heartbeat_longest).clamp(HEARTBEAT_MIN, HEARTBEAT_MAX),
             ready: false,
             last_sent: now,
@@ -250,7 +260,7 @@ impl Core {
                 let spread = Duration::from_millis(resync.spread_ms.into());
                 self.sync.want(now + self.environment.jitter(spread));
             }
-            server_frame::Frame::GoAway(go_away) => self.on_go_away(go_away, now),
+            server_frame::Frame::GoAway(go_away) => self.on_go_away(&go_away, now),
             server_frame::Frame::Close(close) => {
                 let status = Status::from_wire(close.status).unwrap_or_else(|| Status::from_code(StatusCode::Draining));
                 return Err(SessionEnd::Status(status));
@@ -281,11 +291,16 @@ impl Core {
         }
     }
 
-    fn on_go_away(&mut self, go_away: v1::GoAway, now: Instant) {
-        let Some(session) = &mut self.session else { return };
-        let after = Duration::from_millis(go_away.reconnect_after_ms.into());
-        let endpoints = go_away.endpoints.iter().filter_map(|text| text.parse().ok()).collect();
-        session.go_away = Some((now + after, endpoints));
+    fn on_go_away(&mut self, go_away: &v1::GoAway, now: Instant) {
+        if let Some(session) = &mut self.session {
+            session.go_away = Some(Elsewhere::from_wire(go_away, now));
+        }
+    }
+
+    /// Where the server asked the client to go, if it did. It holds whatever ends the session: a quiet one is closed right after
+    /// its `GoAway`, before the client would leave by itself.
+    pub(crate) fn take_go_away(&mut self) -> Option<Elsewhere> {
+        self.session.as_mut().and_then(|session| session.go_away.take())
     }
 
     fn on_renewed(&mut self, renewed: v1::Renewed, now: Instant) {
@@ -347,10 +362,10 @@ impl Core {
         let stalled = self.stalled_since();
         let in_flight = self.sends.in_flight();
         let Some(session) = &mut self.session else { return Ok(()) };
-        if let Some((at, endpoints)) = &mut session.go_away
+        if let Some(Elsewhere { at, .. }) = &session.go_away
             && (now >= *at + LINGER || (now >= *at && in_flight == 0))
         {
-            return Err(SessionEnd::Moved { endpoints: std::mem::take(endpoints) });
+            return Err(SessionEnd::Moved);
         }
         if now >= session.dead_at() {
             return Err(SessionEnd::Broken("no heartbeat of the server".to_owned()));
@@ -376,8 +391,8 @@ impl Core {
         self.watching.tell(&mut self.events);
         self.note_taken(now);
         let Some(session) = &self.session else { return };
-        let (ready, window, calls) = (session.ready, session.window, session.calls);
-        let leaving = session.go_away.as_ref().is_some_and(|(at, _)| now >= *at);
+        let (ready, window, calls, frame_bytes) = (session.ready, session.window, session.calls, session.frame_bytes);
+        let leaving = session.go_away.as_ref().is_some_and(|elsewhere| now >= elsewhere.at);
         let before = self.out.len();
         self.start_sync(now);
         if ready {
@@ -390,7 +405,7 @@ impl Core {
                 }
             }
         }
-        while let Some(call) = self.calls.next_call(calls, now) {
+        while let Some(call) = self.calls.next_call(calls, frame_bytes, now) {
             self.write(client_frame::Frame::Call(call));
         }
         if ready && !leaving {
@@ -435,8 +450,8 @@ impl Core {
     }
 
     fn leave_at(&self, session: &Session) -> Option<Instant> {
-        let (at, _) = session.go_away.as_ref()?;
-        Some(if self.sends.in_flight() == 0 { *at } else { *at + LINGER })
+        let at = session.go_away.as_ref()?.at;
+        Some(if self.sends.in_flight() == 0 { at } else { at + LINGER })
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
     core::{Command, Core, SessionEnd},
     error::{ClosedReason, Status},
     event::{Event, EventSink},
-    reconnect::Reconnect,
+    reconnect::{Elsewhere, Next, Reconnect},
 };
 
 /// Commands taken before the connection gets its turn again.
@@ -56,8 +56,10 @@ pub(crate) struct Engine {
 enum Failure {
     Text(String),
     NoToken(String),
-    Status(Status),
-    Moved(Vec<Endpoint>),
+    /// By whom it was refused.
+    Status(Status, Endpoint),
+    /// Elsewhere, from where, and why.
+    Moved(Elsewhere, Endpoint, String),
 }
 
 type TokenFuture = Pin<Box<dyn Future<Output = Result<String, String>> + Send>>;
@@ -77,11 +79,11 @@ impl Engine {
     /// Until the client is closed, by whomever.
     pub(crate) async fn run(mut self) {
         let reason = loop {
-            let connection = match self.connect().await {
-                Ok(connection) => connection,
+            let (connection, endpoint) = match self.connect().await {
+                Ok(connected) => connected,
                 Err(reason) => break reason,
             };
-            if let Err(reason) = self.session(connection).await {
+            if let Err(reason) = self.session(connection, &endpoint).await {
                 break reason;
             }
         };
@@ -106,24 +108,35 @@ impl Engine {
     }
 
     /// Tries until there is a session. Commands are taken meanwhile.
-    async fn connect(&mut self) -> Result<Connection, ClosedReason> {
+    async fn connect(&mut self) -> Result<(Connection, Endpoint), ClosedReason> {
         loop {
             let delay = self.reconnect.delay(&self.config.environment);
             self.with_commands(tokio::time::sleep(delay)).await?;
-            let failure = match self.reconnect.next_endpoint(self.config.endpoints.as_ref()) {
+            let failure = match self.next_endpoint().await? {
                 Err(text) => Failure::Text(text),
                 Ok(endpoint) => {
                     let attempt = attempt(self.config.clone(), endpoint.clone());
                     match self.with_commands(attempt).await? {
                         Ok((connection, welcome)) => match self.begin(&welcome, &endpoint) {
-                            Ok(()) => return Ok(connection),
-                            Err(status) => Failure::Status(status),
+                            Ok(()) => return Ok((connection, endpoint)),
+                            Err(status) => Failure::Status(status, endpoint),
                         },
                         Err(failure) => failure,
                     }
                 }
             };
             self.failed(failure)?;
+        }
+    }
+
+    /// The endpoint to try, once one may be tried.
+    async fn next_endpoint(&mut self) -> Result<Result<Endpoint, String>, ClosedReason> {
+        loop {
+            match self.reconnect.next_endpoint(self.config.endpoints.as_ref(), Instant::now()) {
+                Ok(Next::Dial(endpoint)) => return Ok(Ok(endpoint)),
+                Ok(Next::Wait(until)) => self.with_commands(tokio::time::sleep_until(until)).await?,
+                Err(text) => return Ok(Err(text)),
+            }
         }
     }
 
@@ -143,11 +156,13 @@ impl Engine {
         let text = match failure {
             Failure::Text(text) => text,
             Failure::NoToken(text) => return Err(ClosedReason::NoToken(text.into())),
-            Failure::Status(status) => self.judge(status)?,
-            Failure::Moved(endpoints) => {
-                self.reconnect.failed();
-                self.reconnect.offered(endpoints);
-                return Ok(());
+            Failure::Status(status, endpoint) => {
+                self.reconnect.refused(&endpoint, status.retry_after, Instant::now());
+                self.judge(status)?
+            }
+            Failure::Moved(elsewhere, endpoint, text) => {
+                self.reconnect.moved(elsewhere, &endpoint, Instant::now());
+                text
             }
         };
         tracing::debug!(reason = text, "no connection");
@@ -171,8 +186,11 @@ impl Engine {
     }
 
     /// One session. Ok: connect again.
-    async fn session(&mut self, mut connection: Connection) -> Result<(), ClosedReason> {
+    async fn session(&mut self, mut connection: Connection, endpoint: &Endpoint) -> Result<(), ClosedReason> {
         let ended = self.drive(&mut connection).await;
+        let elsewhere = self.core.take_go_away();
+        let draining = |status: &Status| status.code == Some(StatusCode::Draining);
+        let is_leaving = elsewhere.is_some() || matches!(&ended, Err(SessionEnd::Status(status)) if draining(status));
         let (text, outcome) = match ended {
             Ok(()) => {
                 let out = std::mem::take(&mut self.core.out);
@@ -180,21 +198,22 @@ impl Engine {
                 ("the client was closed".to_owned(), Err(ClosedReason::ByCaller))
             }
             Err(SessionEnd::Broken(text)) => (text, Ok(())),
-            Err(SessionEnd::Moved { endpoints }) => {
-                self.reconnect.moved(endpoints);
-                ("the server asked to connect elsewhere".to_owned(), Ok(()))
-            }
+            Err(SessionEnd::Moved) => ("the server asked to connect elsewhere".to_owned(), Ok(())),
             Err(SessionEnd::Status(status)) => {
                 let text = status.to_string();
+                self.reconnect.refused(endpoint, status.retry_after, Instant::now());
                 (text, self.judge(status).map(drop))
             }
         };
         if self.core.is_ready() {
-            self.reconnect.succeeded();
+            self.reconnect.succeeded(is_leaving);
         } else {
             self.reconnect.failed();
         }
-        tracing::debug!(reason = text, "disconnected");
+        if let Some(elsewhere) = elsewhere {
+            self.reconnect.moved(elsewhere, endpoint, Instant::now());
+        }
+        tracing::debug!(%endpoint, reason = text, "disconnected");
         self.shared.send_modify(|shared| {
             shared.connected = false;
             shared.last_error = text.clone();
@@ -333,11 +352,14 @@ async fn attempt(config: Arc<ClientConfig>, endpoint: Endpoint) -> Result<(Conne
                     server_frame::Frame::Welcome(welcome) => return Ok((connection, welcome)),
                     server_frame::Frame::Close(close) => {
                         let status = Status::from_wire(close.status);
-                        return Err(Failure::Status(status.unwrap_or_else(|| Status::from_code(StatusCode::Draining))));
+                        let status = status.unwrap_or_else(|| Status::from_code(StatusCode::Draining));
+                        return Err(Failure::Status(status, endpoint.clone()));
                     }
                     server_frame::Frame::GoAway(go_away) => {
-                        let endpoints = go_away.endpoints.iter().filter_map(|text| text.parse().ok());
-                        return Err(Failure::Moved(endpoints.collect()));
+                        let elsewhere = Elsewhere::from_wire(&go_away, Instant::now());
+                        let why = Status::from_wire(go_away.reason).map(|status| format!(": {status}"));
+                        let why = format!("{endpoint}: sent elsewhere{}", why.unwrap_or_default());
+                        return Err(Failure::Moved(elsewhere, endpoint.clone(), why));
                     }
                     _ => {}
                 }

@@ -98,6 +98,9 @@ pub enum CallError {
     /// No reply within [`crate::ClientConfig::call_timeout`], reconnects and retries included.
     #[error("no reply within {} s: {last}", .after.as_secs_f32())]
     TimedOut { after: Duration, last: String },
+    /// Refused before it was sent: the server ends a connection with a larger frame than it allows.
+    #[error("a request has at most {limit} bytes on this connection, this one has {found}, its envelope included")]
+    RequestSize { found: usize, limit: usize },
     #[error("the server's reply is malformed")]
     Malformed,
     /// A later call has taken its place: of [`crate::Client::watch_presence`] the last one counts.

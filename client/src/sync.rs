@@ -20,8 +20,6 @@ use crate::{
 
 /// Waiting times after a sync that the server could not answer.
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5) };
-/// Conversations named in a request, under half a frame; those not named are only told again.
-const HAVE_MAX: usize = 16_384;
 
 /// What is going on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -82,10 +80,19 @@ impl Core {
     }
 
     fn request_sync_page(&mut self, page: Bytes) {
-        let have = self.conversations.have().take(HAVE_MAX);
-        let have = have.map(|(id, seq)| v1::SyncHave { conversation_id: id.to_bytes(), seq, read_seq: 0 }).collect();
         let (version, limit) = (self.sync.version, limits::SYNC_CONVERSATIONS_MAX);
-        let request = v1::SyncRequest { version, have, page, limit, details: false };
+        let mut request = v1::SyncRequest { version, have: Vec::new(), page, limit, details: false };
+        let mut room = self.request_bytes_max().saturating_sub(request.encoded_len());
+        let have = self.conversations.have().take(limits::SYNC_HAVE_MAX);
+        let have = have.map(|(id, seq)| v1::SyncHave { conversation_id: id.to_bytes(), seq, read_seq: 0 });
+        // A longer list would be refused, and a larger frame would end the connection. Those not named are only told again.
+        request.have = have
+            .map_while(|have| {
+                // A tag and a length of one byte each.
+                room = room.checked_sub(have.encoded_len() + 2)?;
+                Some(have)
+            })
+            .collect();
         let request = Bytes::from(request.encode_to_vec());
         self.calls.push(Request { method: Method::ConversationSync, request, purpose: Purpose::Sync });
     }

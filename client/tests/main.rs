@@ -4,6 +4,7 @@
 mod model;
 mod presence;
 mod receiving;
+mod reconnecting;
 mod sending;
 mod server;
 mod session;

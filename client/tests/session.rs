@@ -13,13 +13,13 @@ use std::{
 use bytes::Bytes;
 use im_client::{CallError, Client, ClosedReason, ConnectError, Endpoint, Event, TokenSource};
 use im_proto::{
-    StatusCode,
+    ConversationId, StatusCode,
     method::Method,
     v1::{self, client_frame, server_frame},
 };
 use tokio::time::Instant;
 
-use crate::server::{Events, Server, conversation, message, welcome};
+use crate::server::{Events, Server, conversation, message, row, welcome};
 
 fn endpoints() -> Vec<Endpoint> {
     vec!["tls://first:1".parse().unwrap(), "quic://second:2".parse().unwrap()]
@@ -237,6 +237,44 @@ async fn a_reply_in_parts_is_put_together_and_calls_keep_to_the_limit() {
     let (first, second, ()) = tokio::join!(client.locate(), client.locate(), script);
     assert_eq!(first.unwrap().endpoints.len(), 3);
     assert_eq!(second.unwrap_err().code(), Some(StatusCode::Forbidden));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_no_frame_of_this_session_takes_is_refused_here_and_the_session_goes_on() {
+    let server = Server::new();
+    let client = Client::start(server.config());
+    let (_, mut connection) = server.accept_raw().await;
+    let limits = v1::Limits { frame_bytes: 128 * 1024, ..v1::Limits::default() };
+    connection.welcome(v1::Welcome { limits: Some(limits), ..welcome() }).await;
+    connection.sync(0, vec![]).await;
+    let name = "x".repeat(128 * 1024);
+    let error = client.create_group(&name, &[]).await.unwrap_err();
+    assert!(matches!(error, CallError::RequestSize { limit: 131_072, found } if found > name.len()), "{error:?}");
+    assert!(error.to_string().contains("131072"), "{error}");
+    let (reply, ()) = tokio::join!(client.locate(), async {
+        let call = connection.expect_call(Method::PlacementLocate).await;
+        connection.reply(call.request_id, &v1::LocateReply::default()).await;
+    });
+    reply.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sync_names_no_more_conversations_than_it_may_and_a_frame_takes() {
+    for (frame_bytes, fits) in [(0, 10_000..=10_000), (128 * 1024, 4_000..=6_000)] {
+        let server = Server::new();
+        let _client = Client::start(server.config());
+        let (_, mut connection) = server.accept_raw().await;
+        let limits = v1::Limits { frame_bytes, ..v1::Limits::default() };
+        connection.welcome(v1::Welcome { limits: Some(limits), ..welcome() }).await;
+        let ids = (1..=12_000_u128).map(|number| ConversationId::from_bytes(number.to_be_bytes()));
+        connection.sync(1, ids.map(|id| row(id, 1)).collect()).await;
+        connection.send(server_frame::Frame::Resync(v1::Resync::default())).await;
+        let call = connection.expect_call(Method::ConversationSync).await;
+        let bytes = prost::Message::encoded_len(&v1::ClientFrame::from(client_frame::Frame::Call(call.clone())));
+        let request: v1::SyncRequest = prost::Message::decode(call.request).unwrap();
+        assert!(fits.contains(&request.have.len()), "{} of {fits:?}", request.have.len());
+        assert!(frame_bytes == 0 || bytes <= 128 * 1024, "{bytes}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

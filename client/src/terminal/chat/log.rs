@@ -15,6 +15,8 @@ use super::text;
 
 /// Entries kept of one conversation: some megabytes of ordinary texts.
 pub(super) const ENTRIES_MAX: usize = 10_000;
+/// Entries kept that come while the newest page is on its way. Beyond it the oldest are dropped, and loaded on demand like any other.
+const EARLY_MAX: usize = 100;
 /// Sends without an outcome that are kept, in one conversation. Refused beyond it: nobody types that fast.
 pub(super) const PENDING_MAX: usize = 200;
 
@@ -192,6 +194,10 @@ pub(super) struct Log {
     /// Whether the newest page was loaded.
     pub(super) opened: bool,
     pub(super) loading: Loading,
+    /// The page that is on its way is one of a log that was forgotten meanwhile.
+    outdated: bool,
+    /// What came while the newest page was on its way. That may have been read before.
+    early: BTreeMap<u64, Item>,
     /// The first seq that the server still has.
     first_kept: u64,
     /// `None`: at the end.
@@ -207,6 +213,8 @@ impl Default for Log {
             pending: Vec::new(),
             opened: false,
             loading: Loading::No,
+            outdated: false,
+            early: BTreeMap::new(),
             first_kept: 1,
             anchor: None,
             unreadable: None,
@@ -233,9 +241,15 @@ impl Log {
         (first > self.first_kept.max(1) && self.items.len() < ENTRIES_MAX).then(|| first - 1)
     }
 
-    /// An entry that came live. Before the log was opened nothing is kept: the page will have it.
+    /// An entry that came live. Before the newest page was asked for nothing is kept: the page will have it.
     pub(super) fn arrived(&mut self, seq: u64, item: Item) {
         if !self.opened {
+            if self.loading == Loading::InFlight {
+                self.early.insert(seq, item);
+            }
+            if self.early.len() > EARLY_MAX {
+                self.early.pop_first();
+            }
             return;
         }
         let last = self.last_seq();
@@ -251,6 +265,12 @@ impl Log {
         }
     }
 
+    /// There is an answer to what was asked for. False if it is of no use, and is to be asked for anew.
+    pub(super) fn answered(&mut self) -> bool {
+        self.loading = Loading::No;
+        !std::mem::take(&mut self.outdated)
+    }
+
     /// A page that ends right before what is on hand, or the newest page.
     pub(super) fn loaded(&mut self, page: impl IntoIterator<Item = (u64, Item)>, first_kept: u64) {
         self.loading = Loading::No;
@@ -264,6 +284,9 @@ impl Log {
             // Nothing is kept below.
             (None, Some(first)) => self.first_kept = self.first_kept.max(first),
             (None, None) => {}
+        }
+        for (seq, item) in std::mem::take(&mut self.early) {
+            self.arrived(seq, item);
         }
     }
 
@@ -281,8 +304,17 @@ impl Log {
         }
     }
 
-    /// Gives memory back; it is loaded again when it is opened.
+    /// Gives memory back; it is loaded again when it is opened. A page that is on its way then does not open it: it may be an old one.
     pub(super) fn forget(&mut self) {
+        let outdated = self.loading == Loading::InFlight;
+        self.start_over();
+        if outdated {
+            (self.loading, self.outdated) = (Loading::InFlight, true);
+        }
+    }
+
+    /// As it was before anything was asked for. A page that is on its way is as good as the one that is asked for now.
+    pub(super) fn start_over(&mut self) {
         *self = Self { pending: std::mem::take(&mut self.pending), ..Self::default() };
     }
 }
@@ -322,6 +354,21 @@ mod tests {
         assert_eq!((seqs(&log), log.older()), (vec![20], Some(19)));
         log.loaded([(3, item("too old"))], 1);
         assert_eq!(seqs(&log), [20]);
+    }
+
+    #[test]
+    fn what_comes_before_the_newest_page_follows_it_within_a_bound_and_without_a_hole() {
+        let more = EARLY_MAX as u64 + 7;
+        for (last, expected) in [(10, 10 - 2..=13), (more, more - 2..=more)] {
+            let mut log = Log { loading: Loading::InFlight, ..Log::default() };
+            (9..=13).for_each(|seq| log.arrived(seq, item("early")));
+            log.loaded((last - 2..=last).map(|seq| (seq, item("page"))), 1);
+            assert_eq!(seqs(&log), expected.collect::<Vec<_>>());
+        }
+        let mut log = Log { loading: Loading::InFlight, ..Log::default() };
+        (11..=10 + more).for_each(|seq| log.arrived(seq, item("early")));
+        log.loaded([(10, item("page"))], 1);
+        assert_eq!((seqs(&log), log.older()), ((18..=10 + more).collect(), Some(17)));
     }
 
     #[test]

@@ -303,8 +303,8 @@ impl Chat {
             (None, Some(index)) => {
                 let conversation = &mut self.conversations[index];
                 conversation.id = Some(id);
-                // It could not be read before there was anything.
-                conversation.log.forget();
+                // It could not be read before there was anything. Nothing came that would be missed: it was known by no id.
+                conversation.log.start_over();
                 self.by_id.insert(id, index);
                 index
             }

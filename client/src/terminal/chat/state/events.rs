@@ -201,11 +201,14 @@ impl Chat {
 
     pub(super) fn on_page(&mut self, index: usize, outcome: Result<Page, CallError>) {
         let again_at = self.later(AGAIN_MS);
+        let mut is_useful = self.conversations[index].log.answered();
         match outcome {
             Ok(page) => {
                 let peer = self.conversations[index].peer.clone();
                 if let (None, Some(peer)) = (self.conversations[index].id, peer) {
                     self.join(page.conversation, &peer);
+                    // Of what came before that was known, nothing was kept.
+                    is_useful &= self.conversations[index].head <= page.head;
                 }
                 let items: Vec<(u64, Item)> = page.entries.iter().map(|entry| (entry.seq, self.item(entry))).collect();
                 let conversation = &mut self.conversations[index];
@@ -214,8 +217,11 @@ impl Chat {
                     conversation.active_at = conversation.active_at.max(Some(item.at));
                     describe(conversation, item);
                 }
-                conversation.log.loaded(items, page.first_seq);
+                if is_useful {
+                    conversation.log.loaded(items, page.first_seq);
+                }
             }
+            Err(_) if !is_useful => {}
             Err(error) => {
                 let conversation = &mut self.conversations[index];
                 conversation.log.load_failed(again_at, error.code(), error.to_string());

@@ -33,6 +33,8 @@ enum Step {
     Paste(String),
     Lost,
     Back,
+    /// The answers to what was asked for come.
+    Answers,
     Time(i64),
 }
 
@@ -44,6 +46,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => "(\\PC|\n){0,200}".prop_map(Step::Paste),
         1 => Just(Step::Lost),
         1 => Just(Step::Back),
+        3 => Just(Step::Answers),
         1 => (0_i64..5_000).prop_map(Step::Time),
     ]
 }
@@ -51,14 +54,16 @@ fn any_step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
 
-    /// Whatever happens, in whatever order and at whatever size: nothing panics, every answer fits, what is drawn is within the
-    /// screen, and unread never counts what was read.
+    /// Whatever happens, in whatever order and at whatever size, however late answers come: nothing panics, every answer fits, a log
+    /// that can be seen goes to its end, what is drawn is within the screen, and unread never counts what was read.
     #[test]
     fn any_order_of_inputs_leaves_a_chat_that_can_be_drawn(steps in proptest::collection::vec(any_step(), 1..40)) {
         let mut chat = loaded();
         let mut heads = [0, 10, 5, 0, 0_u64];
         let mut now = 0;
+        let mut late = Vec::new();
         for step in steps {
+            let answers = matches!(step, Step::Answers);
             let input = match step {
                 Step::Command(command) => Input::Command(command),
                 Step::Size(columns, lines) => Input::Size(columns, lines),
@@ -74,10 +79,11 @@ proptest! {
                     now += millis;
                     Input::Tick(at(now))
                 }
+                Step::Answers => Input::Tick(at(now)),
             };
-            let mut effects = chat.on(input);
-            while let Some(effect) = effects.pop() {
-                let answer = match effect {
+            let answers = if answers { std::mem::take(&mut late) } else { Vec::new() };
+            for effect in answers.into_iter().chain([input]).flat_map(|input| chat.on(input)).collect::<Vec<_>>() {
+                late.push(match effect {
                     Effect::Page { index, to, .. } => {
                         let Some(place) = chat.conversations[index].id else { continue };
                         let number = place.to_bytes()[0];
@@ -91,10 +97,11 @@ proptest! {
                         Input::Marked(index, Ok(v1::MarkReadReply { read_seq: seq, ..v1::MarkReadReply::default() }))
                     }
                     _ => continue,
-                };
-                effects.extend(chat.on(answer));
+                });
             }
             for conversation in &chat.conversations {
+                let last_seq = conversation.log.last_seq();
+                prop_assert!(!conversation.log.opened || last_seq == conversation.head, "{last_seq} of {}", conversation.head);
                 prop_assert!(conversation.unread <= conversation.head);
                 prop_assert!(conversation.head > conversation.read_seq || conversation.unread == 0);
             }

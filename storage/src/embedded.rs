@@ -25,19 +25,20 @@ use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 
 use self::{
-    engine::{Engine, read_error},
+    engine::Engine,
     queue::{Waiter, Work},
+    reader::Bound,
     writer::Core,
 };
 use crate::{
-    Directory, Inventory, MessageLog,
+    Directory, Inventory, MessageLog, TAIL_ROWS_MAX,
     model::{
         AppendDone, AppendRequest, BucketId, Fence, Page, RowKey, StateRow, StateWrite, StoreError, StoredRow, Table,
     },
     place,
 };
 
-/// Rows up to which a read is done by the calling task itself; longer ones go to a thread for blocking work.
+/// Rows up to which a read is tried by the calling task itself, within [`Bound::SHORT`]; longer ones go to a thread for blocking work.
 const INLINE_ROWS_MAX: u64 = 512;
 
 /// What can be chosen about an embedded store.
@@ -132,18 +133,21 @@ impl Embedded {
         outcome.await.unwrap_or_else(|_| Err(StoreError::Stopped("the writer has gone".into())))
     }
 
-    /// Reads with the engine: short reads here, long ones where they hold nobody up.
+    /// Reads with the engine: short reads here, long ones where they hold nobody up. What turns out to be long is begun again there.
     async fn engine<T: Send + 'static>(
         &self,
         rows: u64,
-        read: impl FnOnce(&Engine) -> Result<T, StoreError> + Send + 'static,
+        read: impl Fn(&Engine, Bound) -> Result<Option<T>, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        if rows <= INLINE_ROWS_MAX {
-            return read(&self.core().engine);
+        if rows <= INLINE_ROWS_MAX
+            && let Some(found) = read(&self.core().engine, Bound::SHORT)?
+        {
+            return Ok(found);
         }
         let core = self.handle.core.clone();
-        let reading = tokio::task::spawn_blocking(move || read(&core.engine));
-        reading.await.unwrap_or_else(|_| Err(StoreError::Unconfirmed("the read was cut short".into())))
+        let reading = tokio::task::spawn_blocking(move || read(&core.engine, Bound::NONE));
+        let found = reading.await.unwrap_or(Ok(None))?;
+        found.ok_or_else(|| StoreError::Unconfirmed("the read was cut short".into()))
     }
 }
 
@@ -186,7 +190,8 @@ impl MessageLog for Embedded {
     }
 
     async fn read_tail(&self, conversation: ConversationId, bucket: BucketId) -> Result<Vec<StoredRow>, StoreError> {
-        reader::tail(&self.core().engine, conversation, bucket)
+        let read = move |engine: &Engine, bound| reader::tail(engine, conversation, bucket, bound);
+        self.engine(TAIL_ROWS_MAX as u64, read).await
     }
 
     async fn read_range(
@@ -197,11 +202,13 @@ impl MessageLog for Embedded {
         limit: usize,
     ) -> Result<Vec<StoredRow>, StoreError> {
         let rows = to.saturating_sub(from).min(limit as u64);
-        self.engine(rows, move |engine| reader::range(engine, conversation, (from, to), limit, true)).await
+        let read = move |engine: &Engine, bound| reader::range(engine, conversation, (from, to), limit, true, bound);
+        self.engine(rows, read).await
     }
 
     async fn read_keys(&self, conversation: ConversationId, from: u64, to: u64) -> Result<Vec<RowKey>, StoreError> {
-        let read = move |engine: &Engine| reader::range(engine, conversation, (from, to), usize::MAX, false);
+        let read =
+            move |engine: &Engine, bound| reader::range(engine, conversation, (from, to), usize::MAX, false, bound);
         let rows = self.engine(to.saturating_sub(from), read).await?;
         Ok(rows.into_iter().map(RowKey::from).collect())
     }
@@ -245,8 +252,9 @@ impl Directory for Embedded {
         record::put_state_key(&mut first, table, partition, after.unwrap_or_default());
         // The least key behind `after` is `after` and a zero byte.
         first.extend(after.map(|_| 0));
-        let scan = move |engine: &Engine| scan(engine, &first, prefix, limit);
-        self.engine(limit as u64, scan).await
+        // The engine itself goes through removals that it has not forgotten yet, and nobody can count those.
+        let rows = if record::forgets_deletions(&first) { u64::MAX } else { limit as u64 };
+        self.engine(rows, move |engine, bound| reader::scan(engine, &first, prefix, limit, bound)).await
     }
 }
 
@@ -257,34 +265,21 @@ impl Inventory for Embedded {
         limit: usize,
     ) -> Result<Page<(ConversationId, BucketId)>, StoreError> {
         let from = place::bucket(from)?;
-        let list = move |engine: &Engine| {
+        let list = move |engine: &Engine, _| {
             let next = |last: Option<&_>| reader::bucket_behind(engine, last);
-            place::page(from, limit, next, |item| place::of_bucket(*item), place::bucket_permille)
+            place::page(from, limit, next, |item| place::of_bucket(*item), place::bucket_permille).map(Some)
         };
         self.engine(u64::MAX, list).await
     }
 
     async fn list_partitions(&self, from: Option<Bytes>, limit: usize) -> Result<Page<(Table, Bytes)>, StoreError> {
         let from = place::partition(from)?;
-        let list = move |engine: &Engine| {
+        let list = move |engine: &Engine, _| {
             let next = |last: Option<&_>| reader::partition_behind(engine, last);
-            place::page(from, limit, next, place::of_partition, place::partition_permille)
+            place::page(from.clone(), limit, next, place::of_partition, place::partition_permille).map(Some)
         };
         self.engine(u64::MAX, list).await
     }
-}
-
-fn scan(engine: &Engine, first: &[u8], prefix: usize, limit: usize) -> Result<Vec<StateRow>, StoreError> {
-    let mut rows = Vec::new();
-    for entry in engine.state.range(first..) {
-        let (key, value) = entry.into_inner().map_err(read_error)?;
-        if rows.len() == limit || key.get(..prefix) != first.get(..prefix) {
-            break;
-        }
-        let cell = record::decode_state(&value)?;
-        rows.extend(crate::cells::state_row(&Bytes::copy_from_slice(&key[prefix..]), &cell));
-    }
-    Ok(rows)
 }
 
 /// How often the watchdog looks.

@@ -92,7 +92,7 @@ pub trait MessageLog: Send + Sync {
 }
 
 /// The state tables: what appliers make of the logs. Every row is one value with an explicit timestamp; the greater timestamp wins,
-/// at the same timestamp a deletion, then the greater value.
+/// at the same timestamp a deletion, then the greater value. Deletions are remembered, but see [`Table::Busy`].
 pub trait Directory: Send + Sync {
     /// Writes rows, durably. Each row for itself is applied whole; the set is not atomic. An error leaves the outcome unknown.
     fn write(&self, writes: Vec<StateWrite>) -> impl Future<Output = Result<(), StoreError>> + Send;

@@ -141,6 +141,7 @@ pub enum Table {
     /// The head row of a quiet conversation. Partition: conversation. Key: empty. Timestamp: the head.
     Heads = 2,
     /// Conversations with a burst under way. Partition: shard (4 bytes big-endian). Key: conversation. Timestamp: first seq of the burst.
+    /// A store may forget deletions of these rows: one that comes back costs an open of its conversation.
     Busy = 3,
     /// How far a log was applied, and how far its outbox. Partition: conversation. Key: which of the two. Timestamp: that seq.
     Applied = 4,

@@ -1,11 +1,7 @@
 //! The CQL store on real servers, whose addresses are in `IM_TEST_CQL`.
 
 use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -16,9 +12,9 @@ use im_storage::{
     StoreError, TAIL_ROWS_MAX, Table, conformance,
     scylla::schema::{self, Warning},
 };
-use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
-use parking_lot::Mutex;
 use scylla::client::{session::Session, session_builder::SessionBuilder};
+
+use crate::counters::Counters;
 
 const CONVERSATION: ConversationId = ConversationId::from_bytes([7; 16]);
 
@@ -242,33 +238,4 @@ async fn a_thousand_equal_reads_are_one_query_to_the_server() {
     assert!(futures::future::join_all(reads).await.iter().all(Result::is_ok));
     assert_eq!(recorder.get("im_storage_cql_requests_total/fence_read"), 50);
     keyspace.finish().await;
-}
-
-/// Counters by name and operation.
-#[derive(Default)]
-struct Counters(Mutex<BTreeMap<String, Arc<AtomicU64>>>);
-
-impl Counters {
-    fn get(&self, name: &str) -> u64 {
-        self.0.lock().get(name).map_or(0, |count| count.load(Ordering::Relaxed))
-    }
-}
-
-impl Recorder for Counters {
-    fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
-    fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
-    fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
-
-    fn register_counter(&self, key: &Key, _: &Metadata<'_>) -> Counter {
-        let labels: String = key.labels().map(|label| format!("/{}", label.value())).collect();
-        Counter::from_arc(self.0.lock().entry(format!("{}{labels}", key.name())).or_default().clone())
-    }
-
-    fn register_gauge(&self, _: &Key, _: &Metadata<'_>) -> Gauge {
-        Gauge::noop()
-    }
-
-    fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
-        Histogram::noop()
-    }
 }

@@ -100,6 +100,51 @@ async fn damage_in_front_of_intact_commits_is_refused_and_named() {
     }
 }
 
+/// Flips one bit of a seqno, which lies behind the tag and the number of items of a commit.
+fn flip_seqno(root: &Path, commit_at: u64, bit: usize) {
+    change(root, "fjall/0.jnl", |journal| journal[commit_at as usize + 5 + bit / 8] ^= 1 << (bit % 8));
+}
+
+#[tokio::test]
+async fn a_damaged_seqno_between_intact_commits_is_refused_and_named() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path().join("store");
+    let lengths = filled(&root).await;
+    // Its commit is intact for its checksum; replayed under another seqno it would win or lose against others of the same row.
+    let commit_at = lengths[COMMITS as usize / 2];
+    for bit in 0..64 {
+        flip_seqno(&root, commit_at, bit);
+        match rows(&root).await {
+            Err(StoreError::Damaged(what)) => assert!(what.contains("0.jnl") && what.contains("backup"), "{what}"),
+            other => panic!("bit {bit}: {other:?}"),
+        }
+        flip_seqno(&root, commit_at, bit);
+    }
+    assert_eq!(rows(&root).await, Ok(COMMITS * 5), "nothing was cut off meanwhile");
+}
+
+#[tokio::test]
+async fn a_damaged_seqno_of_the_first_or_last_commit_is_no_torn_tail_and_no_panic() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path().join("store");
+    let lengths = filled(&root).await;
+    let last_at = lengths[COMMITS as usize - 2];
+    // A tear does not leave the checksum behind it intact, so this commit was acknowledged: it is not cut off.
+    for bit in 32..64 {
+        flip_seqno(&root, last_at, bit);
+        assert!(matches!(rows(&root).await, Err(StoreError::Damaged(_))), "bit {bit}");
+        flip_seqno(&root, last_at, bit);
+    }
+    let mut intact = Vec::new();
+    change(&root, "fjall/0.jnl", |journal| {
+        intact = journal[5..13].to_vec();
+        journal[5..13].fill(0xff);
+    });
+    assert!(matches!(rows(&root).await, Err(StoreError::Damaged(_))));
+    change(&root, "fjall/0.jnl", |journal| journal[5..13].copy_from_slice(&intact));
+    assert_eq!(rows(&root).await, Ok(COMMITS * 5));
+}
+
 #[tokio::test]
 async fn a_missing_file_is_refused_and_named() {
     let directory = tempfile::tempdir().expect("a directory");

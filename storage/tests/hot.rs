@@ -1,23 +1,31 @@
 //! Hot state: the suite on every backend, and on a Redis that is killed, flushed, frozen and restarted all the time.
 
 use std::{
-    net::TcpListener,
+    io::{BufRead, BufReader, Write as _},
+    net::{TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
+    thread,
     time::Duration,
 };
 
 use im_proto::{
-    Timestamp,
+    ConversationId, Timestamp,
     environment::{Clock, Environment},
 };
-use im_storage::{Hot, MemoryHot, RedisHot, RedisOptions, StoreError, conformance::hot};
+use im_storage::{
+    Hot, HotHead, HotState as _, MemoryHot, RedisHot, RedisOptions, StoreError, conformance::hot, hot::Charge,
+    hot::Limit,
+};
+use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::{Instant, sleep};
+
+use crate::counters::Counters;
 
 /// A clock that goes.
 struct RunningClock(Instant);
@@ -58,6 +66,156 @@ async fn without_a_redis_nothing_is_known_and_nobody_waits() {
         let options = RedisOptions { url: url.into(), ..RedisOptions::default() };
         assert!(matches!(RedisHot::start(options, &environment()), Err(StoreError::Open(_))), "{url}");
     }
+}
+
+/// What a server says to a `GET` of the conversation of zeros, to any other, and to a script.
+type Script = [&'static str; 3];
+
+const NOTHING: &str = "$-1\r\n";
+/// A hint of version 7.
+const SEVEN: &str = "$24\r\n00000000000000000007 3 0\r\n";
+const COUNTED: &str = "*2\r\n:1\r\n:0\r\n";
+const READ_ONLY: &str = "-READONLY You can't write against a read only replica. script: f, on @user_script:1.\r\n";
+const NO_PERMISSION: &str = "-NOPERM User default has no permissions to run the 'get' command\r\n";
+const WRONG_TYPE: &str = "-WRONGTYPE Operation against a key holding the wrong kind of value\r\n";
+
+/// Speaks as much of the protocol as a test needs, and says what the test wants to hear.
+#[derive(Clone)]
+struct Puppet {
+    script: Arc<Mutex<Script>>,
+    connections: Arc<AtomicU32>,
+    url: String,
+}
+
+impl Puppet {
+    fn start(script: Script) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("redis://{}", listener.local_addr().expect("an address"));
+        let puppet = Self { script: Arc::new(Mutex::new(script)), connections: Arc::default(), url };
+        let this = puppet.clone();
+        // Ends with the process: it holds nothing that a test waits for.
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                this.connections.fetch_add(1, Ordering::SeqCst);
+                let this = this.clone();
+                thread::spawn(move || this.serve(&stream));
+            }
+        });
+        puppet
+    }
+
+    /// Until the client goes away.
+    fn serve(&self, mut stream: &TcpStream) {
+        let mut reader = BufReader::new(stream);
+        while let Some(words) = command(&mut reader) {
+            let script = *self.script.lock();
+            let answer = match words[0].as_str() {
+                "GET" if words[1].contains(&"0".repeat(32)) => script[0],
+                "GET" => script[1],
+                "EVAL" => script[2],
+                _ => "+OK\r\n",
+            };
+            if stream.write_all(answer.as_bytes()).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn connections(&self) -> u32 {
+        self.connections.load(Ordering::SeqCst)
+    }
+
+    fn client(&self, counters: &Counters) -> Hot {
+        // No answer of these is a late one, however busy the machine is.
+        let patience = Duration::from_secs(20);
+        let options = RedisOptions {
+            url: self.url.clone(),
+            patience,
+            response_timeout: patience,
+            connect_timeout: patience,
+            ..RedisOptions::default()
+        };
+        metrics::with_local_recorder(counters, || {
+            Hot::from(RedisHot::start(options, &environment()).expect("an address"))
+        })
+    }
+}
+
+/// The words of one command: an array of texts.
+fn command(reader: &mut impl BufRead) -> Option<Vec<String>> {
+    let mut line = || {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok().filter(|bytes| *bytes > 0).map(|_| line.trim_end().to_owned())
+    };
+    let words: usize = line()?.strip_prefix('*')?.parse().ok()?;
+    // Each has its length before it; none holds a line's end.
+    (0..words).map(|_| line().and_then(|_| line())).collect()
+}
+
+const ZEROS: ConversationId = ConversationId::from_bytes([0; 16]);
+const ONES: ConversationId = ConversationId::from_bytes([0x11; 16]);
+
+/// Repeats a step until it says that it is enough.
+async fn until(what: &str, mut step: impl AsyncFnMut() -> bool) {
+    let begun = Instant::now();
+    while !step().await {
+        assert!(begun.elapsed() < Duration::from_secs(30), "never: {what}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_became_a_replica_is_left_and_tried_again_with_growing_pauses() {
+    let server = Puppet::start([NOTHING, NOTHING, READ_ONLY]);
+    let counters = Counters::default();
+    let redis = server.client(&counters);
+    let seven = HotHead { seq: 7, counted: 3 };
+    let begun = Instant::now();
+    until("five connections", async || {
+        redis.raise_heads([(ZEROS, seven)]);
+        server.connections() >= 5
+    })
+    .await;
+    // 50, 100, 200 and 400 ms lie between them, however fast the machine is.
+    assert!(begun.elapsed() >= Duration::from_millis(750), "{:?}", begun.elapsed());
+    let refused = counters.get("im_storage_redis_errors_total/read_only");
+    assert!(refused >= 4, "{refused} of the writes were counted as refused");
+    // The address leads to a server that takes writes again.
+    *server.script.lock() = [SEVEN, NOTHING, COUNTED];
+    until("an answer", async || redis.heads(&[ZEROS]).await == [Some(seven)]).await;
+    let (connections, refused) = (server.connections(), counters.get("im_storage_redis_errors_total/read_only"));
+    for _ in 0..20 {
+        redis.raise_heads([(ZEROS, seven)]);
+        assert_eq!(redis.heads(&[ZEROS]).await, [Some(seven)]);
+    }
+    assert_eq!(server.connections(), connections, "this one is kept");
+    assert_eq!(counters.get("im_storage_redis_errors_total/read_only"), refused);
+}
+
+#[tokio::test]
+async fn a_read_that_is_refused_is_unknown_and_not_absent() {
+    let server = Puppet::start([SEVEN, NOTHING, COUNTED]);
+    let counters = Counters::default();
+    let redis = server.client(&counters);
+    let unknown = || counters.get("im_storage_redis_unknown_total");
+    until("a connection", async || redis.heads(&[ZEROS]).await[0].is_some()).await;
+    let before = unknown();
+    assert_eq!(redis.heads(&[ONES]).await, [None]);
+    assert_eq!(unknown(), before, "Redis says that there is none");
+
+    *server.script.lock() = [NO_PERMISSION; 3];
+    assert_eq!(redis.heads(&[ZEROS, ONES]).await, [None, None]);
+    assert_eq!(unknown(), before + 1, "nothing is known of them");
+    let limit = Limit { amount: 1, window: Duration::from_secs(60) };
+    assert_eq!(redis.charge("somebody", 1, limit).await, Charge::Unknown);
+    assert_eq!(unknown(), before + 2);
+    assert_eq!(counters.get("im_storage_redis_errors_total/no_permission"), 3);
+
+    // One key that somebody else has written leaves the others their answers.
+    *server.script.lock() = [SEVEN, WRONG_TYPE, COUNTED];
+    assert_eq!(redis.heads(&[ONES, ZEROS]).await, [None, Some(HotHead { seq: 7, counted: 3 })]);
+    assert_eq!(counters.get("im_storage_redis_errors_total/wrong_type"), 1);
+    assert_eq!(server.connections(), 1, "another connection would not help");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,6 +2,7 @@
 
 mod child;
 mod conformance;
+mod counters;
 mod cql;
 mod damage;
 mod durability;

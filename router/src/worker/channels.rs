@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 use super::{
     Context,
     groups::{Asked, Creation, Made},
-    heads::{self, Facts, Mentions},
+    heads::{self, MentionFacts, Mentions},
     receipts,
     waiting::Slot,
 };
@@ -226,7 +226,7 @@ impl Context {
             id: conversation.id,
             user: user.clone(),
             head: Cursor { seq: conversation.committed, counted, all },
-            facts: Facts::of(conversation, user),
+            facts: MentionFacts::of(conversation, user),
         };
         let (id, epoch, user) = (conversation.id, conversation.epoch, user.clone());
         self.then(async move { reading.read_to(seq).await }, move |worker, outcome| {
@@ -266,7 +266,7 @@ struct Reading {
     id: ConversationId,
     user: UserId,
     head: Cursor,
-    facts: Facts,
+    facts: MentionFacts,
 }
 
 /// Where a subscriber's cursor stands.

@@ -2,7 +2,7 @@
 
 mod details;
 
-pub use details::{Draft, Facts, Mentions, mentions, shape};
+pub use details::{Draft, Facts, MentionFacts, Mentions, mentions, shape};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use im_proto::{ConversationId, InstanceId, StatusCode, UserId, v1};

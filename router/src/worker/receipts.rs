@@ -11,7 +11,7 @@ use prost::Message as _;
 
 use super::{
     Context, Worker, fan_out,
-    heads::{self, Facts},
+    heads::{self, MentionFacts},
     waiting::{Request, Slot},
 };
 use crate::{
@@ -122,7 +122,7 @@ impl Context {
             self.plan_telling(conversation);
         }
         let cursor = conversation.cursor(user);
-        let (facts, head) = (Facts::of(conversation, user), conversation.committed);
+        let (facts, head) = (MentionFacts::of(conversation, user), conversation.committed);
         let unread = conversation.committed_counted.saturating_sub(cursor.counted);
         let writes: Vec<_> = super::idle::cursor_write(conversation, user).into_iter().collect();
         if matches!(conversation.busy, Busy::Quiet | Busy::Ending) {

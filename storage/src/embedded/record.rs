@@ -10,7 +10,7 @@
 //! row        marks (1) · fields that the marks announce, as varints · lengths · client message id, body, meta
 //! state key  table (1) · length of partition (2, big-endian) · partition · key
 //! state      timestamp (8, big-endian) · 1 value, or 0 for a deletion
-//! fence      0 · "fence/" · instance          generation   0 · "generation"
+//! fence      0 · "fence/" · instance          generation   0 · "generation"          removals   0 · "removed"
 //! ```
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -315,8 +315,22 @@ pub(super) fn decode_state(mut value: &[u8]) -> Result<StateCell, StoreError> {
     }
 }
 
+/// Whether a deletion in that table takes the row away and leaves no version of its own: its stored key says which.
+///
+/// Busy rows come and go with every burst, so what stayed would be one cell for each conversation there ever was, and each start goes
+/// through all of them. To forget is safe here: there is one copy, written in the order in which writes were put in, so only a write
+/// that is given up and repeated much later could be older than the deletion; and a busy row that stands without a burst costs one
+/// open of its conversation, as in a cluster, where `busy` forgets deletions too. In all other tables an older row must not come back.
+pub(super) fn forgets_deletions(key: &[u8]) -> bool {
+    key.first() == Some(&(Table::Busy as u8))
+}
+
 /// What the keys of all fences begin with.
 pub(super) const FENCE_PREFIX: &[u8] = b"\0fence/";
+/// The key of a row that is written along with removals. The engine forgets a removal when it reaches the last level, and tells by the
+/// newest that a table file holds how far a journal is written out: without a row that stays it would keep and replay journals that
+/// nothing needs.
+pub(super) const REMOVED_KEY: &[u8] = b"\0removed";
 /// The key of the generation.
 pub(super) const GENERATION_KEY: &[u8] = b"\0generation";
 

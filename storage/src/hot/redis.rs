@@ -1,15 +1,20 @@
 //! Hot state of a cluster, in Redis.
 //!
 //! One task has the connection: it takes what waits, sends it as one pipeline, and hands out the answers, while the next pipeline
-//! gathers. No answer, a wrong answer, a full queue, no connection: all of it is *unknown*, told within [`RedisOptions::patience`]. While
-//! there is no connection requests are answered at once, and the task tries again with growing pauses.
+//! gathers. No answer, a wrong answer, an error, a full queue, no connection: all of it is *unknown*, told within
+//! [`RedisOptions::patience`]. While there is no connection requests are answered at once, and the task tries again with growing pauses.
+//! Errors are counted by kind. A server that says that it is the wrong one, a replica above all, is left like one that is gone: behind the
+//! address there may be another one by now.
+//!
+//! It talks to one server, and does not follow a Redis Cluster to the node that has a key.
 //!
 //! Keys: `PREFIX:h:{HEX}` the head of a conversation, `PREFIX:p:{HEX}` a user's presence, `PREFIX:l:{HEX}:N` what a subject used in its
-//! window N; HEX is the id in hexadecimal digits, in braces, so that all keys of one script are in one slot of a Redis Cluster. Every
-//! key expires. A hint is text: its version in 20 digits, two numbers.
+//! window N; HEX is the id in hexadecimal digits, in braces, so that all keys of one script share a tag, as a proxy that spreads keys
+//! over servers needs. Every key expires. A hint is text: its version in 20 digits, two numbers.
 
 mod command;
 mod connection;
+mod refusal;
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -20,7 +25,10 @@ use tokio::{
     time::timeout,
 };
 
-use self::command::{Counts, Request};
+use self::{
+    command::{Counts, Request},
+    refusal::Refusals,
+};
 use super::{Charge, Hint, HintKey, HotState, Limit, SUBJECT_BYTES_MAX};
 use crate::model::StoreError;
 
@@ -82,6 +90,8 @@ struct Metrics {
     unknown: Counter,
     /// Requests that found the queue full.
     dropped: Counter,
+    /// Commands that were answered with an error.
+    refusals: Refusals,
     connected: Gauge,
     queued: Gauge,
     pipeline_seconds: Histogram,
@@ -96,6 +106,7 @@ impl Metrics {
             requests: metrics::counter!("im_storage_redis_requests_total"),
             unknown: metrics::counter!("im_storage_redis_unknown_total"),
             dropped: metrics::counter!("im_storage_redis_dropped_total"),
+            refusals: Refusals::new(),
             connected,
             queued: metrics::gauge!("im_storage_redis_queued_requests"),
             pipeline_seconds: metrics::histogram!("im_storage_redis_pipeline_seconds"),

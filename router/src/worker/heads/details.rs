@@ -26,13 +26,34 @@ const MEMBER_READS_MAX: usize = 64;
 pub struct Facts {
     /// Each reader of a channel has a cursor of its own partition.
     pub is_channel: bool,
+    newest_counted: u64,
+    mentions: MentionFacts,
+    others: Others,
+}
+
+/// What of it tells unread mentions of a user: all that moving a cursor needs, each time somebody reads on.
+#[derive(Clone, Debug, Default)]
+pub struct MentionFacts {
     /// The running number of mentions of all, at the head.
     all: u64,
-    newest_counted: u64,
-    newest_mention: u64,
+    newest: u64,
     /// Mentions of the user whose rows are being written.
     unwritten: Vec<u64>,
-    others: Others,
+}
+
+impl MentionFacts {
+    /// Of an open conversation, for a user.
+    pub fn of(conversation: &Conversation, user: &UserId) -> Self {
+        if !conversation.may_read(user) {
+            return Self::default();
+        }
+        let unwritten = conversation.mentions_unwritten.iter().filter(|(_, users)| users.contains(user));
+        Self {
+            all: conversation.committed_all,
+            newest: conversation.newest_mention,
+            unwritten: unwritten.map(|(seq, _)| *seq).collect(),
+        }
+    }
 }
 
 /// Whose cursors a list shows.
@@ -51,6 +72,9 @@ enum Others {
 impl Facts {
     /// Of an open conversation, for a user.
     pub fn of(conversation: &Conversation, user: &UserId) -> Self {
+        if !conversation.may_read(user) {
+            return Self::default();
+        }
         let members = &conversation.settled.members;
         let others = if receipts::is_small(conversation) {
             let others = members.keys().filter(|other| *other != user);
@@ -58,16 +82,10 @@ impl Facts {
         } else {
             Others::Nobody
         };
-        let unwritten = conversation.mentions_unwritten.iter().filter(|(_, users)| users.contains(user));
-        if !conversation.may_read(user) {
-            return Self::default();
-        }
         Self {
             is_channel: conversation.is_channel(),
-            all: conversation.committed_all,
             newest_counted: conversation.newest_counted,
-            newest_mention: conversation.newest_mention,
-            unwritten: unwritten.map(|(seq, _)| *seq).collect(),
+            mentions: MentionFacts::of(conversation, user),
             others,
         }
     }
@@ -86,10 +104,8 @@ impl Facts {
         };
         Self {
             is_channel: head.kind == v1::ConversationKind::Channel as i32,
-            all: head.all,
             newest_counted: head.newest_counted,
-            newest_mention: head.newest_mention,
-            unwritten: Vec::new(),
+            mentions: MentionFacts { all: head.all, newest: head.newest_mention, unwritten: Vec::new() },
             others,
         }
     }
@@ -136,7 +152,7 @@ impl Draft {
         }
         if details {
             let cursor = Cursor { seq: self.head.read_seq, counted: self.head.read_counted, all: self.read_all };
-            let mentions = mentions(store, self.id, user, cursor, self.head.head, &self.facts).await?;
+            let mentions = mentions(store, self.id, user, cursor, self.head.head, &self.facts.mentions).await?;
             (self.head.mentions, self.head.mentioned_seqs) = (mentions.count, mentions.newest);
             self.head.preview = self.preview(store).await?;
         }
@@ -258,10 +274,10 @@ pub async fn mentions(
     user: &UserId,
     cursor: Cursor,
     head: u64,
-    facts: &Facts,
+    facts: &MentionFacts,
 ) -> Result<Mentions, StoreError> {
     let all = facts.all.saturating_sub(cursor.all);
-    if facts.newest_mention <= cursor.seq {
+    if facts.newest <= cursor.seq {
         return Ok(Mentions { count: all, newest: Vec::new() });
     }
     let (partition, after) = (mention_partition(&id, user), cursor.seq.to_be_bytes());

@@ -127,8 +127,11 @@ impl RefusedIds {
         }
     }
 
+    /// Forgets an id, its place among the oldest included: left there, it would take a later refusal of the same id along.
     pub fn remove(&mut self, key: u128) {
-        self.ids.remove(&key);
+        if self.ids.remove(&key) {
+            self.order.retain(|other| *other != key);
+        }
     }
 }
 

@@ -70,16 +70,21 @@ impl Request {
         }
     }
 
-    /// Takes the answers to its commands.
-    pub(super) fn answer(self, values: &mut impl Iterator<Item = Value>) {
+    /// Takes the answers to its commands, each of which may have been refused.
+    pub(super) fn answer(self, values: &mut impl Iterator<Item = Option<Value>>) {
         match self {
             Self::Raise(hints) => values.by_ref().take(hints.len()).for_each(drop),
             Self::Read { keys, answer } => {
-                // The waiter may have gone.
-                let _ = answer.send(values.by_ref().take(keys.len()).map(|value| hint(&value)).collect());
+                let values: Vec<_> = values.by_ref().take(keys.len()).collect();
+                // If all are refused nothing is known, and that is not the same as nothing there. One key that somebody else has
+                // written in a way of his own leaves the others their answers.
+                if keys.is_empty() || values.iter().any(Option::is_some) {
+                    // The waiter may have gone.
+                    let _ = answer.send(values.into_iter().map(|value| hint(&value?)).collect());
+                }
             }
             Self::Count { answer, .. } => {
-                if let Some(counts) = values.next().and_then(|value| counts(&value)) {
+                if let Some(counts) = values.next().flatten().and_then(|value| counts(&value)) {
                     let _ = answer.send(counts);
                 }
             }

@@ -77,3 +77,18 @@ fn refused_ids_are_remembered_up_to_a_bound() {
     assert!(!refused.contains(1999));
     assert!(refused.ids.len() <= 1024 && refused.order.len() <= 1024);
 }
+
+#[test]
+fn an_id_that_is_refused_again_is_as_young_as_its_last_refusal() {
+    let mut refused = RefusedIds::default();
+    for key in 0..1023 {
+        refused.insert(key);
+    }
+    // Stored, then refused once more: of its first refusal nothing is left that could be the oldest.
+    refused.remove(0);
+    refused.insert(0);
+    refused.insert(2000);
+    assert!(refused.contains(0) && refused.contains(1), "there was room for all of them");
+    refused.insert(2001);
+    assert!(refused.contains(0) && !refused.contains(1), "the oldest goes");
+}

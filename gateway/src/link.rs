@@ -10,7 +10,7 @@ mod inbox;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use audiences::Audiences;
-use im_proto::{InstanceId, link::weight, v1};
+use im_proto::{InstanceId, link::Weighed as _, v1};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -133,7 +133,7 @@ impl Link {
             if bytes >= BATCH_BYTES_MAX {
                 break;
             }
-            bytes += weight(message);
+            bytes += message.weight();
             count += 1;
         }
         queue.bytes -= bytes;

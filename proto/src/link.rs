@@ -195,8 +195,65 @@ impl Incoming {
 /// What a message costs in a replay buffer beside its bytes.
 const MESSAGE_OVERHEAD_BYTES: usize = 96;
 
+/// A message of a link.
+pub trait Weighed {
+    /// What it weighs in a queue, in a batch and in a replay buffer: hardly less than its bytes on the wire, whatever a client put into
+    /// it, for a batch that is longer than the other side takes breaks its link for ever.
+    fn weight(&self) -> usize;
+}
+
+// The usual ones without a pass over all fields: the rest of them are numbers and short ids.
+
+impl Weighed for v1::GatewayMessage {
+    fn weight(&self) -> usize {
+        use v1::gateway_message::Message;
+        MESSAGE_OVERHEAD_BYTES
+            + match &self.message {
+                Some(Message::Send(v1::SessionSend { send: Some(send), .. })) => {
+                    2 * limits::ID_BYTES_MAX + send.body.len() + send.client_message_id.len() + send.after.len()
+                }
+                Some(Message::Call(v1::SessionCall { call: Some(call), .. })) => call.request.len(),
+                _ => self.encoded_len(),
+            }
+    }
+}
+
+impl Weighed for v1::RouterMessage {
+    fn weight(&self) -> usize {
+        use v1::router_message::Message;
+        MESSAGE_OVERHEAD_BYTES
+            + match &self.message {
+                Some(Message::SendResult(v1::SendResult { ack: Some(ack), .. })) => {
+                    ack.client_message_id.len() + ack.status.as_ref().map_or(0, |status| status.text.len())
+                }
+                Some(Message::Deliver(deliver)) => deliver.frame.len() + 8 * deliver.session_ids.len(),
+                Some(Message::AudienceSet(audience)) => 8 * (audience.joined.len() + audience.left.len()),
+                Some(Message::AudienceDeliver(deliver)) => deliver.frame.len(),
+                Some(Message::Move(sessions)) => 8 * sessions.session_ids.len(),
+                Some(Message::CallReply(reply)) => reply.reply.len(),
+                Some(Message::Resync(resync)) => 8 * resync.session_ids.len(),
+                _ => self.encoded_len(),
+            }
+    }
+}
+
+impl Weighed for v1::PeerMessage {
+    fn weight(&self) -> usize {
+        use v1::peer_message::Message;
+        MESSAGE_OVERHEAD_BYTES
+            + match &self.message {
+                Some(Message::Deliver(deliver)) => deliver.frame.len() + 32 * deliver.user_ids.len(),
+                Some(Message::AudienceDeliver(deliver)) => deliver.frame.len(),
+                Some(Message::Follow(follow)) => 32 * follow.user_ids.len(),
+                Some(Message::Unfollow(unfollow)) => 32 * unfollow.user_ids.len(),
+                Some(Message::Call(call)) => call.request.len(),
+                _ => self.encoded_len(),
+            }
+    }
+}
+
 macro_rules! batches {
-    ($($batch:ident, |$message:ident| $bytes:expr;)*) => {
+    ($($batch:ident)*) => {
         $(
             impl Batch for std::sync::Arc<v1::$batch> {
                 fn messages(&self) -> usize {
@@ -204,49 +261,14 @@ macro_rules! batches {
                 }
 
                 fn bytes(&self) -> usize {
-                    self.messages.iter().map(|$message| $bytes).sum()
+                    self.messages.iter().map(Weighed::weight).sum()
                 }
             }
         )*
     };
 }
 
-/// What a message to a router weighs in a queue, in a batch and in a replay buffer: no less than its bytes on the wire, whatever a
-/// client put into it, for a batch that is longer than the other side takes breaks its link for ever.
-pub fn weight(message: &v1::GatewayMessage) -> usize {
-    use v1::gateway_message::Message;
-    let bytes = match &message.message {
-        // The usual ones without a pass over all fields; the rest of them are numbers and short ids.
-        Some(Message::Send(v1::SessionSend { send: Some(send), .. })) => {
-            2 * limits::ID_BYTES_MAX + send.body.len() + send.client_message_id.len() + send.after.len()
-        }
-        Some(Message::Call(v1::SessionCall { call: Some(call), .. })) => call.request.len(),
-        _ => message.encoded_len(),
-    };
-    MESSAGE_OVERHEAD_BYTES + bytes
-}
-
-// Exact lengths would cost a pass over all ids of a push; of all else they are short.
-batches! {
-    GatewayBatch, |message| weight(message);
-    RouterBatch, |message| MESSAGE_OVERHEAD_BYTES + match &message.message {
-        Some(v1::router_message::Message::Deliver(deliver)) => deliver.frame.len() + 8 * deliver.session_ids.len(),
-        Some(v1::router_message::Message::AudienceSet(audience)) => 8 * (audience.joined.len() + audience.left.len()),
-        Some(v1::router_message::Message::AudienceDeliver(deliver)) => deliver.frame.len(),
-        Some(v1::router_message::Message::Move(r#move)) => 8 * r#move.session_ids.len(),
-        Some(v1::router_message::Message::CallReply(reply)) => reply.reply.len(),
-        _ => message.encoded_len(),
-    };
-    PeerBatch, |message| MESSAGE_OVERHEAD_BYTES + match &message.message {
-        Some(v1::peer_message::Message::Deliver(deliver)) => deliver.frame.len() + 32 * deliver.user_ids.len(),
-        Some(v1::peer_message::Message::AudienceDeliver(deliver)) => deliver.frame.len(),
-        Some(v1::peer_message::Message::Follow(follow)) => 32 * follow.user_ids.len(),
-        Some(v1::peer_message::Message::Unfollow(unfollow)) => 32 * unfollow.user_ids.len(),
-        Some(v1::peer_message::Message::Call(call)) => call.request.len(),
-        Some(v1::peer_message::Message::Effect(effect)) => effect.body.len(),
-        _ => message.encoded_len(),
-    };
-}
+batches! { GatewayBatch RouterBatch PeerBatch }
 
 #[cfg(test)]
 mod tests;

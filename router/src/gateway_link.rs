@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use im_proto::{
     ConversationId, InstanceId, SessionId,
-    link::{Arrival, Batch, Incoming, Outgoing},
+    link::{Arrival, Batch, Incoming, Outgoing, Weighed as _},
     token::Unverified,
     v1,
     v1::{gateway_message::Message as FromGateway, router_message::Message as ToGateway},
@@ -31,7 +31,7 @@ use crate::{
     api,
     caller::{Caller, SessionKey},
     cluster::Cluster,
-    link_queue::{Acknowledged, LinkQueue, Weighed as _},
+    link_queue::{Acknowledged, LinkQueue},
     message::{Answer, AnswerValue, ReplyTo, unavailable},
     placement::Load,
     worker::input::{GatewayInput, Input},
@@ -108,7 +108,7 @@ impl GatewayLink {
         let mut queue = self.queue.lock();
         for message in messages {
             let droppable = matches!(&message.message, Some(ToGateway::Deliver(_) | ToGateway::AudienceDeliver(_)));
-            if droppable && queue.messages.bytes() + message.bytes() > self.queue_bytes_max {
+            if droppable && queue.messages.bytes() + message.weight() > self.queue_bytes_max {
                 queue.overflowed = true;
                 self.dropped.increment(1);
                 continue;

@@ -3,10 +3,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use im_proto::{
-    link::Incoming,
-    v1::{self, peer_message::Message as ToPeer, router_message::Message as ToGateway},
-};
+use im_proto::link::{Incoming, Weighed};
 
 /// Messages of one batch on a link.
 const BATCH_MESSAGES_MAX: usize = 4096;
@@ -18,45 +15,6 @@ const ACKNOWLEDGE_MESSAGES: u64 = 1024;
 const ACKNOWLEDGE_BYTES: usize = 1024 * 1024;
 /// The other side is told at least this often, if there is something to tell.
 pub const ACKNOWLEDGE_EVERY: Duration = Duration::from_millis(500);
-
-/// A message that waits for a link.
-pub trait Weighed {
-    /// Bytes it holds, roughly: only what can be large is counted.
-    fn bytes(&self) -> usize;
-}
-
-impl Weighed for v1::RouterMessage {
-    fn bytes(&self) -> usize {
-        match &self.message {
-            Some(ToGateway::Deliver(deliver)) => 64 + deliver.frame.len() + 8 * deliver.session_ids.len(),
-            Some(ToGateway::AudienceDeliver(deliver)) => 96 + deliver.frame.len(),
-            Some(ToGateway::AudienceSet(set)) => 96 + 8 * (set.joined.len() + set.left.len()),
-            Some(ToGateway::Move(sessions)) => 96 + 8 * sessions.session_ids.len(),
-            Some(ToGateway::CallReply(reply)) => 64 + reply.reply.len(),
-            Some(ToGateway::Resync(resync)) => 64 + 8 * resync.session_ids.len(),
-            _ => 96,
-        }
-    }
-}
-
-impl Weighed for v1::PeerMessage {
-    fn bytes(&self) -> usize {
-        match &self.message {
-            Some(ToPeer::Deliver(deliver)) => 64 + deliver.frame.len() + 32 * deliver.user_ids.len(),
-            Some(ToPeer::AudienceDeliver(deliver)) => 128 + deliver.frame.len(),
-            Some(ToPeer::Follow(follow)) => 64 + 32 * follow.user_ids.len(),
-            Some(ToPeer::Effect(effect)) => 128 + effect.body.len(),
-            Some(ToPeer::Heads(heads)) => 64 + 16 * heads.conversation_ids.len(),
-            Some(ToPeer::Call(call)) => 256 + call.request.len(),
-            Some(ToPeer::Answer(answer)) => match &answer.answer {
-                Some(v1::peer_answer::Answer::Reply(reply)) => 64 + reply.len(),
-                Some(v1::peer_answer::Answer::Heads(list)) => 64 + 48 * list.heads.len(),
-                _ => 64,
-            },
-            _ => 64,
-        }
-    }
-}
 
 /// A queue with room for so many times what it had is made smaller,
 const SPARSE: usize = 16;
@@ -78,7 +36,7 @@ impl<M> Default for LinkQueue<M> {
 
 impl<M: Weighed> LinkQueue<M> {
     pub fn push(&mut self, message: M) {
-        self.bytes += message.bytes();
+        self.bytes += message.weight();
         self.messages.push_back(message);
     }
 
@@ -96,7 +54,7 @@ impl<M: Weighed> LinkQueue<M> {
         let (mut batch, mut bytes) = (Vec::with_capacity(self.messages.len().min(BATCH_MESSAGES_MAX)), 0);
         while batch.len() < BATCH_MESSAGES_MAX && bytes < BATCH_BYTES_MAX {
             let Some(message) = self.messages.pop_front() else { break };
-            bytes += message.bytes();
+            bytes += message.weight();
             batch.push(message);
         }
         self.bytes -= bytes.min(self.bytes);
@@ -148,7 +106,25 @@ impl Acknowledged {
 
 #[cfg(test)]
 mod tests {
+    use im_proto::v1;
+
     use super::*;
+
+    /// An answer to a list may have much for each conversation.
+    #[test]
+    fn a_batch_of_answers_is_no_longer_than_a_link_takes() {
+        let head = v1::Head { name: "n".repeat(4096), ..v1::Head::default() };
+        let heads = v1::HeadList { heads: vec![head; 16] };
+        let answer =
+            v1::PeerAnswer { answer: Some(v1::peer_answer::Answer::Heads(heads)), ..v1::PeerAnswer::default() };
+        let message = v1::peer_message::Message::Answer(answer);
+        let mut queue = LinkQueue::default();
+        (0..1000).for_each(|_| queue.push(v1::PeerMessage { message: Some(message.clone()), ..Default::default() }));
+        while queue.len() > 0 {
+            let bytes: usize = queue.take_batch().iter().map(prost::Message::encoded_len).sum();
+            assert!(bytes <= 2 * BATCH_BYTES_MAX, "{bytes}");
+        }
+    }
 
     #[test]
     fn a_queue_gives_back_what_a_storm_took_and_keeps_the_order() {

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -26,7 +26,10 @@ use crate::{
     fence::FenceService,
     message::Effect,
     state::{self, ConversationValue, Kind, ListRow, ListValue, Member, MemberValue, State},
-    worker::idle::{APPLIED, HeadValue, OUTBOX},
+    worker::{
+        idle::{APPLIED, HeadValue, OUTBOX},
+        input::Input,
+    },
 };
 
 /// Rows of one scan of a state table.
@@ -83,7 +86,14 @@ pub struct Open {
     pub epoch: Epoch,
     /// Set when the shard is lost: the task then ends without effect.
     pub cancelled: Arc<AtomicBool>,
+    /// Which open of the worker this is.
+    pub attempt: u64,
+    /// Answers of the store that were none.
+    pub failures: AtomicU32,
 }
+
+/// Failures after which an open is one that gets no answer.
+const FAILURES: u32 = 2;
 
 /// What came of applying entries again.
 #[derive(Default)]
@@ -448,6 +458,10 @@ impl Open {
     }
 
     async fn pause(&self, pause: &mut Duration) -> Result<(), OpenError> {
+        if self.failures.fetch_add(1, Ordering::Relaxed) + 1 == FAILURES {
+            let (worker, attempt) = (self.cluster.worker_of(self.cluster.shard_of(&self.id)), self.attempt);
+            self.cluster.to_worker(worker, Input::Run(Box::new(move |worker| worker.open_gets_no_answer(attempt))));
+        }
         tokio::time::sleep(*pause + self.cluster.environment.jitter(*pause)).await;
         *pause = (*pause * 2).min(Duration::from_secs(1));
         if self.cancelled.load(Ordering::Acquire) { Err(OpenError::Lost) } else { Ok(()) }

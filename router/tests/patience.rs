@@ -105,6 +105,24 @@ async fn an_append_that_is_never_answered_is_repeated_and_its_late_result_is_not
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_conversation_that_the_store_cannot_read_keeps_no_other_one_closed() {
+    let mut world = world();
+    let store = faulty(&mut world);
+    let config = RouterConfig { opens_max: 1, workers: 1, ..world.config("r1") };
+    let router = world.router(config).await;
+    let mut gateway = world.gateway("g1", &router).await;
+    gateway.open(&world, 1, "alice", "a1").await;
+    let [stuck, other] = ["bob", "carol"].map(|peer| CLUSTER.direct_id(&user("alice"), &user(peer)));
+    store.set_plan(FaultPlan { unread_partition: Some(stuck.to_bytes()), ..FaultPlan::none() });
+    gateway.send(1, stuck, message("bob", "m1", "m1", "", 0)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    gateway.send(1, other, message("carol", "m2", "m2", "", 0)).await;
+    assert_eq!(gateway.ack("m2").await.status, None);
+    store.set_plan(FaultPlan::none());
+    assert_eq!(gateway.ack("m1").await.status, None, "and is opened as soon as it can be");
+}
+
+#[tokio::test(start_paused = true)]
 async fn heads_are_read_several_at_a_time() {
     let mut world = world();
     let store = faulty(&mut world);

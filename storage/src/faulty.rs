@@ -43,6 +43,8 @@ pub struct FaultPlan {
     pub refused_table: Option<Table>,
     /// Whoever reads all state rows of this partition finds it damaged.
     pub damaged_partition: Option<Bytes>,
+    /// Reads of single state rows of this partition fail.
+    pub unread_partition: Option<Bytes>,
 }
 
 impl FaultPlan {
@@ -55,6 +57,7 @@ impl FaultPlan {
             dropped_permille: 0,
             refused_table: None,
             damaged_partition: None,
+            unread_partition: None,
         }
     }
 }
@@ -234,6 +237,9 @@ impl Directory for Faulty {
     }
 
     fn read(&self, table: Table, partition: &[u8], key: &[u8]) -> Boxed<Option<StateRow>> {
+        if self.inner.state.lock().0.unread_partition.as_deref() == Some(partition) {
+            return Box::pin(async { Err(unconfirmed()) });
+        }
         let (partition, key) = (partition.to_vec(), key.to_vec());
         self.call(move |inner| async move { inner.store.read(table, &partition, &key).await })
     }

@@ -44,8 +44,9 @@ impl Worker {
             lines.push(format!("{left} conversations left memory before their bursts could end"));
         }
         let opens = &self.context.opens;
-        if opens.running > 0 {
-            lines.push(format!("{} opens are under way, {} wait", opens.running, opens.waiting()));
+        let (running, stuck) = (opens.running(), opens.stuck());
+        if running + stuck > 0 {
+            lines.push(format!("{running} opens are under way, {stuck} get no answer, {} wait", opens.waiting()));
         }
         lines.extend(self.context.describe_sessions());
         lines

@@ -1,6 +1,6 @@
 //! Which conversations are being opened: bounded in number, those that somebody waits for first, and of the others one for so many of these.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, sync::atomic::AtomicU32, time::Duration};
 
 use im_proto::{ConversationId, status::CorrelationId};
 
@@ -50,7 +50,7 @@ impl Worker {
 
     /// Starts opens up to the bound.
     pub fn start_opens(&mut self) {
-        while self.context.opens.running < self.context.cluster.config.opens_max {
+        while self.context.opens.running() < self.context.cluster.config.opens_max {
             let conversations = &self.conversations;
             let waits = |id: &ConversationId| matches!(conversations.get(id), Some(Slot::Opening { attempt: 0, .. }));
             let Some(id) = self.context.opens.pop(waits) else { return };
@@ -69,7 +69,7 @@ impl Worker {
         self.context.next_token += 1;
         *attempt = self.context.next_token;
         let attempt = *attempt;
-        self.context.opens.running += 1;
+        self.context.opens.started(attempt);
         self.context.cluster.metrics.opens.increment(1);
         let open = Open {
             cluster: self.context.cluster.clone(),
@@ -78,12 +78,20 @@ impl Worker {
             id,
             epoch,
             cancelled: self.context.shards.cancellation(shard),
+            attempt,
+            failures: AtomicU32::new(0),
         };
         self.context.then(open.run(), move |worker, outcome| {
-            worker.context.opens.running -= 1;
+            worker.context.opens.ended(attempt);
             worker.opened(id, attempt, epoch, outcome);
             worker.start_opens();
         });
+    }
+
+    /// The store does not answer an open: others need not wait for it.
+    pub fn open_gets_no_answer(&mut self, attempt: u64) {
+        self.context.opens.gets_no_answer(attempt, self.context.cluster.config.opens_max);
+        self.start_opens();
     }
 
     fn opened(&mut self, id: ConversationId, attempt: u64, epoch: im_proto::Epoch, outcome: Result<Opened, OpenError>) {

@@ -1,6 +1,9 @@
 //! What a conversation can be asked, and the slot of one that is not open yet.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use im_proto::{ConversationId, UserId, v1};
@@ -131,8 +134,14 @@ const GO_BEFORE: u32 = 16;
 pub struct OpenQueue {
     /// The one of the least haste first.
     queues: [Turns; 3],
-    pub running: usize,
+    /// The attempts that take a place.
+    running: BTreeSet<u64>,
+    /// The attempts that gave their place up, since the store does not answer.
+    stuck: BTreeSet<u64>,
 }
+
+/// Opens without a place, for each that takes one.
+const STUCK_FOR_ONE: usize = 4;
 
 /// Those of one haste.
 #[derive(Default)]
@@ -143,6 +152,35 @@ struct Turns {
 }
 
 impl OpenQueue {
+    /// An attempt takes a place.
+    pub fn started(&mut self, attempt: u64) {
+        self.running.insert(attempt);
+    }
+
+    /// An attempt has ended.
+    pub fn ended(&mut self, attempt: u64) {
+        self.running.remove(&attempt);
+        self.stuck.remove(&attempt);
+    }
+
+    /// An attempt gets no answer from the store: others have its place while it goes on, `places` being all there are. So a part of
+    /// the log that cannot be read does not keep everything else closed, and a store that is away altogether is not asked by many.
+    pub fn gets_no_answer(&mut self, attempt: u64, places: usize) {
+        if self.stuck.len() < STUCK_FOR_ONE * places && self.running.remove(&attempt) {
+            self.stuck.insert(attempt);
+        }
+    }
+
+    /// Attempts that take a place.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Attempts without one.
+    pub fn stuck(&self) -> usize {
+        self.stuck.len()
+    }
+
     /// Queues a conversation.
     pub fn push(&mut self, id: ConversationId, haste: Haste) {
         let queue = match haste {

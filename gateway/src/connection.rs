@@ -21,7 +21,7 @@ use std::{
 };
 
 use im_proto::{
-    StatusCode,
+    StatusCode, Timestamp,
     frame::{FrameError, decode_client_frame},
     v1,
 };
@@ -313,15 +313,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.arm_by(self.timer.next_heartbeat(self.shared.config.heartbeat_interval));
     }
 
+    /// Until then, as the wall clock has it.
+    fn left(&self, until: Timestamp) -> std::time::Duration {
+        let left_ms = until.as_millis().saturating_sub(self.shared.environment.clock.now().as_millis());
+        std::time::Duration::from_millis(u64::try_from(left_ms).unwrap_or(0))
+    }
+
     /// Sets the timer to that, or to what comes before it.
     fn arm_by(&mut self, mut next: Instant) {
         let now = Instant::now();
+        next = next.min(self.timer.next_heartbeat(self.shared.config.heartbeat_interval));
         if let Some(resume_at) = self.rates.resume_at() {
             next = next.min(resume_at);
         }
-        let left_ms =
-            self.session.expires_at().as_millis().saturating_sub(self.shared.environment.clock.now().as_millis());
-        let left = std::time::Duration::from_millis(u64::try_from(left_ms).unwrap_or(0));
+        let left = self.left(self.session.expires_at());
         if left < next.saturating_duration_since(now) {
             next = now + left;
         }

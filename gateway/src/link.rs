@@ -10,7 +10,7 @@ mod inbox;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use audiences::Audiences;
-use im_proto::{InstanceId, link::Weighed as _, v1};
+use im_proto::{InstanceId, link::Weighed, v1};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -101,11 +101,11 @@ impl Link {
 
     /// Queues messages, in order.
     pub fn push(&self, messages: &mut Vec<GatewayMessage>) {
-        let mut bytes: usize = messages.iter().map(weight).sum();
+        let mut bytes: usize = messages.iter().map(Weighed::weight).sum();
         let mut queue = self.queue.lock();
         if queue.messages.len() + messages.len() > self.queue_max || queue.bytes + bytes > QUEUE_BYTES_MAX {
             messages.retain(|message| !is_ephemeral(message));
-            bytes = messages.iter().map(weight).sum();
+            bytes = messages.iter().map(Weighed::weight).sum();
         }
         let was_empty = queue.messages.is_empty() && !messages.is_empty();
         queue.messages.append(messages);
@@ -149,7 +149,7 @@ impl Link {
     fn reset(&self) {
         let mut queue = self.queue.lock();
         queue.messages.retain(|message| matches!(message.message, Some(Message::Close(_))));
-        queue.bytes = queue.messages.iter().map(weight).sum();
+        queue.bytes = queue.messages.iter().map(Weighed::weight).sum();
         self.audiences.lock().forget();
         self.incarnation.fetch_add(1, Ordering::AcqRel);
     }

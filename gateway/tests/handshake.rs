@@ -199,6 +199,20 @@ async fn a_token_ends_the_live_connection_unless_it_is_renewed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_token_that_ends_sooner_than_the_one_it_renews_ends_the_connection_when_it_does() {
+    let (bench, mut router) = Bench::with_router(config()).await;
+    let (mut client, session) = bench.login(&mut router, "ann").await;
+    let (frame, ends_at) = lasting(&bench, 4);
+    client.send(frame).await;
+    let FromGateway::Renew(_) = router.next().await else { panic!("a renewal") };
+    router.say(judged(session, Ok(ends_at))).await;
+    assert_eq!(renewed(&mut client).await, Ok(ends_at));
+    let begun = Instant::now();
+    client.is_closed_with(StatusCode::TokenExpired).await;
+    assert!(begun.elapsed() <= Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_renewal_for_somebody_else_is_refused_and_changes_nothing() {
     let (bench, mut router) = Bench::with_router(config()).await;
     let (mut client, _) = bench.login(&mut router, "ann").await;

@@ -261,6 +261,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         });
         let refused = match admitted.and_then(|()| self.inspect(&token)) {
             Ok(verified) if Some(&verified.user) == self.session.user() => {
+                // Should it end before the present one, the timer looks then whether it was taken.
+                self.arm_by(now + self.left(verified.expires_at));
                 return work.push(Work::Renew { token, expires_at: verified.expires_at, now });
             }
             Ok(_) => StatusCode::Forbidden.to_status(),

@@ -62,7 +62,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
     match &command {
         // They ask no server.
         Command::Completions { shell } => {
-            output.line(shell::completions(Arguments::command(), *shell).trim_end())?;
+            output.line_as_it_is(shell::completions(Arguments::command(), *shell).trim_end())?;
             return output.flush();
         }
         Command::Man { out } => return shell::man(Arguments::command(), out).map_err(Failure::Failed),

@@ -7,6 +7,8 @@ use std::{
 
 use crate::error::{CallError, ClosedReason, ConfigError, ConnectError, SendError};
 
+use super::output::harmless;
+
 /// One line for people and the exit code.
 #[derive(Debug)]
 pub(super) enum Failure {
@@ -47,9 +49,9 @@ impl Failure {
     }
 }
 
-/// A terminal that is gone hears nothing; the exit code still says it.
+/// A terminal that is gone hears nothing; the exit code still says it. The words may be a server's.
 fn say(text: &str) {
-    let _ = writeln!(io::stderr(), "im: {text}");
+    let _ = writeln!(io::stderr(), "im: {}", harmless(text));
 }
 
 impl From<ConnectError> for Failure {

@@ -12,7 +12,7 @@ use super::{
     args::{Channel, Command, Device, Format, Group},
     failure::Failure,
     history,
-    output::{Output, rfc3339},
+    output::{Output, field, rfc3339},
     presence,
 };
 
@@ -94,8 +94,8 @@ async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
         let v1::ConversationRow { head, unread, mentions, .. } = *row;
         match output.format() {
             Format::Plain => {
-                let name = name.replace(['\t', '\n', '\r'], " ");
-                output.line(&format!("{id}\t{kind}\t{name}\t{head}\t{unread}\t{mentions}"))?;
+                let shown = field(&name);
+                output.line(&format!("{id}\t{kind}\t{shown}\t{head}\t{unread}\t{mentions}"))?;
             }
             Format::Json => {
                 output.json(&ConversationJson { conversation: &id, kind, name: &name, head, unread, mentions })?;
@@ -209,7 +209,7 @@ fn print_device(device: &v1::Device, output: &mut Output) -> Result<(), Failure>
     match output.format() {
         Format::Plain => {
             // A client may call itself anything.
-            let client = format!("{client_name} {client_version}").replace(char::is_control, " ");
+            let client = field(&format!("{client_name} {client_version}"));
             let state = match (current, connected) {
                 (true, _) => "this",
                 (false, true) => "connected",

@@ -2,6 +2,10 @@ mod any_order;
 
 use im_proto::body;
 use proptest::prelude::*;
+use ratatui::{
+    buffer::{Buffer, Cell},
+    layout::Rect,
+};
 
 use super::*;
 use crate::{
@@ -98,13 +102,11 @@ fn write(chat: &mut Chat, text: &str) -> Vec<Effect> {
 /// What is on the screen, a line each, without styles.
 fn screen(chat: &Chat) -> Vec<String> {
     let view = chat.view();
-    let backend = ratatui::backend::TestBackend::new(view.size.0, view.size.1);
-    let mut terminal = ratatui::Terminal::new(backend).unwrap();
-    terminal.draw(|frame| render::paint(&view, frame)).unwrap();
-    let buffer = terminal.backend().buffer().clone();
+    let mut buffer = Buffer::empty(Rect::new(0, 0, view.size.0, view.size.1));
+    render::paint(&view, &mut buffer);
     let width = usize::from(buffer.area.width);
     let lines = buffer.content.chunks(width);
-    lines.map(|line| line.iter().map(ratatui::buffer::Cell::symbol).collect::<String>().trim_end().to_owned()).collect()
+    lines.map(|line| line.iter().map(Cell::symbol).collect::<String>().trim_end().to_owned()).collect()
 }
 
 fn shows(chat: &Chat, text: &str) -> bool {

@@ -7,6 +7,7 @@ mod args;
 mod chat;
 mod connect;
 mod data_directory;
+mod distrust;
 mod failure;
 mod history;
 mod interrupt;
@@ -71,7 +72,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         _ => {}
     }
-    let config = connect::config(&connection)?;
+    let (config, distrust) = connect::config(&connection)?;
     if let Command::Chat { target } = command {
         // It has the terminal, and signals, to itself.
         return chat::run(config, target).await;
@@ -81,6 +82,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
     let client = tokio::select! {
         biased;
         client = Client::connect(config) => client?,
+        failure = distrust.of_all() => return Err(failure),
         () = interrupt.requested() => return Err(Failure::interrupted()),
     };
     let outcome = match command {

@@ -54,10 +54,30 @@ fn say(text: &str) {
     let _ = writeln!(io::stderr(), "im: {}", harmless(text));
 }
 
+/// Whether an attempt failed because nobody who is trusted has signed the certificate. The second is an issuer of the same name, as
+/// that of every `imd up` is.
+pub(super) fn is_distrust(last: &str) -> bool {
+    last.contains("UnknownIssuer") || last.contains("BadSignature")
+}
+
+/// What mends it that there is no connection, by why the last attempt failed. The reasons are texts of other libraries; one that is
+/// not known here costs no more than a useless advice.
+pub(super) fn advice(last: &str) -> &'static str {
+    if is_distrust(last) {
+        "; name its CA with --ca FILE (`imd up` writes DATA/ca.pem)"
+    } else if last.contains("InvalidContentType") || last.contains("this one announces") {
+        "; is this port tcp, tls or quic?"
+    } else if last.contains("invalid peer certificate") {
+        ""
+    } else {
+        "; --timeout SECONDS waits longer"
+    }
+}
+
 impl From<ConnectError> for Failure {
     fn from(error: ConnectError) -> Self {
         match error {
-            ConnectError::TimedOut { .. } => Failure::Failed(format!("{error}; --timeout SECONDS waits longer")),
+            ConnectError::TimedOut { ref last, .. } => Failure::Failed(format!("{error}{}", advice(last))),
             ConnectError::Closed(reason) => reason.into(),
         }
     }
@@ -87,7 +107,9 @@ impl From<ClosedReason> for Failure {
         let hint = match &reason {
             ClosedReason::ByServer(status) => match status.code {
                 Some(TokenExpired) => "; make a new token, for example with `imd token --user U`",
-                Some(Unauthenticated) => "; is the token of this cluster?",
+                Some(Unauthenticated) => {
+                    "; is the token of this cluster, and does it last no longer than its token.lifetime_max (1h in a cluster)?"
+                }
                 Some(Revoked) => "; this device must log in again",
                 _ => "",
             },
@@ -100,5 +122,60 @@ impl From<ClosedReason> for Failure {
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
         Failure::Usage(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use im_proto::StatusCode;
+
+    use super::*;
+    use crate::error::Status;
+
+    fn said(failure: impl Into<Failure>) -> String {
+        match failure.into() {
+            Failure::Failed(text) => text,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn no_connection(last: &str) -> String {
+        said(ConnectError::TimedOut { after: Duration::from_secs(10), last: last.to_owned() })
+    }
+
+    #[test]
+    fn who_has_no_connection_is_told_what_mends_it() {
+        // As `tests/transports.rs` shows that they come.
+        let server = "tls://127.0.0.1:7101";
+        for (last, advice) in [
+            ("invalid peer certificate: BadSignature", "; name its CA with --ca FILE (`imd up` writes DATA/ca.pem)"),
+            ("invalid peer certificate: UnknownIssuer", "; name its CA with --ca FILE (`imd up` writes DATA/ca.pem)"),
+            ("received corrupt message of type InvalidContentType", "; is this port tcp, tls or quic?"),
+            (
+                "the server broke the protocol: a frame has at most 8 bytes here, this one announces 352518912",
+                "; is this port tcp, tls or quic?",
+            ),
+            ("invalid peer certificate: certificate expired", ""),
+            ("Connection refused (os error 111)", "; --timeout SECONDS waits longer"),
+        ] {
+            let said = no_connection(&format!("{server}: {last}"));
+            assert_eq!(said, format!("no connection within 10 s: {server}: {last}{advice}"));
+        }
+    }
+
+    #[test]
+    fn who_is_refused_for_the_token_is_told_what_may_be_wrong_with_it() {
+        let refused = |code| said(ClosedReason::ByServer(Status::from_code(code)));
+        let said = refused(StatusCode::Unauthenticated);
+        assert!(
+            said.ends_with(
+                "; is the token of this cluster, and does it last no longer than its token.lifetime_max \
+                                (1h in a cluster)?"
+            ),
+            "{said}"
+        );
+        assert!(refused(StatusCode::TokenExpired).contains("imd token --user"));
     }
 }

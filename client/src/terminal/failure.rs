@@ -5,7 +5,9 @@ use std::{
     process::ExitCode,
 };
 
-use crate::error::{CallError, ClosedReason, ConfigError, ConnectError, SendError};
+use im_proto::StatusCode;
+
+use crate::error::{CallError, ClosedReason, ConfigError, ConnectError, SendError, Status};
 
 use super::output::harmless;
 
@@ -37,6 +39,24 @@ impl Failure {
                 ExitCode::from(2)
             }
             Failure::OutputClosed => ExitCode::SUCCESS,
+        }
+    }
+
+    /// Of a call about a device that the user named.
+    pub(super) fn of_device(error: CallError) -> Self {
+        Self::of_call(error, "; `im device list` prints your devices")
+    }
+
+    /// Of a call about a channel that need not be one of the user's conversations.
+    pub(super) fn of_channel(error: CallError) -> Self {
+        Self::of_call(error, "; there is no such channel: whoever made it has its id in `im list`")
+    }
+
+    fn of_call(error: CallError, if_not_found: &str) -> Self {
+        match error {
+            CallError::Closed(reason) => reason.into(),
+            CallError::Refused(status) => Failure::Failed(format!("{status}{}", hint(&status, if_not_found))),
+            other => Failure::Failed(other.to_string()),
         }
     }
 
@@ -83,12 +103,16 @@ impl From<ConnectError> for Failure {
     }
 }
 
+/// To a user who learns only that it is not found.
+const NO_CONVERSATION: &str = "; there is no such conversation for you: `im list` prints yours";
+
+fn hint<'a>(status: &Status, if_not_found: &'a str) -> &'a str {
+    if status.code == Some(StatusCode::NotFound) { if_not_found } else { "" }
+}
+
 impl From<CallError> for Failure {
     fn from(error: CallError) -> Self {
-        match error {
-            CallError::Closed(reason) => reason.into(),
-            other => Failure::Failed(other.to_string()),
-        }
+        Self::of_call(error, NO_CONVERSATION)
     }
 }
 
@@ -96,6 +120,7 @@ impl From<SendError> for Failure {
     fn from(error: SendError) -> Self {
         match error {
             SendError::Closed(reason) => reason.into(),
+            SendError::Refused(ref status) => Failure::Failed(format!("{error}{}", hint(status, NO_CONVERSATION))),
             other => Failure::Failed(other.to_string()),
         }
     }
@@ -103,7 +128,7 @@ impl From<SendError> for Failure {
 
 impl From<ClosedReason> for Failure {
     fn from(reason: ClosedReason) -> Self {
-        use im_proto::StatusCode::{Revoked, TokenExpired, Unauthenticated};
+        use StatusCode::{Revoked, TokenExpired, Unauthenticated};
         let hint = match &reason {
             ClosedReason::ByServer(status) => match status.code {
                 Some(TokenExpired) => "; make a new token, for example with `imd token --user U`",
@@ -129,10 +154,7 @@ impl From<ConfigError> for Failure {
 mod tests {
     use std::time::Duration;
 
-    use im_proto::StatusCode;
-
     use super::*;
-    use crate::error::Status;
 
     fn said(failure: impl Into<Failure>) -> String {
         match failure.into() {
@@ -162,6 +184,24 @@ mod tests {
         ] {
             let said = no_connection(&format!("{server}: {last}"));
             assert_eq!(said, format!("no connection within 10 s: {server}: {last}{advice}"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_found_comes_with_where_to_look() {
+        let status = || Status::from_code(StatusCode::NotFound);
+        let refused = || CallError::Refused(status());
+        let conversations = "not found; there is no such conversation for you: `im list` prints yours";
+        assert_eq!(said(refused()), conversations);
+        assert_eq!(said(SendError::Refused(status())), format!("the server refused the message: {conversations}"));
+        assert_eq!(said(Failure::of_device(refused())), "not found; `im device list` prints your devices");
+        assert_eq!(
+            said(Failure::of_channel(refused())),
+            "not found; there is no such channel: whoever made it has its id in `im list`"
+        );
+        let other = || CallError::Refused(Status::from_code(StatusCode::Forbidden));
+        for failure in [Failure::from(other()), Failure::of_device(other()), Failure::of_channel(other())] {
+            assert_eq!(said(failure), "forbidden");
         }
     }
 

@@ -132,8 +132,8 @@ async fn run_group(client: &Client, group: Group, output: &mut Output) -> Result
 async fn run_channel(client: &Client, channel: Channel, timeout: Duration, output: &mut Output) -> Result<(), Failure> {
     let id = match channel {
         Channel::Create { name, writers } => client.create_channel(&name, &writers).await?,
-        Channel::Subscribe { id } => client.subscribe(id).await.map(|()| id)?,
-        Channel::Unsubscribe { id } => client.unsubscribe(id).await.map(|()| id)?,
+        Channel::Subscribe { id } => client.subscribe(id).await.map(|()| id).map_err(Failure::of_channel)?,
+        Channel::Unsubscribe { id } => client.unsubscribe(id).await.map(|()| id).map_err(Failure::of_channel)?,
         Channel::Post { id, text } => {
             return send(client, Target::Conversation(id), &text.join(" "), timeout, output).await;
         }
@@ -193,7 +193,7 @@ async fn run_device(client: &Client, command: Device, output: &mut Output) -> Re
             devices.iter().try_for_each(|device| print_device(device, output))
         }
         Device::Kick { id } => {
-            let was_connected = client.kick_device(&id).await?;
+            let was_connected = client.kick_device(&id).await.map_err(Failure::of_device)?;
             match output.format() {
                 Format::Plain => output.line(if was_connected { "kicked" } else { "was not connected" }),
                 Format::Json => output.json(&KickedJson { device: id.to_string(), was_connected }),

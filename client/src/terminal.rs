@@ -22,11 +22,16 @@ use std::{ffi::OsString, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser as _};
 
+use im_proto::limits;
+
 use crate::client::Client;
 use args::{Arguments, Command};
 use failure::Failure;
 use interrupt::Interrupt;
 use output::Output;
+
+/// The longest text of a message: tag and two lengths stand around it in its body.
+const TEXT_BYTES_MAX: usize = limits::BODY_BYTES_MAX - 16;
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {

@@ -3,12 +3,14 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use im_proto::{Timestamp, body, v1};
 use serde::Serialize;
 
 use crate::{client::Client, config::Target};
 
 use super::{
+    TEXT_BYTES_MAX,
     args::{Channel, Command, Device, Format, Group},
     failure::Failure,
     history,
@@ -42,6 +44,16 @@ pub(super) async fn run(
     }
 }
 
+/// The body of a text, if it fits into one.
+fn one_message(text: &str) -> Result<Bytes, Failure> {
+    let found = text.len();
+    if found > TEXT_BYTES_MAX {
+        let refusal = format!("a text has at most {TEXT_BYTES_MAX} bytes, this one has {found}: send it in parts");
+        return Err(Failure::Failed(refusal));
+    }
+    Ok(body::text(text))
+}
+
 #[derive(Serialize)]
 struct SentJson {
     conversation: String,
@@ -56,7 +68,7 @@ async fn send(
     timeout: Duration,
     output: &mut Output,
 ) -> Result<(), Failure> {
-    let sent = tokio::time::timeout(timeout, client.send(target, body::text(text))).await.map_err(|_| {
+    let sent = tokio::time::timeout(timeout, client.send(target, one_message(text)?)).await.map_err(|_| {
         let seconds = timeout.as_secs_f32();
         Failure::Failed(format!("not acknowledged within {seconds} s; look into the history before you send it again"))
     })??;
@@ -246,4 +258,23 @@ async fn locate(client: &Client, output: &mut Output) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use im_proto::limits;
+
+    use super::*;
+
+    #[test]
+    fn a_text_has_the_same_limit_however_it_is_sent() {
+        let longest = "x".repeat(TEXT_BYTES_MAX);
+        assert!(one_message(&longest).unwrap().len() <= limits::BODY_BYTES_MAX);
+        match one_message(&"x".repeat(70_000)).map(|body| body.len()) {
+            Err(Failure::Failed(text)) => {
+                assert_eq!(text, "a text has at most 65520 bytes, this one has 70000: send it in parts");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }

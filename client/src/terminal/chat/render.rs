@@ -41,7 +41,7 @@ pub(super) fn paint(view: &View, buffer: &mut Buffer) -> Option<Position> {
         return None;
     }
     if view.too_small {
-        buffer.set_stringn(0, 0, "too small: 24 x 8", usize::from(area.width), Style::new());
+        buffer.set_stringn(0, 0, "24 x 8 at least", usize::from(area.width), Style::new());
         return None;
     }
     header(view, area, buffer);

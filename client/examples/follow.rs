@@ -4,7 +4,7 @@
 //! ```text
 //! imd up &
 //! export IM_TOKEN=$(imd token --user bob)
-//! cargo run --example follow -- tcp://127.0.0.1:7100 alice 1
+//! cargo run -p im-client --example follow -- tcp://127.0.0.1:7100 alice 1
 //! ```
 
 use std::{env, error::Error};

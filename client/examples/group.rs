@@ -4,7 +4,7 @@
 //! ```text
 //! imd up &
 //! export IM_TOKEN=$(imd token --user alice)
-//! cargo run --example group -- tls://127.0.0.1:7101,quic://127.0.0.1:7101 data/ca.pem walkers bob carol
+//! cargo run -p im-client --example group -- tls://127.0.0.1:7101,quic://127.0.0.1:7101 data/ca.pem walkers bob carol
 //! ```
 
 use std::{env, error::Error};

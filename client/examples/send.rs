@@ -3,7 +3,7 @@
 //! ```text
 //! imd up &
 //! export IM_TOKEN=$(imd token --user alice)
-//! cargo run --example send -- tcp://127.0.0.1:7100 bob "Hello, Bob" "How are you?"
+//! cargo run -p im-client --example send -- tcp://127.0.0.1:7100 bob "Hello, Bob" "How are you?"
 //! ```
 
 use std::{env, error::Error};

@@ -3,7 +3,7 @@
 //! ```text
 //! imd up &
 //! export IM_TOKEN=$(imd token --user bob)
-//! cargo run --example unread -- tcp://127.0.0.1:7100
+//! cargo run -p im-client --example unread -- tcp://127.0.0.1:7100
 //! ```
 
 use std::{env, error::Error};

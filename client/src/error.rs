@@ -83,7 +83,7 @@ pub enum SendError {
     #[error("the server refused the message: {0}")]
     Refused(Status),
     /// Refused before it was sent.
-    #[error("a body has 1 to {} bytes, this one has {found}; larger content is media", limits::BODY_BYTES_MAX)]
+    #[error("a body has 1 to {} bytes, this one has {found}: send it in parts", limits::BODY_BYTES_MAX)]
     BodySize { found: usize },
     /// The client ended before the answer came: whether the message was stored is not known.
     #[error(transparent)]

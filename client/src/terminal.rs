@@ -7,6 +7,7 @@ mod args;
 mod chat;
 mod connect;
 mod data_directory;
+mod distrust;
 mod failure;
 mod history;
 mod interrupt;
@@ -21,11 +22,16 @@ use std::{ffi::OsString, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser as _};
 
+use im_proto::limits;
+
 use crate::client::Client;
 use args::{Arguments, Command};
 use failure::Failure;
 use interrupt::Interrupt;
 use output::Output;
+
+/// The longest text of a message: tag and two lengths stand around it in its body.
+const TEXT_BYTES_MAX: usize = limits::BODY_BYTES_MAX - 16;
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
@@ -62,7 +68,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
     match &command {
         // They ask no server.
         Command::Completions { shell } => {
-            output.line(shell::completions(Arguments::command(), *shell).trim_end())?;
+            output.line_as_it_is(shell::completions(Arguments::command(), *shell).trim_end())?;
             return output.flush();
         }
         Command::Man { out } => return shell::man(Arguments::command(), out).map_err(Failure::Failed),
@@ -71,7 +77,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         _ => {}
     }
-    let config = connect::config(&connection)?;
+    let (config, distrust) = connect::config(&connection)?;
     if let Command::Chat { target } = command {
         // It has the terminal, and signals, to itself.
         return chat::run(config, target).await;
@@ -81,6 +87,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
     let client = tokio::select! {
         biased;
         client = Client::connect(config) => client?,
+        failure = distrust.of_all() => return Err(failure),
         () = interrupt.requested() => return Err(Failure::interrupted()),
     };
     let outcome = match command {

@@ -21,7 +21,21 @@ async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let mut input = BytesMut::new();
     let mut seq = 0;
     loop {
-        while let Some(payload) = frame::split_frame(&mut input, limits::FRAME_BYTES_MAX).unwrap() {
+        loop {
+            let payload = match frame::split_frame(&mut input, limits::FRAME_BYTES_MAX) {
+                Ok(Some(payload)) => payload,
+                Ok(None) => break,
+                Err(_) => {
+                    // The client, which may be one of another transport, closes or has closed.
+                    let close = v1::ServerFrame::from(server_frame::Frame::Close(v1::Close::default()));
+                    let _ = stream.write_all(&frame::frame_to_bytes(&close)).await;
+                    // What is not read would take the answer away again.
+                    while matches!(stream.read_buf(&mut input).await, Ok(1..)) {
+                        input.clear();
+                    }
+                    return;
+                }
+            };
             let Decoded::Frame(frame) = frame::decode_client_frame(payload).unwrap() else { panic!("unknown frame") };
             let answer = match frame {
                 client_frame::Frame::Hello(_) => server_frame::Frame::Welcome(welcome()),
@@ -139,6 +153,20 @@ async fn every_transport_carries_a_session_and_is_closed_in_order() {
     }
 }
 
+/// Why there is no connection, of at least one attempt that has ended.
+async fn why_not(config: &ClientConfig) -> String {
+    let config = ClientConfig { ready_timeout: Duration::from_millis(500), ..config.clone() };
+    for _ in 0..120 {
+        match Client::connect(config.clone()).await {
+            Err(ConnectError::TimedOut { last, .. }) if last == "no answer" => {}
+            Err(ConnectError::TimedOut { last, .. }) => return last,
+            Err(other) => panic!("{other:?}"),
+            Ok(_) => panic!("connected"),
+        }
+    }
+    panic!("no attempt ends");
+}
+
 #[tokio::test]
 async fn a_server_that_is_not_trusted_or_has_another_name_is_refused() {
     for transport in [Transport::Tls, Transport::Quic] {
@@ -148,14 +176,27 @@ async fn a_server_that_is_not_trusted_or_has_another_name_is_refused() {
         let named = Endpoint { server_name: Some("elsewhere.example".to_owned()), ..endpoint.clone() };
         let stranger = Trust::Pinned(certificate().ca);
         for (endpoint, trust) in [(endpoint.clone(), stranger), (endpoint, Trust::Nobody), (named, Trust::Pinned(ca))] {
-            let mut config = config(endpoint, &trust);
-            config.ready_timeout = Duration::from_millis(500);
-            match Client::connect(config).await {
-                Err(ConnectError::TimedOut { last, .. }) => assert!(last.contains("certificate"), "{last}"),
-                Err(other) => panic!("{other:?}"),
-                Ok(_) => panic!("connected"),
-            }
+            let is_named = endpoint.server_name.is_some();
+            let last = why_not(&config(endpoint, &trust)).await;
+            assert!(last.contains("invalid peer certificate: "), "{last}");
+            // `im` knows it by these words, and then waits no longer.
+            let is_stranger = ["UnknownIssuer", "BadSignature"].iter().any(|word| last.contains(word));
+            assert_eq!(is_stranger, !is_named, "{last}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_port_of_another_transport_is_known_by_its_answer() {
+    // By these words `im` asks whether the transport is the right one.
+    for (theirs, ours, words) in
+        [(Transport::Tls, Transport::Tcp, "this one announces"), (Transport::Tcp, Transport::Tls, "InvalidContentType")]
+    {
+        let Certificate { ca, server } = certificate();
+        let address = listen(theirs, server).await;
+        let endpoint = Endpoint::new(ours, address.to_string()).unwrap();
+        let last = why_not(&config(endpoint, &Trust::Pinned(ca))).await;
+        assert!(last.contains(words), "{last}");
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{id::IdError, limits, status::StatusCode, v1};
 pub enum BodyError {
     #[error("a body must not be empty")]
     Empty,
-    #[error("a body has at most {} bytes, this one has {found}; larger content is media", limits::BODY_BYTES_MAX)]
+    #[error("a body has at most {} bytes, this one has {found}: send it in parts", limits::BODY_BYTES_MAX)]
     TooLarge { found: usize },
     #[error("the body is no valid message: {0}")]
     Malformed(&'static str),

@@ -99,7 +99,7 @@ impl std::str::FromStr for UserAndDevice {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
-    /// The text of a message and a newline.
+    /// The text of a message, control characters as spaces, and a newline.
     Plain,
     /// One object a line.
     Json,

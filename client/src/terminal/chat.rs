@@ -4,6 +4,7 @@
 //! Order of a turn: what ended it, keys, answers, events, time; then one drawing for all of them.
 
 mod blocks;
+mod canvas;
 mod conversation;
 mod editor;
 mod keys;

@@ -19,6 +19,7 @@ use crate::{
 use super::{
     args::Connection,
     data_directory::{DataDirectory, DataToken},
+    distrust::{Distrust, Judging},
     failure::Failure,
 };
 
@@ -29,8 +30,8 @@ const NO_TOKEN: &str = "no token; use --token T, --token-file F (or IM_TOKEN), o
 
 const BEGIN: &[u8] = b"-----BEGIN CERTIFICATE-----";
 
-/// Everything the client needs.
-pub(super) fn config(arguments: &Connection) -> Result<ClientConfig, Failure> {
+/// Everything the client needs, and whether any server can be trusted.
+pub(super) fn config(arguments: &Connection) -> Result<(ClientConfig, Distrust), Failure> {
     let environment = environment::system();
     let (endpoints, token, trust): (Arc<dyn EndpointSource>, Arc<dyn TokenSource>, Trust) = match &arguments.user {
         Some(user) => {
@@ -51,14 +52,14 @@ pub(super) fn config(arguments: &Connection) -> Result<ClientConfig, Failure> {
             (Arc::new(servers), token(arguments)?, trust(&transports, ca)?)
         }
     };
-    let dialer = Arc::new(NetDialer::new(&trust)?);
-    let mut config = ClientConfig::with_dialer(endpoints, token, dialer, environment);
+    let (dialer, distrust) = Judging::new(Arc::new(NetDialer::new(&trust)?), endpoints.clone());
+    let mut config = ClientConfig::with_dialer(endpoints, token, Arc::new(dialer), environment);
     config.client_name = "im".to_owned();
     config.ready_timeout = arguments.timeout();
     config.call_timeout = arguments.timeout();
     // A person waits, on a machine with power.
     config.heartbeat_longest = Duration::from_secs(2);
-    Ok(config)
+    Ok((config, distrust))
 }
 
 fn servers(arguments: &Connection) -> Result<Vec<Endpoint>, Failure> {

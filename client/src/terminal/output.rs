@@ -1,6 +1,11 @@
 //! Results on standard output: plain, or one JSON object a line. A closed pipe ends the program quietly.
+//!
+//! What others wrote is printed plain without control characters, whichever command prints it: a terminal would obey them.
 
-use std::io::{self, BufWriter, Stdout, Write};
+use std::{
+    borrow::Cow,
+    io::{self, BufWriter, Stdout, Write},
+};
 
 use im_proto::{Timestamp, body, v1};
 use serde::Serialize;
@@ -69,8 +74,13 @@ impl<W: Write> Output<W> {
         Ok(true)
     }
 
-    /// Prints a line.
+    /// Prints a line, its control characters as spaces.
     pub(super) fn line(&mut self, text: &str) -> Result<(), Failure> {
+        self.line_as_it_is(&harmless(text))
+    }
+
+    /// Prints a line of this program's own.
+    pub(super) fn line_as_it_is(&mut self, text: &str) -> Result<(), Failure> {
         let mut write = || {
             self.writer.write_all(text.as_bytes())?;
             self.writer.write_all(b"\n")
@@ -81,13 +91,25 @@ impl<W: Write> Output<W> {
     /// Prints an object.
     pub(super) fn json(&mut self, value: &impl Serialize) -> Result<(), Failure> {
         serde_json::to_writer(&mut self.writer, value).map_err(|error| Failure::of_output(error.into()))?;
-        self.line("")
+        self.line_as_it_is("")
     }
 
     /// Writes what was gathered.
     pub(super) fn flush(&mut self) -> Result<(), Failure> {
         self.writer.flush().map_err(Failure::of_output)
     }
+}
+
+/// The text with a space for each control character (C0, DEL, C1): they move cursors, change titles and clear screens. Ends of lines
+/// and tabs stay, which move it no further than text does.
+pub(super) fn harmless(text: &str) -> Cow<'_, str> {
+    let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if text.contains(steers) { Cow::Owned(text.replace(steers, " ")) } else { Cow::Borrowed(text) }
+}
+
+/// The text as one field of a line whose fields are separated by tabs.
+pub(super) fn field(text: &str) -> String {
+    text.replace(char::is_control, " ")
 }
 
 fn printable(id: &[u8]) -> String {
@@ -149,10 +171,23 @@ mod tests {
     }
 
     #[test]
-    fn plain_is_the_text_byte_for_byte_and_a_newline() {
-        for text in ["", " tabs\tand spaces ", "carriage return\r", "مرحبا 👩‍👩‍👧‍👦 \u{202e}x"] {
+    fn plain_is_the_text_and_a_newline() {
+        for text in ["", " tabs\tand spaces ", "two\nlines", "مرحبا 👩‍👩‍👧‍👦 \u{202e}x"] {
             assert_eq!(printed(Format::Plain, &entry(body::text(text))), (true, format!("{text}\n")));
         }
+    }
+
+    #[test]
+    fn nothing_that_steers_a_terminal_is_printed_plain() {
+        let hostile = "\x1b[2J\x1b]0;pwned\x07 \u{9b}2J\u{7f}\rover";
+        let shown = " [2J ]0;pwned   2J  over\n";
+        assert_eq!(printed(Format::Plain, &entry(body::text(hostile))), (true, shown.to_owned()));
+        let mut output = Output::to(Vec::new(), Format::Plain);
+        output.line(hostile).unwrap();
+        output.flush().unwrap();
+        assert_eq!(output.writer.get_ref(), shown.as_bytes(), "a line of any command");
+        assert_eq!(field("a\tb\nc\x1b[2J"), "a b c [2J", "a field has no separators of its own");
+        assert!(printed(Format::Json, &entry(body::text(hostile))).1.contains(r"\u001b[2J"));
     }
 
     #[test]

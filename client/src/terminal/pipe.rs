@@ -8,7 +8,7 @@ use std::{
     io::{self, BufRead, BufReader, Read},
 };
 
-use im_proto::{body, limits};
+use im_proto::body;
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
@@ -17,11 +17,8 @@ use crate::{
     error::SendError,
 };
 
-use super::{failure::Failure, interrupt::Interrupt};
+use super::{TEXT_BYTES_MAX, failure::Failure, interrupt::Interrupt};
 
-/// Tag and two lengths around the text.
-const BODY_OVERHEAD_BYTES: usize = 16;
-const LINE_BYTES_MAX: usize = limits::BODY_BYTES_MAX - BODY_OVERHEAD_BYTES;
 /// Lines handed over at once, and batches that wait: enough that reading and sending overlap.
 const BATCH_LINES: usize = 256;
 const BATCHES_WAITING: usize = 4;
@@ -168,7 +165,7 @@ impl<R: Read> Lines<R> {
 
     fn next_line(&mut self) -> Result<Option<String>, BadInput> {
         let mut line = Vec::new();
-        let mut bounded = (&mut self.input).take(LINE_BYTES_MAX as u64 + 1);
+        let mut bounded = (&mut self.input).take(TEXT_BYTES_MAX as u64 + 1);
         bounded
             .read_until(b'\n', &mut line)
             .map_err(|error| BadInput(format!("cannot read standard input: {error}")))?;
@@ -178,10 +175,9 @@ impl<R: Read> Lines<R> {
         self.number += 1;
         if line.last() == Some(&b'\n') {
             line.pop();
-        } else if line.len() > LINE_BYTES_MAX {
-            let limit = LINE_BYTES_MAX;
+        } else if line.len() > TEXT_BYTES_MAX {
             return Err(BadInput(format!(
-                "line {} is longer than {limit} bytes; the lines before it are stored",
+                "line {} has more than {TEXT_BYTES_MAX} bytes: send it in parts; the lines before it are stored",
                 self.number
             )));
         }
@@ -193,6 +189,8 @@ impl<R: Read> Lines<R> {
 
 #[cfg(test)]
 mod tests {
+    use im_proto::limits;
+
     use super::*;
 
     fn lines(input: &[u8]) -> Batch {
@@ -230,11 +228,12 @@ mod tests {
 
     #[test]
     fn a_line_that_fits_into_no_body_is_refused_before_it_is_held() {
-        let mut input = vec![b'x'; LINE_BYTES_MAX];
+        let mut input = vec![b'x'; TEXT_BYTES_MAX];
         input.push(b'\n');
-        assert_eq!(texts(&input)[0].len(), LINE_BYTES_MAX);
+        assert_eq!(texts(&input)[0].len(), TEXT_BYTES_MAX);
         assert!(body::text(texts(&input).remove(0)).len() <= limits::BODY_BYTES_MAX);
         input.insert(0, b'x');
-        assert!(lines(&input)[0].as_ref().unwrap_err().0.starts_with("line 1 is longer"));
+        let refusal = "line 1 has more than 65520 bytes: send it in parts; the lines before it are stored";
+        assert_eq!(lines(&input)[0].as_ref().unwrap_err().0, refusal);
     }
 }

@@ -3,16 +3,18 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use im_proto::{Timestamp, body, v1};
 use serde::Serialize;
 
 use crate::{client::Client, config::Target};
 
 use super::{
+    TEXT_BYTES_MAX,
     args::{Channel, Command, Device, Format, Group},
     failure::Failure,
     history,
-    output::{Output, rfc3339},
+    output::{Output, field, rfc3339},
     presence,
 };
 
@@ -42,6 +44,16 @@ pub(super) async fn run(
     }
 }
 
+/// The body of a text, if it fits into one.
+fn one_message(text: &str) -> Result<Bytes, Failure> {
+    let found = text.len();
+    if found > TEXT_BYTES_MAX {
+        let refusal = format!("a text has at most {TEXT_BYTES_MAX} bytes, this one has {found}: send it in parts");
+        return Err(Failure::Failed(refusal));
+    }
+    Ok(body::text(text))
+}
+
 #[derive(Serialize)]
 struct SentJson {
     conversation: String,
@@ -56,7 +68,7 @@ async fn send(
     timeout: Duration,
     output: &mut Output,
 ) -> Result<(), Failure> {
-    let sent = tokio::time::timeout(timeout, client.send(target, body::text(text))).await.map_err(|_| {
+    let sent = tokio::time::timeout(timeout, client.send(target, one_message(text)?)).await.map_err(|_| {
         let seconds = timeout.as_secs_f32();
         Failure::Failed(format!("not acknowledged within {seconds} s; look into the history before you send it again"))
     })??;
@@ -94,8 +106,8 @@ async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
         let v1::ConversationRow { head, unread, mentions, .. } = *row;
         match output.format() {
             Format::Plain => {
-                let name = name.replace(['\t', '\n', '\r'], " ");
-                output.line(&format!("{id}\t{kind}\t{name}\t{head}\t{unread}\t{mentions}"))?;
+                let shown = field(&name);
+                output.line(&format!("{id}\t{kind}\t{shown}\t{head}\t{unread}\t{mentions}"))?;
             }
             Format::Json => {
                 output.json(&ConversationJson { conversation: &id, kind, name: &name, head, unread, mentions })?;
@@ -132,8 +144,8 @@ async fn run_group(client: &Client, group: Group, output: &mut Output) -> Result
 async fn run_channel(client: &Client, channel: Channel, timeout: Duration, output: &mut Output) -> Result<(), Failure> {
     let id = match channel {
         Channel::Create { name, writers } => client.create_channel(&name, &writers).await?,
-        Channel::Subscribe { id } => client.subscribe(id).await.map(|()| id)?,
-        Channel::Unsubscribe { id } => client.unsubscribe(id).await.map(|()| id)?,
+        Channel::Subscribe { id } => client.subscribe(id).await.map(|()| id).map_err(Failure::of_channel)?,
+        Channel::Unsubscribe { id } => client.unsubscribe(id).await.map(|()| id).map_err(Failure::of_channel)?,
         Channel::Post { id, text } => {
             return send(client, Target::Conversation(id), &text.join(" "), timeout, output).await;
         }
@@ -193,7 +205,7 @@ async fn run_device(client: &Client, command: Device, output: &mut Output) -> Re
             devices.iter().try_for_each(|device| print_device(device, output))
         }
         Device::Kick { id } => {
-            let was_connected = client.kick_device(&id).await?;
+            let was_connected = client.kick_device(&id).await.map_err(Failure::of_device)?;
             match output.format() {
                 Format::Plain => output.line(if was_connected { "kicked" } else { "was not connected" }),
                 Format::Json => output.json(&KickedJson { device: id.to_string(), was_connected }),
@@ -209,7 +221,7 @@ fn print_device(device: &v1::Device, output: &mut Output) -> Result<(), Failure>
     match output.format() {
         Format::Plain => {
             // A client may call itself anything.
-            let client = format!("{client_name} {client_version}").replace(char::is_control, " ");
+            let client = field(&format!("{client_name} {client_version}"));
             let state = match (current, connected) {
                 (true, _) => "this",
                 (false, true) => "connected",
@@ -246,4 +258,23 @@ async fn locate(client: &Client, output: &mut Output) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use im_proto::limits;
+
+    use super::*;
+
+    #[test]
+    fn a_text_has_the_same_limit_however_it_is_sent() {
+        let longest = "x".repeat(TEXT_BYTES_MAX);
+        assert!(one_message(&longest).unwrap().len() <= limits::BODY_BYTES_MAX);
+        match one_message(&"x".repeat(70_000)).map(|body| body.len()) {
+            Err(Failure::Failed(text)) => {
+                assert_eq!(text, "a text has at most 65520 bytes, this one has 70000: send it in parts");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }

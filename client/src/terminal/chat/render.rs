@@ -1,7 +1,6 @@
 //! Paints a view onto the cells of a terminal. It decides how things look, nothing else.
 
 use ratatui::{
-    Frame,
     buffer::Buffer,
     layout::{Position, Rect},
     style::{Color, Modifier, Style},
@@ -35,16 +34,15 @@ fn style(role: Role) -> Style {
     }
 }
 
-/// The whole screen.
-pub(super) fn paint(view: &View, frame: &mut Frame<'_>) {
-    let area = frame.area();
+/// The whole screen, onto blank cells. Returns where the cursor stands, if it is to be seen.
+pub(super) fn paint(view: &View, buffer: &mut Buffer) -> Option<Position> {
+    let area = buffer.area;
     if area.width == 0 || area.height == 0 {
-        return;
+        return None;
     }
-    let buffer = frame.buffer_mut();
     if view.too_small {
-        buffer.set_stringn(0, 0, "too small: 24 x 8", usize::from(area.width), Style::new());
-        return;
+        buffer.set_stringn(0, 0, "24 x 8 at least", usize::from(area.width), Style::new());
+        return None;
     }
     header(view, area, buffer);
     keys(view, area, buffer);
@@ -56,11 +54,9 @@ pub(super) fn paint(view: &View, frame: &mut Frame<'_>) {
     };
     let right = Rect { x: left, y: 1, width: area.width.saturating_sub(left), height: area.height.saturating_sub(2) };
     let cursor = conversation(view, right, buffer);
-    if let Some(entries) = view.help {
-        help(entries, area, buffer);
-    } else {
-        frame.set_cursor_position(cursor);
-    }
+    let Some(entries) = view.help else { return Some(cursor) };
+    help(entries, area, buffer);
+    None
 }
 
 /// Spans one after the other; where they end.

@@ -1,7 +1,7 @@
 //! The terminal: taken over for the chat, and given back however the chat ends.
 
 use std::{
-    io::{self, Stdout, Write as _},
+    io::{self, BufWriter, Stdout, Write as _},
     panic,
     sync::{
         Arc,
@@ -12,28 +12,30 @@ use std::{
 };
 
 use ratatui::{
-    Terminal,
-    backend::CrosstermBackend,
+    buffer::Buffer,
     crossterm::{
         cursor,
         event::{self, DisableBracketedPaste, DisableFocusChange, EnableBracketedPaste, EnableFocusChange},
         execute, terminal,
     },
+    layout::Rect,
 };
 use tokio::sync::mpsc;
 
-use super::{render, state::View};
+use super::{canvas::Canvas, render, state::View};
 
 /// How soon the reading thread notices that it is not wanted any more.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// Keys that wait while the screen is drawn. Beyond it the terminal keeps them.
 const KEYS_MAX: usize = 256;
+/// Most screens are written with one call, so that none is seen half drawn.
+const FRAME_BYTES: usize = 64 * 1024;
 
 type Hook = Box<dyn Fn(&panic::PanicHookInfo<'_>) + Send + Sync>;
 
 /// Dropping it gives the terminal back.
 pub(super) struct Screen {
-    terminal: Terminal<CrosstermBackend<Stdout>>,
+    canvas: Canvas<BufWriter<Stdout>>,
     painted: Option<View>,
     taken: Taken,
 }
@@ -49,17 +51,14 @@ struct Taken {
 impl Screen {
     /// Takes the terminal over.
     pub(super) fn enter() -> io::Result<Self> {
-        let (taken, terminal) = Taken::with(restore, || {
-            take_over()?;
-            Terminal::new(CrosstermBackend::new(io::stdout()))
-        })?;
-        Ok(Self { terminal, painted: None, taken })
+        let (taken, ()) = Taken::with(restore, take_over)?;
+        let canvas = Canvas::new(BufWriter::with_capacity(FRAME_BYTES, io::stdout()));
+        Ok(Self { canvas, painted: None, taken })
     }
 
     /// Columns and lines.
     pub(super) fn size(&self) -> io::Result<(u16, u16)> {
-        let size = self.terminal.size()?;
-        Ok((size.width, size.height))
+        terminal::size()
     }
 
     /// Draws what has changed.
@@ -67,7 +66,10 @@ impl Screen {
         if self.painted.as_ref() == Some(&view) {
             return Ok(());
         }
-        self.terminal.draw(|frame| render::paint(&view, frame))?;
+        let (columns, lines) = self.size()?;
+        let mut next = Buffer::empty(Rect::new(0, 0, columns, lines));
+        let cursor = render::paint(&view, &mut next);
+        self.canvas.show(next, cursor)?;
         self.painted = Some(view);
         Ok(())
     }
@@ -75,7 +77,7 @@ impl Screen {
     /// Draws everything with the next view.
     pub(super) fn redraw(&mut self) -> io::Result<()> {
         self.painted = None;
-        self.terminal.clear()
+        self.canvas.clear()
     }
 
     /// Gives the terminal to the shell until the user brings the chat back.
@@ -121,13 +123,26 @@ impl Drop for Taken {
 
 fn take_over() -> io::Result<()> {
     terminal::enable_raw_mode()?;
-    execute!(io::stdout(), terminal::EnterAlternateScreen, EnableBracketedPaste, EnableFocusChange)
+    // What is wider than its cells is cut off at the right end and does not go on in the row below.
+    execute!(
+        io::stdout(),
+        terminal::EnterAlternateScreen,
+        terminal::DisableLineWrap,
+        EnableBracketedPaste,
+        EnableFocusChange
+    )
 }
 
 /// Twice does no harm. A terminal that is gone cannot be restored.
 fn restore() {
-    let _ =
-        execute!(io::stdout(), DisableFocusChange, DisableBracketedPaste, terminal::LeaveAlternateScreen, cursor::Show);
+    let _ = execute!(
+        io::stdout(),
+        DisableFocusChange,
+        DisableBracketedPaste,
+        terminal::EnableLineWrap,
+        terminal::LeaveAlternateScreen,
+        cursor::Show
+    );
     let _ = terminal::disable_raw_mode();
     let _ = io::stdout().flush();
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use im_proto::environment::Environment;
 use tokio::sync::mpsc;
 
-use crate::{client::Client, config::Target};
+use crate::{client::Client, config::Target, error::SendError};
 
 use super::{log::PENDING_MAX, state::Input};
 
@@ -45,7 +45,7 @@ impl Sends {
                 self.under_way += 1;
                 return None;
             }
-            Err(TrySendError::Full(message)) => (message, "too many messages wait for the server already"),
+            Err(TrySendError::Full(message)) => (message, "too many messages wait for the server"),
             Err(TrySendError::Closed(message)) => (message, "the client was closed"),
         };
         Some(Input::Sent(message.index, message.local, Err(why.to_owned())))
@@ -82,6 +82,15 @@ impl Sends {
     }
 }
 
+/// In the few words for which the status line has room beside the list.
+pub(super) fn why(error: &SendError) -> String {
+    match error {
+        SendError::Refused(status) => status.to_string(),
+        SendError::BodySize { .. } => "it is too long, send it in parts".to_owned(),
+        SendError::Closed(reason) => reason.to_string(),
+    }
+}
+
 /// Hands messages over one after the other, so that they keep their order.
 async fn hand_over(
     client: Client,
@@ -94,12 +103,12 @@ async fn hand_over(
             Ok(pending) => {
                 let answer = answer.clone();
                 environment.spawn(async move {
-                    let outcome = pending.await.map_err(|error| error.to_string());
+                    let outcome = pending.await.map_err(|error| why(&error));
                     let _ = answer.send(Input::Sent(index, local, outcome)).await;
                 });
             }
             Err(error) => {
-                let _ = answer.send(Input::Sent(index, local, Err(error.to_string()))).await;
+                let _ = answer.send(Input::Sent(index, local, Err(why(&error)))).await;
             }
         }
     }

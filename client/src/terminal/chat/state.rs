@@ -253,6 +253,7 @@ impl Chat {
         Timestamp::from_millis(self.now.as_millis().saturating_add(millis))
     }
 
+    /// Beside the list of a terminal of 80 columns there is room for 49 cells: what helps comes first, what may be long last.
     fn notify(&mut self, text: impl Into<String>) {
         self.notice = Some((text.into(), self.later(NOTICE_MS)));
     }

@@ -84,11 +84,11 @@ impl Chat {
             Mode::Compose => {}
         }
         let Some(index) = self.open else {
-            self.notify("no conversation is open; ^O opens one: @user, me or a conversation id");
+            self.notify("none is open: ^O opens @user, me or an id");
             return;
         };
         if !self.conversations[index].draft.insert(text) {
-            self.notify(format!("a message has at most {TEXT_BYTES_MAX} bytes; what was added is left out"));
+            self.notify(format!("left out: a message has at most {TEXT_BYTES_MAX} bytes"));
             return;
         }
         self.tell_typing(index);
@@ -136,7 +136,7 @@ impl Chat {
             return;
         }
         if conversation.log.pending.len() >= PENDING_MAX {
-            return self.notify(format!("{PENDING_MAX} messages wait for the server already; this one stays here"));
+            return self.notify(format!("it stays here: {PENDING_MAX} messages wait for the server"));
         }
         let Some(target) = conversation.target() else { return };
         let text = conversation.draft.take();
@@ -170,9 +170,7 @@ impl Chat {
             }
             Some(Err(_)) => {
                 self.mode = Mode::Compose;
-                self.notify(format!(
-                    "{text:?} names nobody: write @user, me or a conversation id (32 hexadecimal digits)"
-                ));
+                self.notify(format!("write @user, me or a conversation id; {text:?} names nobody"));
             }
         }
     }

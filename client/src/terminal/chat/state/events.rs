@@ -164,7 +164,7 @@ impl Chat {
             Ok(rows) => rows,
             Err(error) => {
                 if self.is_online() {
-                    self.notify(format!("the list of conversations: {error}"));
+                    self.notify(format!("no list: {error}"));
                 }
                 self.list_due = Some(self.later(AGAIN_MS));
                 return;

@@ -1,13 +1,22 @@
 mod any_order;
 
-use im_proto::body;
+use im_proto::{StatusCode, body};
 use proptest::prelude::*;
+use ratatui::{
+    buffer::{Buffer, Cell},
+    layout::Rect,
+};
 
 use super::*;
 use crate::{
-    error::{ClosedReason, SendError},
+    error::{ClosedReason, SendError, Status},
     event::Entry,
-    terminal::chat::{editor::Move, render},
+    terminal::chat::{
+        editor::{self, Move},
+        log::PENDING_MAX,
+        render,
+        sends::why,
+    },
 };
 
 fn user(name: &str) -> UserId {
@@ -98,13 +107,11 @@ fn write(chat: &mut Chat, text: &str) -> Vec<Effect> {
 /// What is on the screen, a line each, without styles.
 fn screen(chat: &Chat) -> Vec<String> {
     let view = chat.view();
-    let backend = ratatui::backend::TestBackend::new(view.size.0, view.size.1);
-    let mut terminal = ratatui::Terminal::new(backend).unwrap();
-    terminal.draw(|frame| render::paint(&view, frame)).unwrap();
-    let buffer = terminal.backend().buffer().clone();
+    let mut buffer = Buffer::empty(Rect::new(0, 0, view.size.0, view.size.1));
+    render::paint(&view, &mut buffer);
     let width = usize::from(buffer.area.width);
     let lines = buffer.content.chunks(width);
-    lines.map(|line| line.iter().map(ratatui::buffer::Cell::symbol).collect::<String>().trim_end().to_owned()).collect()
+    lines.map(|line| line.iter().map(Cell::symbol).collect::<String>().trim_end().to_owned()).collect()
 }
 
 fn shows(chat: &Chat, text: &str) -> bool {
@@ -242,9 +249,9 @@ fn a_refused_message_comes_back_to_be_written_anew() {
     write(&mut chat, "no");
     let effects = press(&mut chat, Command::Submit);
     let Some(Effect::Send { local, .. }) = effects.first() else { panic!("{effects:?}") };
-    chat.on(Input::Sent(here, *local, Err(SendError::BodySize { found: 0 }.to_string())));
+    chat.on(Input::Sent(here, *local, Err("too large".to_owned())));
     assert_eq!(chat.conversations[here].draft.text(), "no");
-    assert!(shows(&chat, "not sent: a body has"), "{:#?}", screen(&chat));
+    assert!(shows(&chat, "not sent: too large"), "{:#?}", screen(&chat));
 }
 
 #[test]
@@ -395,7 +402,7 @@ fn a_direct_conversation_that_begins_is_one_row_whoever_knew_it_first() {
     // It is opened before it exists, then Bob writes, and only then the list says whose it is.
     let mut chat = Chat::new(Some(Target::Peer(user("bob"))), at(0), 0, (80, 24));
     online(&mut chat);
-    let status = crate::error::Status::from_code(im_proto::StatusCode::NotFound);
+    let status = Status::from_code(StatusCode::NotFound);
     chat.on(Input::Paged(1, Err(CallError::Refused(status))));
     assert!(shows(&chat, "write the first message"), "{:#?}", screen(&chat));
     chat.on(Input::Event(Event::Message(entry(WITH_BOB, 1, "bob", "hello"))));
@@ -617,4 +624,45 @@ fn what_arrived_before_a_conversation_had_its_peer_is_seen() {
     let entries = entries.into_iter().chain([entry(WITH_BOB, 11, "bob", "just now")]).collect();
     chat.on(Input::Paged(here, Ok(page(WITH_BOB, entries, 11))));
     assert!(shows(&chat, "  just now"), "{:#?}", screen(&chat));
+}
+
+#[test]
+fn a_notice_fits_beside_the_list_of_80_columns() {
+    let whole = |chat: &Chat, text: &str| {
+        assert!(shows(chat, &format!("─ {text} ─")), "{text}: {:#?}", screen(chat));
+    };
+    let mut chat = loaded();
+    let here = index(&chat, WITH_BOB);
+    press(&mut chat, Command::Open);
+    write(&mut chat, "a name that nobody can have, and long as well");
+    press(&mut chat, Command::Submit);
+    assert!(shows(&chat, "write @user, me or a conversation id"), "{:#?}", screen(&chat));
+
+    chat.conversations[here].draft.insert(&"x".repeat(editor::TEXT_BYTES_MAX));
+    write(&mut chat, "x");
+    whole(&chat, "left out: a message has at most 60000 bytes");
+    chat.conversations[here].draft.take();
+
+    chat.on(Input::Sent(here, 0, Err(why(&SendError::Refused(Status::from_code(StatusCode::NotFound))))));
+    whole(&chat, "not sent: not found");
+    chat.on(Input::Sent(here, 0, Err(why(&SendError::BodySize { found: 70_000 }))));
+    whole(&chat, "not sent: it is too long, send it in parts");
+    chat.on(Input::Sent(here, 0, Err(why(&SendError::Closed(ClosedReason::ByCaller)))));
+    whole(&chat, "not sent: the client was closed");
+
+    for _ in 0..=PENDING_MAX {
+        write(&mut chat, "x");
+        press(&mut chat, Command::Submit);
+    }
+    whole(&chat, "it stays here: 200 messages wait for the server");
+
+    let mut chat = Chat::new(None, at(0), 0, (80, 24));
+    write(&mut chat, "x");
+    whole(&chat, "none is open: ^O opens @user, me or an id");
+}
+
+#[test]
+fn a_terminal_that_is_too_small_says_how_large_it_must_be() {
+    let chat = Chat::new(None, at(0), 0, (15, 8));
+    assert_eq!(screen(&chat)[0], "24 x 8 at least");
 }

@@ -42,7 +42,9 @@ fn machine(out: &mut String, report: &Value) {
         escape(text(&machine["kernel"])),
         escape(text(&machine["filesystem"])),
         escape(text(&report["version"])),
-        escape(text(&report["server_version"])),
+        Some(text(&report["server_version"]))
+            .filter(|version| !version.is_empty())
+            .map_or_else(|| "–".to_owned(), escape),
     );
 }
 
@@ -72,8 +74,11 @@ fn goals(out: &mut String, reports: &[Value]) {
 fn report(out: &mut String, report: &Value) {
     let heading = format!("{} over {}", text(&report["scenario"]), text(&report["transport"]));
     let _ = write!(out, "<h2>{}</h2>", escape(&heading));
-    let bad =
+    let counted =
         ["lost", "duplicated", "reordered", "holes", "corrupted"].iter().any(|key| report[*key].as_u64() > Some(0));
+    // A promise may be broken without a number, and who could not run or was the limit has shown nothing.
+    let failed = ["generator_was_the_limit", "could_not_run"].iter().any(|key| report[*key] == true);
+    let bad = counted || failed || !items(&report["broken"]).is_empty();
     let _ = write!(out, "<p class=\"{}\">{}</p>", if bad { "bad" } else { "good" }, escape(text(&report["verdict"])));
     for reason in items(&report["reasons"]) {
         let _ = write!(out, "<p class=\"note\">{}</p>", escape(text(reason)));
@@ -94,7 +99,7 @@ fn figures(out: &mut String, report: &Value) {
         ("connections", number(&report["connections"])),
         ("acknowledged a second", number(&report["acked_per_s"])),
         ("delivered a second", number(&report["delivered_per_s"])),
-        ("server, cores", number(&report["server"]["cpu_cores"])),
+        ("server, cores", measured(&report["server"]["cpu_cores"])),
         ("generator, cores", number(&report["generator"]["cpu_cores"])),
         ("others, cores", number(&report["other_cpu_cores"])),
         ("disk flushes", number(&report["disk_flushes"])),
@@ -103,6 +108,15 @@ fn figures(out: &mut String, report: &Value) {
     out.push_str("<table>");
     for (name, value) in rows {
         let _ = write!(out, "<tr><td>{name}</td><td>{value}</td></tr>");
+    }
+    // Longer than any percentile, if its end came after the measured time.
+    if let Some(longest) = report["details"]["longest_wait_us"].as_f64() {
+        let ms = chart::short(longest / 1000.0);
+        let _ = write!(out, "<tr><td>longest wait for an acknowledgement, ms</td><td>{ms}</td></tr>");
+    }
+    if let Some(held_up) = report["details"]["held_up"].as_u64() {
+        let held_up = chart::whole(held_up);
+        let _ = write!(out, "<tr><td>not begun at the end, for nothing could be written</td><td>{held_up}</td></tr>");
     }
     if let Some(ratios) = report["details"]["ratios"].as_object() {
         for (name, ratio) in ratios {
@@ -272,7 +286,13 @@ fn float(value: &Value) -> f64 {
 
 /// A number for people: thousands apart, no more digits than say something.
 fn number(value: &Value) -> String {
-    value.as_f64().map_or_else(|| "–".to_owned(), chart::short)
+    let counted = value.as_u64().map(chart::whole);
+    counted.or_else(|| value.as_f64().map(chart::short)).unwrap_or_else(|| "–".to_owned())
+}
+
+/// What is never nothing if it was measured: of a server whose process is not known it is not.
+fn measured(value: &Value) -> String {
+    if value.as_f64() == Some(0.0) { number(&Value::Null) } else { number(value) }
 }
 
 fn escape(text: &str) -> String {
@@ -282,6 +302,54 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_verdict_without_a_failure_looks_good() {
+        let class = |more: Value| {
+            let mut report = serde_json::json!({ "scenario": "soak", "verdict": "said", "lost": 0, "broken": [] });
+            report.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let page = page("loadtest", &[report]);
+            ["bad", "good"].into_iter().find(|class| page.contains(&format!("<p class=\"{class}\">said</p>")))
+        };
+        assert_eq!(class(serde_json::json!({})), Some("good"));
+        for failure in [
+            serde_json::json!({ "lost": 1 }),
+            serde_json::json!({ "broken": ["a send waited 2.0 s"] }),
+            serde_json::json!({ "generator_was_the_limit": true }),
+            serde_json::json!({ "could_not_run": true }),
+        ] {
+            assert_eq!(class(failure.clone()), Some("bad"), "{failure}");
+        }
+    }
+
+    #[test]
+    fn the_longest_wait_of_a_soak_is_shown_and_what_is_counted_is_whole() {
+        let page = |details: Value| {
+            page("loadtest", &[serde_json::json!({ "scenario": "soak", "connections": 6, "details": details })])
+        };
+        let soak = page(serde_json::json!({ "longest_wait_us": 70_000_000, "held_up": 1200 }));
+        assert!(soak.contains("<td>longest wait for an acknowledgement, ms</td><td>70,000</td>"), "{soak}");
+        assert!(soak.contains("could be written</td><td>1,200</td>"), "{soak}");
+        assert!(soak.contains("<td>connections</td><td>6</td>"), "{soak}");
+        assert!(!page(Value::Null).contains("longest wait"));
+    }
+
+    #[test]
+    fn the_cores_and_the_version_of_a_server_that_is_not_known_are_not_shown_as_zero_and_nothing() {
+        let page = |cores: f64, version: &str| {
+            page("loadtest", &[serde_json::json!({ "server": { "cpu_cores": cores }, "server_version": version })])
+        };
+        let unknown = page(0.0, "");
+        assert!(
+            unknown.contains("<td>server, cores</td><td>–</td>") && unknown.contains(", server –</p>"),
+            "{unknown}"
+        );
+        let known = page(0.5, "0.1.0");
+        assert!(
+            known.contains("<td>server, cores</td><td>0.500</td>") && known.contains(", server 0.1.0</p>"),
+            "{known}"
+        );
+    }
 
     #[test]
     fn a_page_holds_every_plot_and_nothing_from_elsewhere() {

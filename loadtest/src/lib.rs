@@ -15,6 +15,7 @@ mod html;
 mod load;
 mod measure;
 mod options;
+mod output;
 mod peer;
 mod report;
 mod scenario;
@@ -73,13 +74,9 @@ async fn run_scenario(scenario: Scenario) -> anyhow::Result<u8> {
         return scenario::idle::clients(common).await.map(|()| 0);
     }
     let common = scenario.common().cloned().context("this scenario has no report")?;
-    // The suite says of each step what is missing for it; the others take no server.
-    if !matches!(
-        scenario,
-        Scenario::Suite { .. } | Scenario::Crash { .. } | Scenario::Flood { .. } | Scenario::Scale { .. }
-    ) {
-        scenario::check(&common)?;
-    }
+    scenario::check::options(&scenario)?;
+    output::check(&common)?;
+    scenario::check::programs(&scenario)?;
     let (report, reports, code) = match &scenario {
         Scenario::Suite { common, quick } => {
             let (reports, code) = run_suite(common, *quick).await;
@@ -91,16 +88,9 @@ async fn run_scenario(scenario: Scenario) -> anyhow::Result<u8> {
         }
     };
     let text = serde_json::to_string_pretty(&report)?;
-    if let Some(path) = &common.json {
-        std::fs::write(path, &text).with_context(|| format!("write {}", path.display()))?;
-    }
-    if let Some(path) = &common.html {
-        let title = format!("loadtest {}", report["scenario"].as_str().unwrap_or_default());
-        std::fs::write(path, html::page(&title, &reports)).with_context(|| format!("write {}", path.display()))?;
-    }
-    // A closed pipe is no failure: whoever reads has seen enough.
-    let _ = writeln!(std::io::stdout(), "{text}");
-    Ok(code)
+    let title = format!("loadtest {}", report["scenario"].as_str().unwrap_or_default());
+    let complete = output::write(&common, &text, || html::page(&title, &reports));
+    Ok(if complete { code } else { code.max(1) })
 }
 
 /// The median of several runs, and the exit code.
@@ -120,8 +110,13 @@ async fn run_suite(common: &Common, quick: bool) -> (Vec<serde_json::Value>, u8)
     let (count, mut reports, mut worst) = (steps.len(), Vec::new(), 0);
     for (number, step) in steps.iter().enumerate() {
         suite::announce(number + 1, count, step);
-        // A step is a large future: not on the stack of its caller.
-        match Box::pin(run_repeatedly(&step.scenario, common.repeat)).await {
+        // What is missing for one step keeps no other from being run. A step is a large future: not on the stack of its caller.
+        let ready = scenario::check::options(&step.scenario).and_then(|()| scenario::check::programs(&step.scenario));
+        let ran = match ready {
+            Ok(()) => Box::pin(run_repeatedly(&step.scenario, common.repeat)).await,
+            Err(missing) => Err(missing),
+        };
+        match ran {
             Ok((report, code)) => {
                 reports.push(report);
                 worst = worst.max(code);
@@ -145,7 +140,7 @@ async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
         Scenario::Idle(common) => scenario::idle::run(common).await,
         Scenario::Crash { common, kills } => scenario::crash::run(common, *kills).await,
         Scenario::Soak { common, marks, settle, goal_back, wait_max } => {
-            let settle = std::time::Duration::from_secs_f64(settle.clamp(0.0, 3600.0));
+            let settle = std::time::Duration::from_secs_f64(*settle);
             let bounds = scenario::soak::Bounds { settle, goal_back: *goal_back, wait_max: *wait_max };
             scenario::soak::run(common, *marks, bounds).await
         }
@@ -163,7 +158,7 @@ async fn run_once(scenario: &Scenario) -> anyhow::Result<Report> {
 }
 
 impl Scenario {
-    fn common(&self) -> Option<&Common> {
+    pub(crate) fn common(&self) -> Option<&Common> {
         match self {
             Scenario::Chat(common)
             | Scenario::Connect(common)

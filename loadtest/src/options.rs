@@ -1,9 +1,16 @@
 //! What can be asked of `loadtest`.
 
+mod ranges;
+
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
+use im_proto::limits;
 
+use self::ranges::{
+    CONNECTIONS_MAX, FILL_MAX, FLOOD_RATE_MAX, HOUR_SECONDS, KILLS_MAX, PAIRS_MAX, PID_MAX, PROCESSES_MAX, RATE_MAX,
+    READS_MAX, SECONDS_MAX, TEXT_BYTES_MAX, number, setting, whole, zero_or,
+};
 use crate::{ceiling::Workload, peer::Peer, scenario::flood::Flood, stream::Transport};
 
 /// Load tests with a judgement: starts a server (or uses a running one), drives it, and checks every promise of the protocol.
@@ -55,7 +62,7 @@ pub enum Scenario {
         #[command(flatten)]
         common: Common,
         /// How often the server is killed.
-        #[arg(long, default_value_t = 50)]
+        #[arg(long, default_value_t = 50, allow_negative_numbers = true, value_parser = whole(1, KILLS_MAX))]
         kills: u32,
     },
     /// Continuous load on a running cluster (--server) while somebody else breaks it; everything is judged at the end.
@@ -67,13 +74,13 @@ pub enum Scenario {
         #[arg(long)]
         marks: bool,
         /// Seconds after the end of the load in which everything has to be back: every client, every ack, every message.
-        #[arg(long, value_name = "S", default_value_t = 90.0)]
+        #[arg(long, value_name = "S", default_value_t = 90.0, allow_negative_numbers = true, value_parser = number(0.0, HOUR_SECONDS))]
         settle: f64,
         /// After each mark that does not begin with `end:` no conversation may wait any more within this: judged as a goal.
-        #[arg(long, value_name = "S")]
+        #[arg(long, value_name = "S", allow_negative_numbers = true, value_parser = number(0.0, HOUR_SECONDS))]
         goal_back: Option<f64>,
         /// No acknowledgement may be waited for longer than this, whatever is broken: else a promise did not hold (exit code 3).
-        #[arg(long, value_name = "S")]
+        #[arg(long, value_name = "S", allow_negative_numbers = true, value_parser = number(1e-6, HOUR_SECONDS))]
         wait_max: Option<f64>,
     },
     /// CPU a message at 1 to 8 gateways and 1 to 4 routers, and in groups of up to 100,000 members, on a cluster of this machine.
@@ -109,7 +116,7 @@ pub enum Scenario {
         #[command(flatten)]
         common: Common,
         /// Members who stop reading.
-        #[arg(long, default_value_t = 100)]
+        #[arg(long, default_value_t = 100, allow_negative_numbers = true, value_parser = whole(1, limits::GROUP_MEMBERS_MAX - 1))]
         stalled: usize,
         /// Instead: senders (--pairs of them, 32) who write more than the disk takes, 16 KiB a message; what waits for it in memory.
         #[arg(long)]
@@ -121,7 +128,7 @@ pub enum Scenario {
         #[command(flatten)]
         common: Common,
         /// Conversations of a user who comes back.
-        #[arg(long, default_value_t = 300)]
+        #[arg(long, default_value_t = 300, allow_negative_numbers = true, value_parser = whole(1, limits::SYNC_HAVE_MAX))]
         conversations: usize,
     },
     /// Established users while others flood the server with connects, TLS handshakes begun and done, and garbage: --seconds of each, in
@@ -131,7 +138,7 @@ pub enum Scenario {
         #[command(flatten)]
         common: Common,
         /// Attempts a second.
-        #[arg(long, default_value_t = 2000.0)]
+        #[arg(long, default_value_t = 2000.0, allow_negative_numbers = true, value_parser = number(0.1, FLOOD_RATE_MAX))]
         flood_rate: f64,
     },
     /// The flood itself; `flood` starts it.
@@ -207,7 +214,7 @@ pub struct Common {
     #[arg(long, value_name = "FILE")]
     pub ca: Option<PathBuf>,
     /// The process ids of that server on this machine, to measure its CPU and memory.
-    #[arg(long, value_name = "PID", num_args = 1..)]
+    #[arg(long, value_name = "PID", num_args = 1.., allow_negative_numbers = true, value_parser = whole(1, PID_MAX))]
     pub server_pid: Vec<u32>,
     /// The server binary to start; else $IMD, else the one beside this program, else target/release/imd.
     #[arg(long, value_name = "FILE")]
@@ -219,10 +226,10 @@ pub struct Common {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// A setting for the server to start; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     pub set: Vec<String>,
     /// Crash and soak: reads a second of random parts of histories while they grow, all clients together; each is judged.
-    #[arg(long, value_name = "R", default_value_t = 20.0)]
+    #[arg(long, value_name = "R", default_value_t = 20.0, allow_negative_numbers = true, value_parser = number(0.0, READS_MAX))]
     pub reads: f64,
     /// Further limits that a scenario raises.
     #[arg(skip)]
@@ -231,55 +238,55 @@ pub struct Common {
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub transport: Transport,
     /// Connections; for chat two a pair.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = whole(1, CONNECTIONS_MAX))]
     pub connections: Option<usize>,
     /// Servers for idle connections, each with two processes of clients; else as many as their descriptors take.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = whole(1, PROCESSES_MAX))]
     pub processes: Option<usize>,
     /// Pairs of users.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = whole(1, PAIRS_MAX))]
     pub pairs: Option<usize>,
     /// Members of the group besides the sender (1000); of `soak` all of them, of whom six send (6).
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = whole(1, limits::GROUP_MEMBERS_MAX))]
     pub members: Option<usize>,
     /// Of those members so many are connected; the others never were. All, if it is not said.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = whole(1, limits::GROUP_MEMBERS_MAX))]
     pub online: Option<usize>,
     /// Closed loop: messages of a sender that are not yet acknowledged and delivered to all.
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=256))]
+    #[arg(long, default_value_t = 16, allow_negative_numbers = true, value_parser = whole(1, limits::PENDING_SENDS_MAX as u64))]
     pub window: u64,
     /// Open loop: messages a second, all senders together, scheduled ahead; latency counts from the scheduled moment.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true, value_parser = number(0.001, RATE_MAX))]
     pub rate: Option<f64>,
     /// Seconds between two heartbeats of an idle connection; a server that is started here is told the same.
-    #[arg(long, value_name = "S", default_value_t = HEARTBEAT_SECONDS)]
+    #[arg(long, value_name = "S", default_value_t = HEARTBEAT_SECONDS, allow_negative_numbers = true, value_parser = number(ranges::HEARTBEAT_SECONDS[0], ranges::HEARTBEAT_SECONDS[1]))]
     pub heartbeat: f64,
     /// Open loop at this share of what the closed loop reaches, measured first in the same run.
-    #[arg(long, value_name = "SHARE", conflicts_with = "rate")]
+    #[arg(long, value_name = "SHARE", conflicts_with = "rate", allow_negative_numbers = true, value_parser = number(0.001, 10.0))]
     pub rate_of: Option<f64>,
     /// Messages that the store holds before the run, filled in through the server; with --data kept for the next run.
-    #[arg(long, value_name = "MESSAGES", default_value_t = 0, conflicts_with = "server")]
+    #[arg(long, value_name = "MESSAGES", default_value_t = 0, conflicts_with = "server", allow_negative_numbers = true, value_parser = whole(0, FILL_MAX))]
     pub fill: u64,
     /// Measure this server first, in the same run: it is the denominator of `ratio`.
     #[arg(long, value_enum, value_name = "PEER")]
     pub peer: Option<Peer>,
     /// Bytes of text in a message.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, allow_negative_numbers = true, value_parser = whole(1, TEXT_BYTES_MAX))]
     pub body: usize,
     /// Seconds of load before measuring.
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 2.0, allow_negative_numbers = true, value_parser = number(0.0, HOUR_SECONDS))]
     pub warmup: f64,
     /// Seconds of measuring.
-    #[arg(long, default_value_t = 10.0)]
+    #[arg(long, default_value_t = 10.0, allow_negative_numbers = true, value_parser = number(0.1, SECONDS_MAX))]
     pub seconds: f64,
     /// Seconds of measuring the ceiling before the run, in memory and durable each; 0: no ceiling, no ratio.
-    #[arg(long, default_value_t = 3.0)]
+    #[arg(long, default_value_t = 3.0, allow_negative_numbers = true, value_parser = zero_or(0.1, HOUR_SECONDS))]
     pub ceiling: f64,
     /// Run this many times; the median run is reported, with the spread.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=99))]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = whole(1, 99_u32))]
     pub repeat: u32,
     /// Threads of the generator.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = whole(1, 64_u16))]
     pub generator_threads: u16,
     /// Pin the generator's threads to the first cores.
     #[arg(long)]
@@ -288,7 +295,7 @@ pub struct Common {
     #[arg(long)]
     pub no_read_back: bool,
     /// Decides what the harness decides by chance: when to kill.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = whole(0, u64::MAX))]
     pub seed: u64,
     /// Write the report to this file too.
     #[arg(long, value_name = "FILE")]
@@ -300,15 +307,15 @@ pub struct Common {
 
 impl Common {
     pub fn warmup(&self) -> Duration {
-        Duration::from_secs_f64(self.warmup.max(0.0))
+        Duration::from_secs_f64(self.warmup)
     }
 
     pub fn time(&self) -> Duration {
-        Duration::from_secs_f64(self.seconds.max(0.1))
+        Duration::from_secs_f64(self.seconds)
     }
 
     pub fn heartbeat(&self) -> Duration {
-        Duration::from_secs_f64(self.heartbeat.clamp(0.01, 3600.0))
+        Duration::from_secs_f64(self.heartbeat)
     }
 
     /// The same for another server, whose data lies beside.
@@ -349,7 +356,7 @@ impl Common {
 
     /// Members of the group besides the sender.
     pub fn members(&self) -> usize {
-        self.members.unwrap_or(MEMBERS).max(1)
+        self.members.unwrap_or(MEMBERS)
     }
 
     pub fn threads(&self) -> usize {

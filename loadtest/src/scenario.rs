@@ -2,6 +2,7 @@
 
 pub mod ceiling;
 pub mod chat;
+pub mod check;
 pub mod connect;
 pub mod crash;
 pub mod curve;
@@ -35,7 +36,7 @@ use crate::{
     load::{Ending, Load, Outcome, total},
     measure::{self, Disk, Machine, Reading, Usage},
     options::Common,
-    peer::{Peer, PeerFigures},
+    peer::PeerFigures,
     report::{Report, round},
     server::{Credentials, Endpoints, ServerProcess, SpawnOptions},
     stream::{Connector, Transport},
@@ -199,16 +200,6 @@ impl Target {
     pub fn directory(&self) -> PathBuf {
         self.process.as_ref().map_or_else(std::env::temp_dir, |process| process.directory().to_owned())
     }
-}
-
-/// What can be said of the options before anything is started or measured.
-pub fn check(options: &Common) -> anyhow::Result<()> {
-    if !options.server.is_empty() {
-        running(options)?;
-    } else if let Some(imd) = options.imd.as_ref().filter(|imd| !imd.is_file()) {
-        return Err(usage(format!("--imd {}: there is no such file", imd.display())));
-    }
-    options.peer.map_or(Ok(()), Peer::check)
 }
 
 /// How to reach the server that runs already, and what signs tokens for it.

@@ -120,7 +120,7 @@ impl Credentials {
 }
 
 impl SpawnOptions {
-    fn find_binary(&self) -> anyhow::Result<PathBuf> {
+    pub fn find_binary(&self) -> anyhow::Result<PathBuf> {
         if let Some(binary) = &self.binary {
             return Ok(binary.clone());
         }

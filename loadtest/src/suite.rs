@@ -93,7 +93,7 @@ pub fn steps(common: &Common, quick: bool) -> Vec<Step> {
 /// A step that could not be run, in the place of its report.
 pub fn failed(step: &Step, error: &anyhow::Error) -> Value {
     serde_json::json!({
-        "scenario": step.name, "verdict": "it could not run", "reasons": [format!("{error:#}")], "goals": [],
+        "scenario": step.name, "verdict": "it could not run", "could_not_run": true, "reasons": [format!("{error:#}")], "goals": [],
     })
 }
 

@@ -185,8 +185,16 @@ pub(super) fn short(value: f64) -> String {
         0.0 => 0,
         _ => 3,
     };
-    let text = format!("{value:.digits$}");
-    let (whole, part) = text.split_once('.').map_or((text.as_str(), None), |(whole, part)| (whole, Some(part)));
+    apart(&format!("{value:.digits$}"))
+}
+
+/// What is counted, thousands apart.
+pub(super) fn whole(value: u64) -> String {
+    apart(&value.to_string())
+}
+
+fn apart(text: &str) -> String {
+    let (whole, part) = text.split_once('.').map_or((text, None), |(whole, part)| (whole, Some(part)));
     let (sign, whole) = whole.strip_prefix('-').map_or(("", whole), |whole| ("-", whole));
     let mut apart = String::from(sign);
     for (index, digit) in whole.chars().enumerate() {

@@ -20,7 +20,6 @@ use crate::{
     report::{Goal, Latencies, Report},
     server::ServerProcess,
     timeline::Timeline,
-    usage::usage,
 };
 
 /// Pairs if the options do not say; both users of a pair send.
@@ -39,9 +38,6 @@ const SETTLE_WITHIN: Duration = Duration::from_secs(60);
 
 /// One run.
 pub async fn run(options: &Common, kills: u32) -> anyhow::Result<Report> {
-    if !options.server.is_empty() {
-        return Err(usage("crash kills the server, so it starts its own: leave out --server"));
-    }
     let mut target = Target::open(options).await?;
     let pairs = options.pair_count(PAIRS);
     let (plan, connections) = plan(&target, options, pairs, GROUP.min(2 * pairs)).await?;

@@ -122,9 +122,6 @@ struct Medians {
 
 /// One run: `--seconds` of each kind.
 pub async fn run(options: &Common, rate: f64) -> anyhow::Result<Report> {
-    if !options.server.is_empty() {
-        return Err(usage("flood starts its own server: leave out --server"));
-    }
     let pairs = options.pair_count(chat::PAIRS);
     // Limits of addresses hold as they are by default. The established users, who have one address, come in at the pace that they allow.
     let raised = vec!["gateway.address_limits_loopback=true".to_owned()];
@@ -289,7 +286,7 @@ impl Medians {
 }
 
 /// What a server lets one address have: the last of the settings that says so, else the default of `imd`.
-fn admitted(settings: &[String]) -> anyhow::Result<f64> {
+pub fn admitted(settings: &[String]) -> anyhow::Result<f64> {
     let mut values = settings.iter().filter_map(|setting| setting.strip_prefix(ADMITTED_KEY)?.strip_prefix('='));
     match values.next_back().map(|value| value.trim().replace('_', "").parse::<u32>()) {
         None => Ok(ADMITTED),

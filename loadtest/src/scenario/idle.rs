@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Connections if the options do not say.
-const CONNECTIONS: usize = 10_000;
+pub const CONNECTIONS: usize = 10_000;
 /// A session each second is far below what any server does: the limit is for one that hangs.
 const LIVE_WITHIN: Duration = Duration::from_secs(300);
 /// Descriptors that client and server need besides their connections.
@@ -67,7 +67,7 @@ struct Bare {
 
 /// One run.
 pub async fn run(options: &Common) -> anyhow::Result<Report> {
-    let wanted = options.connections.unwrap_or(CONNECTIONS).max(1);
+    let wanted = options.connections.unwrap_or(CONNECTIONS);
     let mut targets = vec![Target::open(options).await?];
     let mut report = new_report("idle", &targets[0], options);
     let room = usize::try_from(report.machine.descriptors_max.saturating_sub(SPARE_DESCRIPTORS)).unwrap_or(usize::MAX);
@@ -290,7 +290,7 @@ pub async fn clients(options: &Common) -> anyhow::Result<()> {
 
 fn plan(target: &Target, options: &Common) -> anyhow::Result<LoadPlan> {
     let mut threads: Vec<Vec<Plan>> = (0..options.threads()).map(|_| Vec::new()).collect();
-    for index in 0..options.connections.unwrap_or(CONNECTIONS).max(1) {
+    for index in 0..options.connections.unwrap_or(CONNECTIONS) {
         let user = target.user(index);
         let token = target.token(&user)?;
         threads[index % options.threads()].push(Plan {

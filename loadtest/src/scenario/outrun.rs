@@ -35,9 +35,6 @@ struct Part {
 
 /// One run.
 pub async fn run(options: &Common) -> anyhow::Result<Report> {
-    if !options.server.is_empty() {
-        return Err(usage("stall --slow-disk measures the memory of its own server: leave out --server"));
-    }
     let senders = options.pair_count(SENDERS);
     let mut options = Common { rate: None, body: options.body.max(BODY_BYTES), ..options.clone() };
     let target = Target::open(&options).await?;

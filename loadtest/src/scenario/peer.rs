@@ -9,7 +9,6 @@ use crate::{
     options::Common,
     peer::{Peer, PeerFigures},
     report::Report,
-    usage::usage,
 };
 
 /// Pairs if the options do not say.
@@ -21,10 +20,6 @@ pub async fn run(options: &Common, peer: Peer, workload: Workload) -> anyhow::Re
         Workload::Fanout => options.members(),
         Workload::Pairs | Workload::Echo | Workload::Idle => options.pair_count(PAIRS),
     };
-    if !matches!(workload, Workload::Pairs | Workload::Fanout) {
-        return Err(usage("--workload of a peer is pairs or fanout"));
-    }
-    peer.check()?;
     let ceilings = ceilings(options, workload, size).await?;
     let figures = measure(options, peer, workload, size, options.time()).await?;
     let (directory, main) = (options.store_parent(), &figures.reached);

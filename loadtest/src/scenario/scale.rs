@@ -15,7 +15,6 @@ use crate::{
     measure::Reading,
     options::Common,
     report::{Goal, Report, round},
-    usage::usage,
 };
 
 /// Routers and gateways of each point. A cluster only grows.
@@ -60,9 +59,6 @@ struct Part {
 
 /// One run.
 pub async fn run(options: &Common, tool: &Path) -> anyhow::Result<Report> {
-    if !options.server.is_empty() {
-        return Err(usage(format!("scale starts its own cluster with {}: leave out --server", tool.display())));
-    }
     let mut points = Vec::new();
     let (mut last, mut broken) = (None, Vec::new());
     for (routers, gateways) in POINTS {

@@ -22,7 +22,6 @@ use crate::{
     options::Common,
     report::{Goal, Report},
     timeline::{Recorded, Timeline},
-    usage::usage,
 };
 
 /// Pairs if the options do not say.
@@ -45,11 +44,6 @@ pub struct Bounds {
 
 /// One run.
 pub async fn run(options: &Common, marks: bool, bounds: Bounds) -> anyhow::Result<Report> {
-    if options.server.is_empty() {
-        return Err(usage(
-            "soak needs a running cluster: name its gateways with --server; `loadtest crash` starts and kills its own server",
-        ));
-    }
     let target = Target::open(options).await?;
     let (plan, connections) = {
         let pairs = options.pair_count(PAIRS);

@@ -11,7 +11,6 @@ use crate::{
     options::Common,
     report::{Goal, Report, round},
     stream::Transport,
-    usage::usage,
 };
 
 /// Messages a second if the options do not say: with 1,000 members 100,000 deliveries.
@@ -26,12 +25,6 @@ const GROWTH_MAX: f64 = 1.1;
 
 /// One run.
 pub async fn run(options: &Common, stalled: usize) -> anyhow::Result<Report> {
-    let members = options.members();
-    if stalled >= members {
-        return Err(usage(format!(
-            "--stalled {stalled} of --members {members}: somebody has to read, so fewer must stall"
-        )));
-    }
     let options = Common { rate: Some(options.rate.unwrap_or(RATE)), ..options.clone() };
     let mut closed = Report::default();
     if options.fill > 0 && options.data.is_some() {

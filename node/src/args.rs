@@ -195,9 +195,9 @@ pub struct TokenArguments {
     /// The platform: of phone, tablet, desktop and web a user has one session each, of others many.
     #[arg(long, value_name = "PLATFORM", default_value = "terminal")]
     pub platform: String,
-    /// How long it lasts. The server refuses more than its token.lifetime_max.
-    #[arg(long, value_name = "DURATION", default_value = "30d", value_parser = parse_duration)]
-    pub expires: Duration,
+    /// How long it lasts; servers refuse more than their token.lifetime_max [default: 30d, as imd up takes; 1h with --key, as routers take]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub expires: Option<Duration>,
     /// The data directory that holds the signing key.
     #[arg(long, value_name = "DIR", default_value = "./data", env = "IM_DATA")]
     pub data: PathBuf,

@@ -1,4 +1,4 @@
-//! `imd secrets`: what is there is never written over, and what cannot be made is said.
+//! `imd secrets` and `imd token`: what is there is never written over, and what cannot be made is said.
 
 use std::{
     collections::BTreeMap,
@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::server::{ANY, Server, code, imd, stderr};
+use crate::server::{ANY, Server, code, imd, stderr, stdout};
 
 const CLIENT_SET: [&str; 3] = ["ca.pem", "tls/cert.pem", "tls/key.pem"];
 
@@ -133,4 +133,57 @@ fn a_directory_that_no_tokens_can_be_made_in_says_so() {
     fs::remove_file(directory.join("keys/signing.pk8")).unwrap();
     let (code, said) = secrets(&directory, &[]);
     assert!(code == 0 && said.contains("keys/signing.pk8") && said.contains("keys/verify.json"), "{code} {said}");
+}
+
+/// Seconds between `iat` and `exp`.
+fn lifetime(token: &str) -> i64 {
+    let claims = token.trim().split('.').nth(1).unwrap();
+    let claims: serde_json::Value = serde_json::from_slice(&base64url(claims)).unwrap();
+    claims["exp"].as_i64().unwrap() - claims["iat"].as_i64().unwrap()
+}
+
+fn base64url(text: &str) -> Vec<u8> {
+    let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let (mut bytes, mut bits, mut kept) = (Vec::new(), 0_u32, 0);
+    for digit in text.bytes() {
+        bits = (bits << 6) | u32::try_from(alphabet.iter().position(|known| *known == digit).unwrap()).unwrap();
+        kept += 6;
+        if kept >= 8 {
+            kept -= 8;
+            bytes.push(u8::try_from((bits >> kept) & 0xff).unwrap());
+        }
+    }
+    bytes
+}
+
+#[test]
+fn a_token_lasts_as_long_as_the_server_that_it_is_for_admits_by_default() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("cluster");
+    assert_eq!(secrets(&directory, &[]).0, 0);
+    let (data, key) = (directory.to_str().unwrap(), directory.join("keys/signing.pk8"));
+    let key = key.to_str().unwrap();
+    let hour = 3_600;
+    for (options, wanted, warns) in [
+        (&["--data", data][..], 30 * 24 * hour, false),
+        (&["--key", key], hour, false),
+        (&["--key", key, "--expires", "10m"], hour / 6, false),
+        (&["--key", key, "--expires", "2h"], 2 * hour, true),
+        (&["--data", data, "--expires", "2h"], 2 * hour, false),
+    ] {
+        let output = imd(&[&["token", "--user", "alice"], options].concat());
+        assert_eq!(lifetime(&stdout(&output)), wanted, "{options:?}");
+        assert_eq!(stderr(&output).contains("token.lifetime_max"), warns, "{options:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_token_without_its_key_names_the_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("cluster");
+    assert_eq!(secrets(&directory, &[]).0, 0);
+    let nowhere = folder.path().join("nope");
+    let output = imd(&["token", "--user", "alice", "--key", nowhere.to_str().unwrap()]);
+    let said = stderr(&output);
+    assert!(code(&output) == 2 && said.contains("--key") && !said.contains("cluster.json"), "{said}");
 }

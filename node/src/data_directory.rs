@@ -198,7 +198,7 @@ fn host_note(root: &Path, host: &str) -> Option<String> {
     let lacking = certificate::lacking(root, host);
     (!lacking.is_empty()).then(|| {
         format!(
-            "--host {host} had no effect on {}, which was there already; docs/cluster.md says how certificates are renewed",
+            "--host {host} had no effect on {}: what is there stays; docs/cluster.md says how to add a host",
             lacking.join(", ")
         )
     })

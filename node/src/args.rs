@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use im_proto::{ConversationId, ShardCount};
 
-use crate::config;
+use crate::{config, links::tls::is_host};
 
 mod servers;
 
@@ -179,8 +179,8 @@ pub struct SecretsArguments {
     /// Units of ownership, fixed for the life of the cluster.
     #[arg(long, value_name = "N", default_value_t = ShardCount::default().get(), value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub shards: u32,
-    /// A host name or address of the certificates, beside those of this machine; may be repeated.
-    #[arg(long, value_name = "HOST")]
+    /// A host name or address of the certificates that are made, beside those of this machine; may be repeated.
+    #[arg(long, value_name = "HOST", value_parser = parse_host)]
     pub host: Vec<String>,
 }
 
@@ -195,9 +195,9 @@ pub struct TokenArguments {
     /// The platform: of phone, tablet, desktop and web a user has one session each, of others many.
     #[arg(long, value_name = "PLATFORM", default_value = "terminal")]
     pub platform: String,
-    /// How long it lasts. The server refuses more than its token.lifetime_max.
-    #[arg(long, value_name = "DURATION", default_value = "30d", value_parser = parse_duration)]
-    pub expires: Duration,
+    /// How long it lasts; servers refuse more than their token.lifetime_max [default: 30d, as imd up takes; 1h with --key, as routers take]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub expires: Option<Duration>,
     /// The data directory that holds the signing key.
     #[arg(long, value_name = "DIR", default_value = "./data", env = "IM_DATA")]
     pub data: PathBuf,
@@ -227,6 +227,14 @@ pub enum ConfigCommand {
 
 fn parse_many(text: &str) -> Result<u64, String> {
     text.parse().ok().filter(|many| *many > 0).ok_or_else(|| "expected a whole number from 1 on".to_owned())
+}
+
+fn parse_host(text: &str) -> Result<String, String> {
+    if is_host(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("expected a host name or an address, without a port".to_owned())
+    }
 }
 
 fn parse_setting(text: &str) -> Result<String, String> {

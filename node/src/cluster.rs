@@ -67,9 +67,10 @@ fn instance(
     })
 }
 
-/// Runs a command that asks services and ends: its log says only what is wrong.
+/// Runs a command that asks services and ends: its log says only what is wrong. That the CQL store does not answer, the command says
+/// itself.
 pub fn run_tool<T>(command: impl AsyncFnOnce(&Environment) -> Result<T, Failure>) -> Result<T, Failure> {
-    let log = LogConfig { filter: "warn,scylla=error".to_owned(), format: LogFormat::Text };
+    let log = LogConfig { filter: "warn,scylla=off".to_owned(), format: LogFormat::Text };
     telemetry::start_logging(&log).map_err(Failure::usage)?;
     let runtime = Runtime::new().context("start the runtime").map_err(Failure::usage)?;
     let outcome = runtime.block_on(async {

@@ -27,9 +27,18 @@ const OTHER_VARIABLES: [&str; 5] = ["IM_SERVER", "IM_TOKEN", "IM_TOKEN_FILE", "I
 /// One thing that is wrong with a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The file, variable or option.
+    /// The file, variable or option; empty for what nobody set.
     pub source: String,
     pub what: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.source[..] {
+            "" => f.write_str(&self.what),
+            source => write!(f, "{source}: {}", self.what),
+        }
+    }
 }
 
 /// Why a configuration cannot be used: everything that is wrong with it.
@@ -38,7 +47,7 @@ pub struct ConfigError(pub Vec<Problem>);
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let lines: Vec<_> = self.0.iter().map(|problem| format!("{}: {}", problem.source, problem.what)).collect();
+        let lines: Vec<_> = self.0.iter().map(ToString::to_string).collect();
         f.write_str(&lines.join("\n"))
     }
 }
@@ -212,7 +221,12 @@ impl Loader {
     fn contradictions(&mut self, process: Process) {
         let found = self.config.contradictions(process);
         for (key, what) in found.into_iter().filter(|(key, _)| !self.refused.contains(key)).collect::<Vec<_>>() {
-            let source = self.sources.get(key).cloned().unwrap_or_else(|| "default".to_owned());
+            let is_unset = |setting: &Setting<'_>| setting.key == key && setting.slot.to_string().is_empty();
+            let source = match self.sources.get(key) {
+                Some(source) => source.clone(),
+                None if self.config.settings().iter().any(is_unset) => String::new(),
+                None => "default".to_owned(),
+            };
             self.problem(&source, what);
         }
     }

@@ -44,6 +44,8 @@ pub enum DataError {
     Damaged { path: PathBuf, reason: String },
     #[error("{} is missing although the directory was used before: restore it from a copy, nothing can be found without it", .0.display())]
     Missing(PathBuf),
+    #[error("{}: of {name} {missing} is missing, and {found} is there; put back what is missing, or, to have all of it made anew, remove {found}", .root.display())]
+    Part { root: PathBuf, name: &'static str, missing: String, found: String },
     #[error("{} was created with {created} shards and the configuration says {configured}: the number never changes", .root.display())]
     Shards { root: PathBuf, created: u32, configured: u32 },
     #[error("{} belongs to the cluster {own}; choose a directory that does not exist yet", .root.display())]
@@ -132,11 +134,23 @@ impl DataLock {
         Ok(Self { root, _lock: lock })
     }
 
-    /// Creates what the processes of a cluster need, beside what [`Self::open`] creates. Certificates are for this machine and `hosts`.
-    pub fn create_secrets(self, shards: u32, hosts: &[String]) -> Result<(), DataError> {
-        certificate::create_if_missing(&self.root, hosts)?;
-        certificate::create_services_if_missing(&self.root, hosts)?;
-        self.open(shards).map(|_| ())
+    /// Creates what the processes of a cluster need, beside what [`Self::open`] creates. Certificates that are made now are for this
+    /// machine and `hosts`; says what may not be as it was wished.
+    pub fn create_secrets(self, shards: u32, hosts: &[String]) -> Result<Vec<String>, DataError> {
+        let root = self.root.clone();
+        certificate::refuse_parts(&root)?;
+        certificate::create_if_missing(&root, hosts)?;
+        certificate::create_services_if_missing(&root, hosts)?;
+        drop(self.open(shards)?);
+        let mut notes: Vec<String> = hosts.iter().filter_map(|host| host_note(&root, host)).collect();
+        if !root.join("keys").join("signing.pk8").exists() {
+            notes.push(
+                "keys/signing.pk8 is not here: no token can be made with this directory, and the keys of keys/verify.json stay in \
+                 force; put it back, or remove keys/verify.json for a new pair, which ends all tokens"
+                    .to_owned(),
+            );
+        }
+        Ok(notes)
     }
 
     /// Creates a directory for a cluster that exists elsewhere, with keys of its own. One that was created so before is left as it is.
@@ -177,6 +191,17 @@ impl DataLock {
         }
         Ok(DataDirectory { lock: self, cluster, cluster_secret, router_secret, reset_key, verify_keys })
     }
+}
+
+/// Certificates that were there before stay as they are, whatever hosts are asked for.
+fn host_note(root: &Path, host: &str) -> Option<String> {
+    let lacking = certificate::lacking(root, host);
+    (!lacking.is_empty()).then(|| {
+        format!(
+            "--host {host} had no effect on {}: what is there stays; docs/cluster.md says how to add a host",
+            lacking.join(", ")
+        )
+    })
 }
 
 /// A server that was just killed holds its lock until the system has taken it apart.
@@ -228,9 +253,9 @@ impl DataDirectory {
         self.lock.root.join("store")
     }
 
-    /// The certificate of the development CA, for clients.
-    pub fn ca(&self) -> PathBuf {
-        self.lock.root.join("ca.pem")
+    /// What signed the server's certificate, for clients; nothing if its operator left it away.
+    pub fn ca(&self) -> Option<PathBuf> {
+        Some(self.lock.root.join("ca.pem")).filter(|path| path.exists())
     }
 
     /// The server's certificate chain.
@@ -308,7 +333,7 @@ mod tests {
             api: None,
             http: None,
             link: None,
-            ca: Some(first.ca()),
+            ca: first.ca(),
             data: first.root().to_owned(),
         };
         first.lock().write_ready(&ready).unwrap();

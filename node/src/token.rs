@@ -1,6 +1,7 @@
 //! `imd token`: makes a token with the signing key of a data directory, or of a file.
 
 use std::{
+    io::Write as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -10,6 +11,7 @@ use im_proto::{DeviceId, Platform, UserId, environment::Environment, token::Clai
 
 use crate::{
     args::TokenArguments,
+    config::{Config, Process},
     data_directory::{Cluster, read_signing_key},
 };
 
@@ -30,7 +32,24 @@ pub fn make(arguments: &TokenArguments, environment: &Environment) -> anyhow::Re
         platform: Platform::parse(&arguments.platform)
             .with_context(|| format!("--platform {:?}", arguments.platform))?,
     };
-    sign(&key, &cluster, &holder, arguments.expires, environment)
+    sign(&key, &cluster, &holder, lifetime(arguments), environment)
+}
+
+/// As long as the server admits by default that the token is most likely for: a data directory is that of an `imd up`, a key of its
+/// own belongs to a cluster. What a cluster refuses by default is said, for nobody else tells the reason.
+fn lifetime(arguments: &TokenArguments) -> Duration {
+    let admitted = |process| Config::of(process).token.lifetime_max;
+    if arguments.key.is_none() {
+        return arguments.expires.unwrap_or(admitted(Process::Up));
+    }
+    let routers = admitted(Process::Router);
+    let lifetime = arguments.expires.unwrap_or(routers);
+    if lifetime > routers {
+        let note = "imd: routers refuse this token unless their token.lifetime_max is as long; by default it is 1h";
+        // Nobody may be left to read it.
+        let _ = writeln!(std::io::stderr(), "{note}");
+    }
+    lifetime
 }
 
 /// A signed token that lasts from now on.
@@ -67,6 +86,7 @@ fn files(arguments: &TokenArguments) -> anyhow::Result<(PathBuf, PathBuf)> {
         );
         return Ok((data.join("keys").join("signing.pk8"), data.join("cluster.json")));
     };
+    anyhow::ensure!(key.exists(), "--key {}: there is no such file", key.display());
     if let Some(cluster) = &arguments.cluster {
         return Ok((key.clone(), cluster.clone()));
     }

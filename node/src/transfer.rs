@@ -45,6 +45,7 @@ pub fn export(arguments: &TransferArguments, config: &Config, file: &Path) -> Re
             })?
         }
         None => {
+            refuse_no_store(config)?;
             let facts = facts_of_cluster(config)?;
             run_tool(async |environment| {
                 refuse_routers(config, environment).await?;
@@ -58,6 +59,9 @@ pub fn export(arguments: &TransferArguments, config: &Config, file: &Path) -> Re
 
 /// Writes everything of a file into a store that was never used.
 pub fn import(arguments: &TransferArguments, config: &Config, file: &Path) -> Result<(), Failure> {
+    if arguments.data.is_none() {
+        refuse_no_store(config)?;
+    }
     let facts = transfer::read_header(file)
         .map_err(|error| Failure::Usage(format!("--from {error}; expected a file that `imd export` wrote")))?;
     let (totals, then) = match &arguments.data {
@@ -65,7 +69,8 @@ pub fn import(arguments: &TransferArguments, config: &Config, file: &Path) -> Re
             let place = EmbeddedPlace::create(data, &facts)?;
             let totals = run_tool(async |_| place.with_store(async |store| read(store, file).await).await)?;
             let advice = format!(
-                "{}/keys is new: tokens of the old signing key are accepted once its keys/ is copied here.\n",
+                "Keys, certificate and CA in {} are new: tokens of the old server are accepted once the keys/ of its directory is \
+                 copied here, and its clients' --ca once its ca.pem and tls/ are.\n",
                 data.display()
             );
             (totals, advice)
@@ -95,16 +100,28 @@ async fn write(store: &Store, facts: &ClusterFacts, file: &Path, environment: &E
     }
     let mut shown = Shown::new();
     let exporting = transfer::export(store, facts, file, &*environment.random, |progress| shown.progress(&progress));
-    uninterrupted(exporting).await
+    uninterrupted(exporting, |error| match error {
+        // The file that it says is the one that is not complete yet.
+        TransferError::File { source, .. } => Failure::Usage(format!("--to {}: {source}", file.display())),
+        error => failed(error),
+    })
+    .await
 }
 
 async fn read(store: &Store, file: &Path) -> Result<Totals, Failure> {
     let mut shown = Shown::new();
     let importing = transfer::import(store, file, |progress| shown.progress(&progress));
-    uninterrupted(importing).await.map(|imported| imported.totals)
+    let imported = uninterrupted(importing, |error| match error {
+        TransferError::Format { .. } => Failure::Usage(format!("--from {error}; the file is damaged: copy it again")),
+        error => failed(error),
+    });
+    imported.await.map(|imported| imported.totals)
 }
 
-async fn uninterrupted<T>(work: impl Future<Output = Result<T, TransferError>>) -> Result<T, Failure> {
+async fn uninterrupted<T>(
+    work: impl Future<Output = Result<T, TransferError>>,
+    failed: impl FnOnce(TransferError) -> Failure,
+) -> Result<T, Failure> {
     let mut signals = Signals::listen().map_err(Failure::usage)?;
     tokio::select! {
         biased;
@@ -172,12 +189,17 @@ fn facts_of_cluster(config: &Config) -> Result<ClusterFacts, Failure> {
     Ok(facts(&cluster, files.cluster_secret()?))
 }
 
-async fn open_cql(config: &Config, environment: &Environment) -> Result<Store, Failure> {
+/// Before anything else is asked or said, for without a store nothing else is of use.
+fn refuse_no_store(config: &Config) -> Result<(), Failure> {
     if config.cluster.cql_nodes().is_empty() {
         return Err(Failure::usage(
             "name a store: --data DIR for an embedded one, --cql HOST:PORT for one of a cluster",
         ));
     }
+    Ok(())
+}
+
+async fn open_cql(config: &Config, environment: &Environment) -> Result<Store, Failure> {
     let scylla = Scylla::connect(scylla_options(&config.cluster)?, environment.clone()).await;
     Ok(Store::from(scylla.map_err(|error| refused(&config.cluster, &ClusterError::Store(error)))?))
 }

@@ -84,7 +84,7 @@ impl Server<'_> {
             roles.serve_api(listener, &environment).await?;
         }
         let directory = Some(self.data.lock());
-        process.is_ready(directory, &addresses.ready(self.data.root(), Some(self.data.ca())))?;
+        process.is_ready(directory, &addresses.ready(self.data.root(), self.data.ca()))?;
         announce::print_addresses(self.config, &addresses)?;
         tracing::info!(start = start.number, data = %self.data.root().display(), "ready");
 

@@ -538,3 +538,18 @@ async fn one_router_on_the_embedded_store_serves_several_gateways() {
     assert!(talk.judge().await > 1);
     drop(again);
 }
+
+/// Each says that it leaves before it goes, so that nobody takes it for a trouble of etcd, the last one not even itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs etcd: run through deploy/test.sh"]
+async fn a_cluster_that_is_stopped_one_by_one_raises_no_alarm() {
+    let _alone = alone().await;
+    let cluster = Cluster::on_etcd();
+    let router = cluster.router("router1");
+    let gateways = ["gateway1", "gateway2", "gateway3"].map(|name| cluster.gateway(name));
+    for mut server in gateways.into_iter().chain([router]) {
+        server.signal("TERM");
+        assert_eq!(server.child.wait().unwrap().code(), Some(0));
+        assert!(!server.said().contains("ERROR"), "{}", server.said());
+    }
+}

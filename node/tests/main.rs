@@ -12,6 +12,7 @@ mod metrics;
 mod migration;
 mod presence;
 mod process;
+mod secrets;
 mod server;
 mod service;
 mod terminal;

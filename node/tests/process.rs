@@ -2,6 +2,7 @@
 
 use std::{
     net::{TcpListener, TcpStream, UdpSocket},
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -92,6 +93,36 @@ fn a_role_that_cannot_work_says_why_and_exits_2() {
             _ => &[],
         };
         let output = imd(&[arguments, port_0].concat());
+        let said = stderr(&output);
+        assert_eq!(code(&output), 2, "{arguments:?}: {said}");
+        assert!(said.contains(names) && said.lines().count() == 1, "{arguments:?}: {said}");
+    }
+}
+
+/// What is said is about the store or the file that the user has to name, not about something that comes after it.
+#[test]
+fn a_tool_that_cannot_work_names_the_option_that_mends_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (secrets, data, export) = (path("secrets"), path("data"), path("x.im"));
+    assert_eq!(code(&imd(&["secrets", "--out", &secrets])), 0);
+    drop(Server::start(Path::new(&data), &ANY));
+    assert_eq!(code(&imd(&["export", "--data", &data, "--to", &export])), 0);
+    let bytes = std::fs::read(&export).unwrap();
+    let (cut, nowhere) = (path("cut.im"), path("none/x.im"));
+    std::fs::write(&cut, &bytes[..bytes.len() - 1]).unwrap();
+    let cases: [(&[&str], &str); 8] = [
+        (&["export", "--to", &path("y.im")], "name a store: --data"),
+        (&["export", "--to", &path("y.im"), "--secrets", &secrets], "name a store: --data"),
+        (&["import", "--from", &export], "name a store: --data"),
+        (&["import", "--from", &cut, "--data", &path("new")], "copy it again"),
+        (&["export", "--data", &data, "--to", &nowhere], &format!("--to {nowhere}: ")),
+        (&["schema", "status", "--cql", "127.0.0.1:1"], "--cql 127.0.0.1:1"),
+        (&["up", "--set", "log.filter=im_router=loud"], "off, error, warn, info, debug, trace"),
+        (&["gateway"], "imd: etcd is not set"),
+    ];
+    for (arguments, names) in cases {
+        let output = imd(arguments);
         let said = stderr(&output);
         assert_eq!(code(&output), 2, "{arguments:?}: {said}");
         assert!(said.contains(names) && said.lines().count() == 1, "{arguments:?}: {said}");
@@ -307,7 +338,7 @@ fn what_the_environment_does_not_allow_is_one_line_that_names_it_and_exit_2() {
         assert_eq!(code(&output), 2, "{option} {said}");
         let names = if data == below { below } else { option };
         assert!(said.contains(names) && said.lines().count() == 1, "{option}: {said}");
-        assert!(!std::path::Path::new(data).exists(), "{option}: nothing was changed");
+        assert!(!Path::new(data).exists(), "{option}: nothing was changed");
     }
 }
 

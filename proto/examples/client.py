@@ -3,7 +3,7 @@
 
     python3 -m venv venv && venv/bin/pip install protobuf grpcio-tools         # grpcio-tools only to translate the .proto files
     mkdir -p pb && venv/bin/python -m grpc_tools.protoc -I proto/defs --python_out pb proto/defs/im/v1/*.proto
-    PYTHONPATH=pb venv/bin/python proto/examples/client.py --server tls://127.0.0.1:7101 --ca data/tls/ca.pem \
+    PYTHONPATH=pb venv/bin/python proto/examples/client.py --server tls://127.0.0.1:7101 --ca data/ca.pem \
         --token "$(imd token --user alice)" send bob 'Hello, Bob'
     … --token "$(imd token --user bob)" tail alice                             # over tcp://127.0.0.1:7100 without --ca
 
@@ -45,11 +45,20 @@ class Outgoing:
         self.status = None  # of the last try
 
 
+def tls_context(ca):
+    context = ssl.create_default_context(cafile=ca)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["im/1"])
+    return context
+
+
 class Client:
     """One session, with all that has to survive a connection: what was received, and what was not acknowledged."""
 
     def __init__(self, server, token, ca=None, on_entry=lambda entry: None):
-        self.server, self.token, self.ca, self.on_entry = server, token, ca, on_entry
+        self.server, self.token, self.on_entry = server, token, on_entry
+        # Read here: a file that cannot be read is no trouble of the connection, and no other try would mend it.
+        self.tls = tls_context(ca) if urllib.parse.urlsplit(server).scheme == "tls" else None
         self.have, self.version, self.rows = {}, 0, {}  # conversation -> seq without a gap below; of the last sync [6]
         self.direct = {}  # peer -> conversation
         self.joins = []  # conversations that the own log named, to be read [6.6]
@@ -76,11 +85,8 @@ class Client:
     def _dial(self):
         url = urllib.parse.urlsplit(self.server)
         self.socket = socket.create_connection((url.hostname, url.port), timeout=10)
-        if url.scheme == "tls":
-            context = ssl.create_default_context(cafile=self.ca)
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
-            context.set_alpn_protocols(["im/1"])
-            self.socket = context.wrap_socket(self.socket, server_hostname=url.hostname)
+        if self.tls:
+            self.socket = self.tls.wrap_socket(self.socket, server_hostname=url.hostname)
         self.input, self.pongs, self.replies, self.next_call, self.resync_at = bytearray(), set(), {}, 1, None
         self.syncing, self.live = False, []
         self.limits, self.heard, self.said, self.interval = None, time.monotonic(), time.monotonic(), 10
@@ -343,7 +349,11 @@ def main():
         if client.direct.get(arguments.peer, entry.conversation_id) == entry.conversation_id and entry.kind == 1:
             print(entry.seq, entry.sender, body_pb2.Body.FromString(entry.body).text.text, sep="\t", flush=True)
 
-    client = Client(arguments.server, arguments.token, arguments.ca, show if arguments.command == "tail" else lambda _: None)
+    try:
+        on_entry = show if arguments.command == "tail" else lambda _: None
+        client = Client(arguments.server, arguments.token, arguments.ca, on_entry)
+    except OSError as error:
+        sys.exit(f"--ca {arguments.ca}: {error}")
     client.connect()
     if arguments.command == "send":
         out = client.send(arguments.peer, arguments.text)

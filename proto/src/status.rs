@@ -107,7 +107,7 @@ statuses! {
     UnknownFrame = 3, "unknown frame", Never, false;
     /// No common protocol version.
     WrongVersion = 4, "wrong version", Never, true;
-    /// The token is missing, malformed, not signed by a known key, or for another cluster.
+    /// The token is missing, malformed, not signed by a known key, for another cluster, or lasts too long.
     Unauthenticated = 5, "unauthenticated", After, true;
     /// The token was good and has expired.
     TokenExpired = 6, "token expired", After, true;

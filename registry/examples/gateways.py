@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Lists the live gateways of a cluster, as they stand in etcd, with nothing but the standard library.
 
-    registry/examples/gateways.py --etcd http://127.0.0.1:2379 --cluster im            once
-    registry/examples/gateways.py --etcd http://127.0.0.1:2379 --cluster im --watch    and then each change
+    registry/examples/gateways.py --etcd http://127.0.0.1:2379 --cluster CLUSTER            once
+    registry/examples/gateways.py --etcd http://127.0.0.1:2379 --cluster CLUSTER --watch    and then each change
 
-One line a gateway: its id, "draining" or "live", its zone, and its endpoints as transport=host:port. It speaks to etcd's JSON
-gateway (etcd 3.4 or later), in which keys and values are base64 and 64-bit numbers are texts. registry/README.md describes the keys.
+CLUSTER is `cluster_id` in the cluster's cluster.json. One line a gateway: its id, "draining" or "live", its zone, and its endpoints
+as transport=host:port. It speaks to etcd's JSON gateway (etcd 3.4 or later), in which keys and values are base64 and 64-bit numbers
+are texts. registry/README.md describes the keys.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def describe(value):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--etcd", default="http://127.0.0.1:2379", help="a member of etcd")
-    parser.add_argument("--cluster", required=True, help="the id of the cluster")
+    parser.add_argument("--cluster", required=True, help="the id of the cluster: cluster_id in its cluster.json")
     parser.add_argument("--watch", action="store_true", help="go on with each change")
     arguments = parser.parse_args()
     prefix = f"/im/{arguments.cluster}/v1/instances/gateway/"

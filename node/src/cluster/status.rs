@@ -62,18 +62,18 @@ struct Router {
     process: Process,
     /// In the registry.
     shards: usize,
-    sessions: Option<f64>,
-    conversations_open: Option<f64>,
-    entries_committed: Option<f64>,
+    sessions: Option<u64>,
+    conversations_open: Option<u64>,
+    entries_committed: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
 struct Gateway {
     #[serde(flatten)]
     process: Process,
-    connections: Option<f64>,
-    sessions: Option<f64>,
-    links_up: Option<f64>,
+    connections: Option<u64>,
+    sessions: Option<u64>,
+    links_up: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -169,8 +169,8 @@ fn address_of(instance: &Instance, transport: &str) -> Option<String> {
     found.map(|endpoint| endpoint.address.clone())
 }
 
-/// Metrics without labels.
-type Numbers = BTreeMap<String, f64>;
+/// Metrics without labels that are whole numbers, as all are that are asked for.
+type Numbers = BTreeMap<String, u64>;
 
 async fn metrics(address: Option<String>) -> Option<Numbers> {
     let text = timeout(ANSWER_PATIENCE, get(address?)).await.ok()?.ok()?;
@@ -208,16 +208,22 @@ impl Status {
             Some(generation) => writeln!(text, ", generation {generation}"),
             None => writeln!(text, ", not begun in this etcd (imd cluster recover, if it ran before)"),
         };
-        let _ = writeln!(text, "\n{} routers", self.routers.len());
+        let _ = writeln!(text, "\n{}", counted(self.routers.len(), "router"));
         for router in &self.routers {
             let numbers = [
                 ("sessions", router.sessions),
                 ("open conversations", router.conversations_open),
                 ("entries", router.entries_committed),
             ];
-            let _ = writeln!(text, "{}  {} shards{}", router.process.head("link"), router.shards, shown(&numbers));
+            let _ = writeln!(
+                text,
+                "{}  {}{}",
+                router.process.head("link"),
+                counted(router.shards, "shard"),
+                shown(&numbers)
+            );
         }
-        let _ = writeln!(text, "\n{} gateways", self.gateways.len());
+        let _ = writeln!(text, "\n{}", counted(self.gateways.len(), "gateway"));
         for gateway in &self.gateways {
             let numbers =
                 [("connections", gateway.connections), ("sessions", gateway.sessions), ("links", gateway.links_up)];
@@ -259,7 +265,11 @@ impl Process {
     }
 }
 
-fn shown(numbers: &[(&str, Option<f64>)]) -> String {
+fn counted(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+fn shown(numbers: &[(&str, Option<u64>)]) -> String {
     numbers.iter().filter_map(|(name, value)| value.map(|value| format!("  {value} {name}"))).collect()
 }
 
@@ -313,11 +323,11 @@ mod tests {
     }
 
     fn shown(details: Details) -> Status {
-        let numbers = |said: &[(&str, f64)]| said.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        let numbers = |said: &[(&str, u64)]| said.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
         let answers = BTreeMap::from([
-            (id("router-one"), numbers(&[("im_router_sessions", 12.0), ("im_router_conversations_open", 3.0)])),
-            (id("router-leaving"), numbers(&[("im_router_entries_committed_total", 70_000.0)])),
-            (id("gateway-one"), numbers(&[("im_gateway_connections_count", 13.0), ("im_gateway_links_up_count", 3.0)])),
+            (id("router-one"), numbers(&[("im_router_sessions", 12), ("im_router_conversations_open", 3)])),
+            (id("router-leaving"), numbers(&[("im_router_entries_committed_total", 70_000)])),
+            (id("gateway-one"), numbers(&[("im_gateway_connections_count", 13), ("im_gateway_links_up_count", 3)])),
         ]);
         let cluster = ("main", ShardCount::new(8).unwrap());
         assemble(cluster, &view(), Some(1), &answers, details)
@@ -374,9 +384,10 @@ mod tests {
     #[test]
     fn numbers_are_read_out_of_metrics() {
         let text = "HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\n# TYPE im_router_sessions gauge\nim_router_sessions 12\n\
-                    im_x_total{a=\"b\"} 4\n\nim_gateway_connections_count 3.5\n";
+                    im_x_total{a=\"b\"} 4\n\nim_gateway_connections_count 3\nim_y_seconds 3.5\n";
         let numbers = parse(text);
-        assert_eq!(numbers.get("im_router_sessions"), Some(&12.0));
-        assert_eq!(numbers.get("im_gateway_connections_count"), Some(&3.5));
+        assert_eq!(numbers.get("im_router_sessions"), Some(&12));
+        assert_eq!(numbers.get("im_gateway_connections_count"), Some(&3));
+        assert_eq!(numbers.get("im_y_seconds"), None);
     }
 }

@@ -158,7 +158,8 @@ pub fn gateway(config: &mut GatewayConfig) -> [Setting<'_>; 29] {
         setting(
             "gateway.address_connects_per_second_max",
             "Connects of one address (IPv4, or IPv6 network of 64 bits) in one second; 0 is no limit.\n\
-             100: an office of 1,000 comes back within ten seconds.",
+             50: an office of 1,000 comes back within twenty seconds; so many TLS handshakes that one address begins\n\
+             are not felt by others.",
             Slot::Rate(&mut config.address_connects_per_second_max, 0..=1_000_000),
         ),
         setting(

@@ -264,17 +264,20 @@ fn lasting<'a>(
     ]
 }
 
+/// Written out, for who mistakes a level.
+const LOG_FILTER: &str =
+    "a filter such as info or im_router=debug,info, with the levels off, error, warn, info, debug, trace";
+
 impl LogConfig {
     fn settings(&mut self) -> [Setting<'_>; 2] {
         [
             setting(
                 "log.filter",
-                "What is logged on standard error: a level, or TARGET=LEVEL divided by commas.\n\
+                "What is logged on standard error: a level (off, error, warn, info, debug, trace), or\n\
+                 TARGET=LEVEL divided by commas.\n\
                  info: starts, stops and what a person must know; a client that vanishes is debug. The engines of\n\
                  stores speak when something is wrong.",
-                Slot::Text(&mut self.filter, "a filter such as info or im_router=debug,info", |text| {
-                    !text.is_empty() && EnvFilter::try_new(text).is_ok()
-                }),
+                Slot::Text(&mut self.filter, LOG_FILTER, |text| !text.is_empty() && EnvFilter::try_new(text).is_ok()),
             ),
             setting(
                 "log.format",

@@ -79,6 +79,13 @@ pub fn remove_if_there(path: &Path) -> Result<(), DataError> {
     }
 }
 
+/// Removes a file, and it is gone from the disk when this returns.
+pub fn remove(path: &Path) -> Result<(), DataError> {
+    remove_if_there(path)?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("remove", path))
+}
+
 /// The file is there and does not hold what it should.
 pub fn damaged(path: &Path, reason: impl ToString) -> DataError {
     DataError::Damaged { path: path.to_owned(), reason: reason.to_string() }

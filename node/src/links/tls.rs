@@ -81,7 +81,22 @@ impl ServiceTls {
 
 /// Whether a certificate, already verified, names a role.
 pub fn is_of_role(certificate: &CertificateDer<'_>, role: Role) -> bool {
-    let (Ok(parsed), Ok(name)) = (ParsedCertificate::try_from(certificate), ServerName::try_from(name_of(role))) else {
+    names(certificate, name_of(role))
+}
+
+/// Whether the first certificate of a chain in PEM is for a host; `*.` for one below it.
+pub fn names_host(chain: &[u8], host: &str) -> bool {
+    let host = host.strip_prefix("*.").map_or_else(|| host.to_owned(), |parent| format!("any.{parent}"));
+    CertificateDer::from_pem_slice(chain).is_ok_and(|leaf| names(&leaf, &host))
+}
+
+/// Whether this can be the name of a host: a DNS name, also with `*.` before it, or an address.
+pub fn is_host(host: &str) -> bool {
+    !host.ends_with('.') && ServerName::try_from(host.strip_prefix("*.").unwrap_or(host)).is_ok()
+}
+
+fn names(certificate: &CertificateDer<'_>, name: &str) -> bool {
+    let (Ok(parsed), Ok(name)) = (ParsedCertificate::try_from(certificate), ServerName::try_from(name)) else {
         return false;
     };
     verify_server_name(&parsed, &name).is_ok()

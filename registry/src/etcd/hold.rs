@@ -5,9 +5,16 @@
 //! view. Those beyond stay in it, with their claims, until enough are back or the hold is over. New instances, changes and new
 //! claims are never held back. A view may lag in any case, so this costs no safety, only time.
 //!
+//! Who said beforehand that it leaves is not lost: an instance that was draining when it was last seen, and a registration that this
+//! process ended itself, are neither held nor counted. Nothing else is excused, whatever its role.
+//!
 //! Pure: time comes in as an argument.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use im_proto::InstanceId;
 use tokio::time::Instant;
@@ -28,6 +35,9 @@ pub(super) struct Hold {
     truth: Arc<View>,
     shown: Arc<View>,
     gone: BTreeMap<InstanceId, Gone>,
+    /// Registrations of this process that it ended and that were not seen to go yet: few, since each is seen to go, at the latest
+    /// with its lease.
+    leaving: BTreeSet<InstanceId>,
 }
 
 /// What to show, and until when.
@@ -43,7 +53,7 @@ pub(super) struct Shown {
 
 impl Hold {
     pub(super) fn new(hold: Duration) -> Self {
-        Self { hold, truth: Arc::default(), shown: Arc::default(), gone: BTreeMap::new() }
+        Self { hold, truth: Arc::default(), shown: Arc::default(), gone: BTreeMap::new(), leaving: BTreeSet::new() }
     }
 
     /// Takes over what the registry says now.
@@ -63,6 +73,13 @@ impl Hold {
         Shown { view: self.shown.clone(), until, held, began: held > 0 && held_before == 0 }
     }
 
+    /// A registration of this process ends by its own wish.
+    pub(super) fn leaves(&mut self, id: &InstanceId) {
+        if self.truth.instances.contains_key(id) {
+            self.leaving.insert(id.clone());
+        }
+    }
+
     fn held(&self) -> usize {
         self.gone.values().filter(|gone| gone.held).count()
     }
@@ -71,6 +88,9 @@ impl Hold {
         let mut fresh = Vec::new();
         for (id, instance) in &self.truth.instances {
             if truth.instances.contains_key(id) {
+                continue;
+            }
+            if self.leaving.remove(id) || instance.draining {
                 continue;
             }
             let claims = self.truth.claims.values().filter(|claim| claim.owner == *id).cloned().collect();
@@ -129,6 +149,15 @@ mod tests {
             let claim = Claim { shard, owner: id.clone(), epoch: Epoch(u64::from(shard.0)), predecessors: Vec::new() };
             view.instances.insert(id, instance);
             view.claims.insert(shard, claim);
+        }
+        view
+    }
+
+    /// The same, some of them draining.
+    fn draining(revision: u64, names: &str, leaving: &str) -> View {
+        let mut view = truth(revision, names);
+        for name in leaving.chars() {
+            view.instances.get_mut(&id(&name.to_string())).expect("it is there").draining = true;
         }
         view
     }
@@ -199,6 +228,40 @@ mod tests {
         let shown = hold.observe(claimed, now);
         assert_eq!(names(&shown), "abcde");
         assert_eq!(shown.view.owner(ShardId(3)), Some(&id("a")), "somebody else has it now");
+    }
+
+    #[test]
+    fn those_that_had_said_that_they_leave_are_never_held() {
+        let (mut hold, now) = (Hold::new(HOLD), Instant::now());
+        hold.observe(truth(1, "abcd"), now);
+        hold.observe(draining(2, "abcd", "abc"), now);
+        let shown = hold.observe(truth(3, "d"), now);
+        assert_eq!((names(&shown).as_str(), shown.held, shown.until), ("d", 0, None));
+        let shown = hold.observe(draining(4, "d", "d"), now);
+        assert_eq!(names(&shown), "d");
+        let shown = hold.observe(truth(5, ""), now);
+        assert_eq!((names(&shown).as_str(), shown.held), ("", 0), "the last one too");
+    }
+
+    #[test]
+    fn one_that_leaves_excuses_nobody_else() {
+        let (mut hold, now) = (Hold::new(HOLD), Instant::now());
+        hold.observe(draining(1, "abcd", "a"), now);
+        let shown = hold.observe(truth(2, "d"), now);
+        assert_eq!((names(&shown).as_str(), shown.held), ("bcd", 2), "two of the three that stay");
+    }
+
+    #[test]
+    fn an_own_registration_that_was_ended_is_not_held() {
+        let (mut hold, now) = (Hold::new(HOLD), Instant::now());
+        hold.observe(truth(1, "ab"), now);
+        hold.leaves(&id("a"));
+        hold.leaves(&id("b"));
+        let shown = hold.observe(truth(2, ""), now);
+        assert_eq!((names(&shown).as_str(), shown.held), ("", 0));
+        // Each word is for one departure.
+        hold.observe(truth(3, "abc"), now);
+        assert_eq!(names(&hold.observe(truth(4, ""), now)), "abc");
     }
 
     #[test]

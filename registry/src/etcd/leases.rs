@@ -141,6 +141,8 @@ impl Shared {
 
     pub(super) async fn revoke(&self, lease: &Lease) -> Result<(), RegistryError> {
         let Ok(identity) = self.identity(lease) else { return Ok(()) };
+        // Before it is seen to go.
+        self.hold.lock().leaves(&lease.instance);
         let id = identity.lease;
         match self.transport.call(|mut client| async move { client.lease_revoke(id).await }).await {
             Ok(_) | Err(CallError::LeaseNotFound) => {

@@ -35,7 +35,7 @@ pub(super) struct Shared {
     pub(super) reconcile_interval: Duration,
     pub(super) lineage: Mutex<Lineage>,
     pub(super) mirror: Mutex<Mirror>,
-    hold: Mutex<Hold>,
+    pub(super) hold: Mutex<Hold>,
     /// The mirror changed.
     pub(super) changed: Notify,
     /// Somebody saw something that the mirror does not show.

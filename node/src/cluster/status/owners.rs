@@ -50,7 +50,7 @@ pub fn all(view: &View) -> Vec<Owner> {
 impl Owner {
     /// A line for each epoch: shards that were claimed together share one.
     pub fn write(&self, text: &mut String) {
-        let _ = writeln!(text, "\n  {}  {} shards", self.router, self.claims.len());
+        let _ = writeln!(text, "\n  {}  {}", self.router, super::counted(self.claims.len(), "shard"));
         let mut groups: BTreeMap<(u64, Option<&str>), Vec<u32>> = BTreeMap::new();
         for held in &self.claims {
             groups.entry((held.epoch, held.moves_to.as_deref())).or_default().push(held.shard);

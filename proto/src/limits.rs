@@ -14,7 +14,7 @@ limits! {
     ID_BYTES_MAX: usize = 64;
     /// `client_message_id` and the key of a group or channel.
     CLIENT_MESSAGE_ID_BYTES_MAX: usize = 64;
-    /// An encoded `Body`. Larger content is media.
+    /// An encoded `Body`. A longer text is sent in parts.
     BODY_BYTES_MAX: usize = 64 * 1024;
     /// Bodies inside a body: what an edit or a forward bundle holds, counted in depth.
     BODY_NESTING_MAX: usize = 4;

@@ -95,6 +95,7 @@ const UNKNOWN: FaultPlan = FaultPlan {
     dropped_permille: 50,
     refused_table: None,
     damaged_partition: None,
+    unread_partition: None,
 };
 
 #[tokio::test(start_paused = true)]

@@ -12,21 +12,19 @@ use im_proto::{ConversationId, Epoch, InstanceId, ShardId, shard::rendezvous_own
 use im_registry::{
     AnyRegistry, CLAIMS_PER_CALL_MAX, Claim, ClaimOutcome, Instance, Lease, Registry as _, RegistryError, Role, View,
 };
-use im_storage::{StoreError, Table, note_claim};
+use im_storage::{StoreError, note_claim};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     cluster::{Cluster, Ended},
     deadline::StoreCalls,
-    worker::input::Input,
+    worker::{bursts::busy_conversations, input::Input},
 };
 
 /// How often claims are tried again without a change of the view.
 const RETRY: Duration = Duration::from_millis(250);
 /// How long a router that stops waits for the registry to take note.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// Rows of one scan for busy conversations.
-const BUSY_ROWS: usize = 512;
 
 /// A worker asks for a greater epoch, because a batch of this conversation was given up.
 pub struct RaiseRequest {
@@ -384,6 +382,8 @@ impl Ownership {
                 continue;
             }
             self.held.insert(shard, claim.clone());
+            // Before anybody can see that it is served.
+            self.cluster.metrics.shards_owned.set(self.held.len() as f64);
             self.spawn_activation(claim);
         }
     }
@@ -482,19 +482,5 @@ impl Ownership {
 
     fn tell(&self, shard: ShardId, step: impl FnOnce(&mut crate::worker::Worker) + Send + 'static) {
         self.cluster.to_worker(self.cluster.worker_of(shard), Input::Run(Box::new(step)));
-    }
-}
-
-async fn busy_conversations(store: &StoreCalls, shard: ShardId) -> Result<Vec<ConversationId>, StoreError> {
-    let partition = shard.0.to_be_bytes();
-    let mut busy: Vec<ConversationId> = Vec::new();
-    loop {
-        let after = busy.last().map(|id| *id.as_bytes());
-        let rows = store.scan(Table::Busy, &partition, after.as_ref().map(|id| id.as_slice()), BUSY_ROWS).await?;
-        let last = rows.len() < BUSY_ROWS;
-        busy.extend(rows.iter().filter_map(|row| ConversationId::from_slice(&row.key).ok()));
-        if last {
-            return Ok(busy);
-        }
     }
 }

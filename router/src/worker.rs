@@ -13,7 +13,7 @@ pub mod following;
 pub mod large;
 
 mod apply;
-mod bursts;
+pub mod bursts;
 mod calls;
 mod channels;
 mod commit;

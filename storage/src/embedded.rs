@@ -22,7 +22,7 @@ use std::{collections::BTreeSet, fmt, path::Path, sync::Arc, thread, time::Durat
 use bytes::Bytes;
 use im_proto::{ConversationId, InstanceId};
 use parking_lot::Mutex;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 
 use self::{
     engine::Engine,
@@ -40,6 +40,8 @@ use crate::{
 
 /// Rows up to which a read is tried by the calling task itself, within [`Bound::SHORT`]; longer ones go to a thread for blocking work.
 const INLINE_ROWS_MAX: u64 = 512;
+/// Long reads at once: each has a thread, and a start reads what is busy in each of a thousand shards.
+const LONG_READS_MAX: usize = 32;
 
 /// What can be chosen about an embedded store.
 #[derive(Clone, Debug)]
@@ -85,6 +87,8 @@ pub struct Embedded {
 
 struct Handle {
     core: Arc<Core>,
+    /// One permit for each long read under way.
+    long_reads: Arc<Semaphore>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
 }
 
@@ -109,7 +113,8 @@ impl Embedded {
         let threads = spawn("im-store-writer", writer::run)
             .and_then(|first| Ok(vec![first, spawn("im-store-watchdog", writer::watch)?]))
             .map_err(|error| engine::cannot_open(directory, &error))?;
-        Ok(Self { handle: Arc::new(Handle { core, threads: Mutex::new(threads) }) })
+        let long_reads = Arc::new(Semaphore::new(LONG_READS_MAX));
+        Ok(Self { handle: Arc::new(Handle { core, long_reads, threads: Mutex::new(threads) }) })
     }
 
     /// Why the store has stopped taking writes, as soon as it has. A process that sees a reason here exits with an error.
@@ -145,7 +150,12 @@ impl Embedded {
             return Ok(found);
         }
         let core = self.handle.core.clone();
-        let reading = tokio::task::spawn_blocking(move || read(&core.engine, Bound::NONE));
+        let stopped = |_| StoreError::Stopped("long reads have ended".into());
+        let permit = self.handle.long_reads.clone().acquire_owned().await.map_err(stopped)?;
+        let reading = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            read(&core.engine, Bound::NONE)
+        });
         let found = reading.await.unwrap_or(Ok(None))?;
         found.ok_or_else(|| StoreError::Unconfirmed("the read was cut short".into()))
     }

@@ -6,16 +6,21 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use im_proto::{ConversationId, Epoch, ShardId};
 use im_registry::Claim;
-use im_storage::{StateWrite, Table};
+use im_storage::{StateWrite, StoreError, Table};
 use tokio::time::Instant;
 
 use super::{Context, Worker, waiting::Slot};
-use crate::conversation::{Busy, Conversation};
+use crate::{
+    conversation::{Busy, Conversation},
+    deadline::StoreCalls,
+};
 
 /// Conversations whose bursts are ended after they have left memory. What leaves beyond that keeps its busy row until it is opened.
 const LEFT_MAX: usize = 65_536;
 /// Of these, with one tick.
 const LEFT_ENDED_AT_ONCE: usize = 256;
+/// Rows of one scan for busy conversations.
+const BUSY_ROWS: usize = 512;
 
 /// Conversations that have left memory before their bursts could end.
 #[derive(Default)]
@@ -152,5 +157,20 @@ fn busy_end(shard: ShardId, id: &ConversationId, head: u64) -> StateWrite {
         key: id.to_bytes(),
         value: None,
         timestamp: head,
+    }
+}
+
+/// What the last owner of a shard left busy.
+pub async fn busy_conversations(store: &StoreCalls, shard: ShardId) -> Result<Vec<ConversationId>, StoreError> {
+    let partition = shard.0.to_be_bytes();
+    let mut busy: Vec<ConversationId> = Vec::new();
+    loop {
+        let after = busy.last().map(|id| *id.as_bytes());
+        let rows = store.scan(Table::Busy, &partition, after.as_ref().map(|id| id.as_slice()), BUSY_ROWS).await?;
+        let last = rows.len() < BUSY_ROWS;
+        busy.extend(rows.iter().filter_map(|row| ConversationId::from_slice(&row.key).ok()));
+        if last {
+            return Ok(busy);
+        }
     }
 }

@@ -231,17 +231,22 @@ fn a_server_that_is_killed_comes_back_with_everything() {
     assert_flushed(&report);
 }
 
-#[test]
-fn a_server_that_cannot_start_again_is_a_broken_promise() {
-    let directory = tempfile::tempdir().unwrap();
-    let (script, begun) = (directory.path().join("imd"), directory.path().join("begun"));
+/// The server behind a script that first does so in that directory each time it starts.
+fn imd_with(directory: &Path, first: &str) -> PathBuf {
+    let (script, imd, directory) = (directory.join("imd"), imd(), directory.display());
     let text = format!(
-        "#!/bin/sh\nif [ \"$1\" = up ]; then\n  [ ! -e '{0}' ] || exit 1\n  : >'{0}'\nfi\nexec '{1}' \"$@\"\n",
-        begun.display(),
-        imd().display()
+        "#!/bin/sh\nif [ \"$1\" = up ]; then\n  (cd '{directory}' && {{ {first}; }}) || exit 1\nfi\nexec '{}' \"$@\"\n",
+        imd.display()
     );
     std::fs::write(&script, text).unwrap();
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    script
+}
+
+#[test]
+fn a_server_that_cannot_start_again_is_a_broken_promise() {
+    let directory = tempfile::tempdir().unwrap();
+    let script = imd_with(directory.path(), "[ ! -e begun ] || exit 1; : >begun");
     let broken = broken(&run(&["crash", "--kills", "1", "--pairs", "2", "--imd", script.to_str().unwrap()]));
     assert!(broken.iter().any(|what| what.contains("did not come back: restart after kill 1")), "{broken:?}");
 }
@@ -249,14 +254,7 @@ fn a_server_that_cannot_start_again_is_a_broken_promise() {
 #[test]
 fn a_run_that_is_ended_ends_its_server() {
     let directory = tempfile::tempdir().unwrap();
-    let (script, pid) = (directory.path().join("imd"), directory.path().join("pid"));
-    let text = format!(
-        "#!/bin/sh\nif [ \"$1\" = up ]; then\n  echo $$ >'{0}.new'\n  mv '{0}.new' '{0}'\nfi\nexec '{1}' \"$@\"\n",
-        pid.display(),
-        imd().display()
-    );
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let (script, pid) = (imd_with(directory.path(), "echo $$ >pid.new; mv pid.new pid"), directory.path().join("pid"));
     let mut command = Command::new(LOADTEST);
     command.args(["chat", "--pairs", "2", "--seconds", "600", "--ceiling", "0", "--imd", script.to_str().unwrap()]);
     let mut run = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();

@@ -8,11 +8,12 @@ use im_proto::{
     shard::rendezvous_owner,
     v1::{self, peer_message::Message as Peer, router_message::Message as Down},
 };
-use im_registry::{AnyRegistry, Reach, Registry as _};
+use im_registry::{AnyRegistry, InProcessHandle, Reach, Registry as _};
+use im_router::Router;
 use im_storage::{FaultPlan, Faulty, Memory, Store, Table};
 use tokio::sync::mpsc;
 
-use crate::support::{CLUSTER, SHARDS, World, message, user};
+use crate::support::{CLUSTER, SHARDS, TestGateway, World, message, user};
 
 /// The first of many users whose conversation belongs to a router.
 pub fn user_of(
@@ -168,14 +169,28 @@ async fn two_full_directions_of_a_link_do_not_wait_for_each_other() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_shard_that_could_not_be_given_up_is_given_up_later() {
+/// A router that has all shards, on a store and a registry that can fail, and a session of alice there.
+struct Alone {
+    world: World,
+    store: Faulty,
+    handle: InProcessHandle,
+    first: Router,
+    gateway: TestGateway,
+}
+
+async fn alone() -> Alone {
     let mut world = World::new(Store::from(Memory::new()));
     let store = faulty(&mut world, 0);
     let handle = world.registry.handle("r1", world.environment.clone());
     let first = world.router_on(world.config("r1"), handle.clone().into()).await;
     let mut gateway = world.gateway("g1", &first).await;
     gateway.open(&world, 1, "alice", "a1").await;
+    Alone { world, store, handle, first, gateway }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shard_that_could_not_be_given_up_is_given_up_later() {
+    let Alone { world, store, handle, first: _first, mut gateway } = alone().await;
     // Every shard has something in flight, so that the move waits for the store.
     let delay = Duration::from_secs(3)..=Duration::from_secs(3);
     store.set_plan(FaultPlan { delay, ..FaultPlan::none() });
@@ -219,12 +234,7 @@ fn moved_peer(world: &World) -> (UserId, ShardId) {
 
 #[tokio::test(start_paused = true)]
 async fn a_shard_that_could_not_be_given_up_is_served_again_only_under_a_greater_epoch() {
-    let mut world = World::new(Store::from(Memory::new()));
-    let store = faulty(&mut world, 0);
-    let handle = world.registry.handle("r1", world.environment.clone());
-    let first = world.router_on(world.config("r1"), handle.clone().into()).await;
-    let mut gateway = world.gateway("g1", &first).await;
-    gateway.open(&world, 1, "alice", "a1").await;
+    let Alone { world, store, handle, first: _first, mut gateway } = alone().await;
     let (peer, shard) = moved_peer(&world);
     let id = CLUSTER.direct_id(&user("alice"), &peer);
     let registry = AnyRegistry::from(world.registry.handle("observer", world.environment.clone()));
@@ -257,11 +267,7 @@ async fn a_shard_that_could_not_be_given_up_is_served_again_only_under_a_greater
 
 #[tokio::test(start_paused = true)]
 async fn a_shard_whose_writes_are_never_confirmed_holds_back_no_other_and_is_given_up_in_time() {
-    let mut world = World::new(Store::from(Memory::new()));
-    let store = faulty(&mut world, 0);
-    let first = world.router(world.config("r1")).await;
-    let mut gateway = world.gateway("g1", &first).await;
-    gateway.open(&world, 1, "alice", "a1").await;
+    let Alone { world, store, first: _first, mut gateway, .. } = alone().await;
     let (peer, stuck) = moved_peer(&world);
     store.set_plan(FaultPlan { refused_table: Some(Table::Busy), ..FaultPlan::none() });
     gateway.send(1, CLUSTER.direct_id(&user("alice"), &peer), message(peer.as_str(), "m1", "m1", "", 0)).await;

@@ -1,4 +1,6 @@
 mod any_order;
+mod notices;
+mod pages;
 
 use im_proto::{StatusCode, body};
 use proptest::prelude::*;
@@ -11,12 +13,7 @@ use super::*;
 use crate::{
     error::{ClosedReason, SendError, Status},
     event::Entry,
-    terminal::chat::{
-        editor::{self, Move},
-        log::PENDING_MAX,
-        render,
-        sends::why,
-    },
+    terminal::chat::{editor::Move, render},
 };
 
 fn user(name: &str) -> UserId {
@@ -574,95 +571,4 @@ fn the_title_says_whether_the_other_one_is_there_and_only_the_open_ones_peer_is_
     let sent = Sent { conversation: id(WITH_BOB), seq: 1, sent_at: at(0) };
     let index = chat.by_peer[&user("bob")];
     assert!(chat.on(Input::Sent(index, 0, Ok(sent))).contains(&watch("bob")));
-}
-
-#[test]
-fn what_arrives_while_the_newest_page_is_on_its_way_is_seen() {
-    let mut chat = chat();
-    let here = index(&chat, WITH_BOB);
-    // The page was read at the head of that moment.
-    let entries = (1..=10).map(|seq| entry(WITH_BOB, seq, "bob", &format!("line {seq}"))).collect();
-    let page = page(WITH_BOB, entries, 10);
-    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 11, "bob", "just now"))));
-    write(&mut chat, "so soon");
-    let effects = press(&mut chat, Command::Submit);
-    let local = effects.iter().find_map(|effect| match effect {
-        Effect::Send { local, .. } => Some(*local),
-        _ => None,
-    });
-    chat.on(Input::Sent(here, local.unwrap(), Ok(Sent { conversation: id(WITH_BOB), seq: 12, sent_at: at(12) })));
-    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 12, "alice", "so soon"))));
-    chat.on(Input::Paged(here, Ok(page)));
-    assert_eq!(chat.conversations[here].log.items().keys().copied().collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
-    assert!(shows(&chat, "line 10") && shows(&chat, "  just now") && shows(&chat, "  so soon"), "{:#?}", screen(&chat));
-}
-
-#[test]
-fn a_page_that_comes_after_its_log_was_forgotten_is_asked_for_again() {
-    let mut chat = chat();
-    let here = index(&chat, WITH_BOB);
-    let entries = |from: u64, to: u64| (from..=to).map(|seq| entry(WITH_BOB, seq, "bob", "line")).collect();
-    chat.on(Input::Paged(here, Ok(page(WITH_BOB, entries(101, 200), 200))));
-    let asked = (0..8).flat_map(|_| press(&mut chat, Command::PageUp));
-    assert!(asked.collect::<Vec<_>>().iter().any(|effect| matches!(effect, Effect::Page { to: 100, .. })));
-    chat.conversations[here].log.forget();
-    let effects = chat.on(Input::Paged(here, Ok(page(WITH_BOB, entries(1, 100), 200))));
-    assert!(matches!(effects[..], [Effect::Page { to: 0, .. }]), "{effects:?}");
-    assert!(chat.conversations[here].log.items().is_empty());
-}
-
-#[test]
-fn what_arrived_before_a_conversation_had_its_peer_is_seen() {
-    let mut chat = Chat::new(Some(Target::Peer(user("bob"))), at(0), 0, (80, 24));
-    online(&mut chat);
-    let here = chat.open.unwrap();
-    let entries: Vec<_> = (1..=10).map(|seq| entry(WITH_BOB, seq, "bob", "line")).collect();
-    // It is not known yet whose conversation that is.
-    chat.on(Input::Event(Event::Message(entry(WITH_BOB, 11, "bob", "just now"))));
-    let effects = chat.on(Input::Paged(here, Ok(page(WITH_BOB, entries.clone(), 10))));
-    assert!(effects.iter().any(|effect| matches!(effect, Effect::Page { to: 0, .. })), "{effects:?}");
-    let entries = entries.into_iter().chain([entry(WITH_BOB, 11, "bob", "just now")]).collect();
-    chat.on(Input::Paged(here, Ok(page(WITH_BOB, entries, 11))));
-    assert!(shows(&chat, "  just now"), "{:#?}", screen(&chat));
-}
-
-#[test]
-fn a_notice_fits_beside_the_list_of_80_columns() {
-    let whole = |chat: &Chat, text: &str| {
-        assert!(shows(chat, &format!("─ {text} ─")), "{text}: {:#?}", screen(chat));
-    };
-    let mut chat = loaded();
-    let here = index(&chat, WITH_BOB);
-    press(&mut chat, Command::Open);
-    write(&mut chat, "a name that nobody can have, and long as well");
-    press(&mut chat, Command::Submit);
-    assert!(shows(&chat, "write @user, me or a conversation id"), "{:#?}", screen(&chat));
-
-    chat.conversations[here].draft.insert(&"x".repeat(editor::TEXT_BYTES_MAX));
-    write(&mut chat, "x");
-    whole(&chat, "left out: a message has at most 60000 bytes");
-    chat.conversations[here].draft.take();
-
-    chat.on(Input::Sent(here, 0, Err(why(&SendError::Refused(Status::from_code(StatusCode::NotFound))))));
-    whole(&chat, "not sent: not found");
-    chat.on(Input::Sent(here, 0, Err(why(&SendError::BodySize { found: 70_000 }))));
-    whole(&chat, "not sent: it is too long, send it in parts");
-    chat.on(Input::Sent(here, 0, Err(why(&SendError::Closed(ClosedReason::ByCaller)))));
-    whole(&chat, "not sent: the client was closed");
-
-    for _ in 0..=PENDING_MAX {
-        write(&mut chat, "x");
-        press(&mut chat, Command::Submit);
-    }
-    whole(&chat, "it stays here: 200 messages wait for the server");
-
-    let mut chat = Chat::new(None, at(0), 0, (80, 24));
-    write(&mut chat, "x");
-    whole(&chat, "none is open: ^O opens @user, me or an id");
-}
-
-#[test]
-fn a_terminal_that_is_too_small_says_how_large_it_must_be() {
-    let chat = Chat::new(None, at(0), 0, (15, 8));
-    assert_eq!(screen(&chat)[0], "24 x 8 at least");
 }

@@ -18,6 +18,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use im_proto::{
@@ -119,6 +120,9 @@ enum Step {
     Wait,
     End,
 }
+
+/// No timer is set for longer.
+const LONGEST_TIMER: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Takes a stream, or tells it to go elsewhere. `address` is its place among those of its address, judged before.
@@ -313,10 +317,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.arm_by(self.timer.next_heartbeat(self.shared.config.heartbeat_interval));
     }
 
-    /// Until then, as the wall clock has it.
-    fn left(&self, until: Timestamp) -> std::time::Duration {
+    /// Until then, as the wall clock has it; at most a day, for whatever a stranger's token says must fit into a timer, which looks again.
+    fn left(&self, until: Timestamp) -> Duration {
         let left_ms = until.as_millis().saturating_sub(self.shared.environment.clock.now().as_millis());
-        std::time::Duration::from_millis(u64::try_from(left_ms).unwrap_or(0))
+        Duration::from_millis(u64::try_from(left_ms).unwrap_or(0)).min(LONGEST_TIMER)
     }
 
     /// Sets the timer to that, or to what comes before it.
@@ -356,11 +360,10 @@ fn refuse(shared: &Shared, session: &Session, refusal: Refusal, is_told: bool) {
         return metrics.dropped.increment(1);
     }
     if let Refusal::Address(excess) = refusal {
-        let wait = excess.wait() + shared.environment.jitter(std::time::Duration::from_secs(1));
+        let wait = excess.wait() + shared.environment.jitter(Duration::from_secs(1));
         return session.close(shared, code.retry_after(wait), &mut Wakers::default());
     }
-    let reconnect_after =
-        std::time::Duration::from_secs(1) + shared.environment.jitter(std::time::Duration::from_secs(4));
+    let reconnect_after = Duration::from_secs(1) + shared.environment.jitter(Duration::from_secs(4));
     let go_away = v1::GoAway {
         reason: Some(code.to_status()),
         reconnect_after_ms: u32::try_from(reconnect_after.as_millis()).unwrap_or(u32::MAX),
